@@ -1,0 +1,47 @@
+# make demo          set up, then train the folded language model on 4 CPU ranks and compare it with one process
+# make demo STEPS=4  the same, shorter
+# make test          lint, format, types, tests, doctests
+# make test-long     the full matrices
+
+PYTHON ?= python3
+NPROC ?= 4
+TP ?= 2
+EP ?= 4
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help setup demo test test-long lint format types clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[testing,examples,dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) \
+		examples/train_folded_lm.py --tp $(TP) --ep $(EP) $(if $(STEPS),--steps $(STEPS)) $(DEMO_ARGS)
+
+test: lint types $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-long: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED)
+	$(BIN)/mypy --strict src
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

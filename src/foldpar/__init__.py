@@ -1,0 +1,134 @@
+"""foldpar: parallel folding for Mixture-of-Experts models in PyTorch.
+
+One set of ranks, partitioned twice: tensor parallelism for the dense layers, expert parallelism for the experts.
+
+    layout = foldpar.solve_layout(world=8, tp=2, ep=4)      # integers only: no torch is loaded
+    groups = foldpar.create_groups(layout)                  # process groups, under torchrun
+
+Names load on first use, so ``import foldpar`` is light and everything about layouts works without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from foldpar import families
+
+if TYPE_CHECKING:
+    from foldpar.checks import assert_same_on_group, check_replicas
+    from foldpar.collectives import (
+        all_gather_rows,
+        all_reduce,
+        all_to_all_rows,
+        copy_to_group,
+        reduce_scatter_rows,
+        scale_gradient,
+        split_rows,
+    )
+    from foldpar.dispatching import DispatchPlan, combine, dispatch, plan_dispatch
+    from foldpar.errors import (
+        CollectiveError,
+        FamilyError,
+        FoldingError,
+        GroupsError,
+        LayoutError,
+        ReplicaError,
+        ShapeError,
+    )
+    from foldpar.experts import GroupedExperts
+    from foldpar.families import ParameterFamily, Reduction
+    from foldpar.gradients import mark_parameters, parameter_families, parameter_groups, reduce_gradients
+    from foldpar.groups import AxisGroup, FoldedGroups, create_groups
+    from foldpar.layout import Coordinate, FoldedLayout, solve_layout
+    from foldpar.moe import FoldedMoE
+    from foldpar.norms import clip_grad_norm_, get_total_norm
+    from foldpar.routing import Router, Routing, TopKRouter
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AxisGroup",
+    "CollectiveError",
+    "Coordinate",
+    "DispatchPlan",
+    "FamilyError",
+    "FoldedGroups",
+    "FoldedLayout",
+    "FoldedMoE",
+    "FoldingError",
+    "GroupedExperts",
+    "GroupsError",
+    "LayoutError",
+    "ParameterFamily",
+    "Reduction",
+    "ReplicaError",
+    "Router",
+    "Routing",
+    "ShapeError",
+    "TopKRouter",
+    "all_gather_rows",
+    "all_reduce",
+    "all_to_all_rows",
+    "assert_same_on_group",
+    "check_replicas",
+    "clip_grad_norm_",
+    "combine",
+    "copy_to_group",
+    "create_groups",
+    "dispatch",
+    "families",
+    "get_total_norm",
+    "mark_parameters",
+    "parameter_families",
+    "parameter_groups",
+    "plan_dispatch",
+    "reduce_gradients",
+    "reduce_scatter_rows",
+    "scale_gradient",
+    "solve_layout",
+    "split_rows",
+]
+
+# No public name may be the name of a module: importing the module would shadow it. tests/test_public_names.py holds it.
+_NAMES_OF_MODULE = {
+    "checks": ("assert_same_on_group", "check_replicas"),
+    "collectives": (
+        "all_gather_rows",
+        "all_reduce",
+        "all_to_all_rows",
+        "copy_to_group",
+        "reduce_scatter_rows",
+        "scale_gradient",
+        "split_rows",
+    ),
+    "dispatching": ("DispatchPlan", "combine", "dispatch", "plan_dispatch"),
+    "errors": (
+        "CollectiveError",
+        "FamilyError",
+        "FoldingError",
+        "GroupsError",
+        "LayoutError",
+        "ReplicaError",
+        "ShapeError",
+    ),
+    "experts": ("GroupedExperts",),
+    "families": ("ParameterFamily", "Reduction"),
+    "gradients": ("mark_parameters", "parameter_families", "parameter_groups", "reduce_gradients"),
+    "groups": ("AxisGroup", "FoldedGroups", "create_groups"),
+    "layout": ("Coordinate", "FoldedLayout", "solve_layout"),
+    "moe": ("FoldedMoE",),
+    "norms": ("clip_grad_norm_", "get_total_norm"),
+    "routing": ("Router", "Routing", "TopKRouter"),
+}
+_MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module 'foldpar' has no attribute {name!r}")
+    value = getattr(import_module(f"foldpar.{_MODULE_OF_NAME[name]}"), name)
+    globals()[name] = value  # found once; the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

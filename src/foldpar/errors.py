@@ -1,0 +1,39 @@
+"""The exceptions of foldpar: one small tree, each also a subclass of the built-in one that callers expect."""
+
+__all__ = [
+    "CollectiveError",
+    "FamilyError",
+    "FoldingError",
+    "GroupsError",
+    "LayoutError",
+    "ReplicaError",
+    "ShapeError",
+]
+
+
+class FoldingError(Exception):
+    """The root of the tree: ``except FoldingError`` catches whatever foldpar raises on purpose."""
+
+
+class LayoutError(FoldingError, ValueError):
+    """A layout that cannot be, or a question that it cannot answer: degrees, axes, coordinates, ranks, orders."""
+
+
+class GroupsError(FoldingError, RuntimeError):
+    """Process groups that cannot be made or used: another world, ranks that disagree, no such mesh, destroyed."""
+
+
+class ShapeError(FoldingError, ValueError):
+    """A tensor of a wrong shape, dtype or device, or row counts that do not add up."""
+
+
+class FamilyError(FoldingError, ValueError):
+    """A parameter without a family, or with contradicting ones: its gradient reduction would be a guess."""
+
+
+class CollectiveError(FoldingError, RuntimeError):
+    """A collective failed on this rank; the text names the axis and the collective."""
+
+
+class ReplicaError(FoldingError, RuntimeError):
+    """Values that must be equal on several ranks differ, or a lane gradient is not what was declared."""
