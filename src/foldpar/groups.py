@@ -1,0 +1,401 @@
+"""Process groups of a layout: the thin adapter over ``torch.distributed``.
+
+A layout says which ranks form a group and in which order; this module makes the communicators. Two things live
+here and nowhere else: the name of every process group, and the map between a *coordinate* (the position on an axis)
+and the *rank inside the process group*, which torch sorts by global rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Literal, NoReturn, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import Self
+
+from foldpar.errors import GroupsError, LayoutError
+from foldpar.layout import AXES, Coordinate, FoldedLayout
+
+_VIEW_AXES: Mapping[str, tuple[str, ...]] = {
+    "dense": ("pp", "dp", "cp", "tp"),
+    "expert": ("pp", "edp", "ep", "etp"),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AxisGroup:
+    """The ranks that share everything but their coordinate on one axis; what the building blocks take.
+
+    ``ranks`` are in coordinate order and need not ascend: the EP group of world 4, TP2/EP4 is ``(0, 2, 1, 3)``.
+    ``index`` is this rank's coordinate, so ``ranks[index]`` is this rank. ``process_group`` is ``None`` exactly when
+    the group has one member, and then every building block is a local operation.
+
+    Raises:
+        GroupsError: the index is outside the group, or a group of several ranks comes without a process group.
+    """
+
+    axis: str
+    ranks: tuple[int, ...]
+    index: int
+    process_group: ProcessGroup | None = field(repr=False)
+    group_rank_of: tuple[int, ...] | None = field(init=False, repr=False)
+    """Coordinate -> rank inside the process group, whose ranks torch sorts; ``None`` where the two agree."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < len(self.ranks):
+            raise GroupsError(f"index {self.index} is outside the {self.axis} group of {len(self.ranks)} rank(s).")
+        if self.process_group is None and len(self.ranks) > 1:
+            raise GroupsError(f"The {self.axis} group {self.ranks} has several ranks and needs a process group.")
+        ascending = sorted(self.ranks)
+        agrees = list(self.ranks) == ascending
+        position = {rank: place for place, rank in enumerate(ascending)}
+        object.__setattr__(self, "group_rank_of", None if agrees else tuple(position[rank] for rank in self.ranks))
+
+    @property
+    def size(self) -> int:
+        """How many ranks the group has."""
+        return len(self.ranks)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # a copied module talks over the same communicators
+
+    @classmethod
+    def from_process_group(cls, process_group: ProcessGroup, axis: str = "group") -> Self:
+        """Wrap a process group that the caller owns, so that the building blocks can use it.
+
+        Coordinates are then the ranks inside the process group.
+        """
+        ranks = tuple(dist.get_process_group_ranks(process_group))
+        return cls(axis, ranks, ranks.index(dist.get_rank()), process_group if len(ranks) > 1 else None)
+
+
+class FoldedGroups:
+    """The communicators of one layout on one rank: one :class:`AxisGroup` per axis and compound.
+
+    Made by :func:`create_groups`. It holds the only process groups of the library, is passed as an argument, and
+    several of them (for several layouts) coexist in one process. Usable as a context manager; :meth:`destroy`
+    leaves nothing behind.
+
+    Attributes:
+        layout, rank, coordinate: the layout, this global rank, and where it sits in both views.
+        pp: ranks with the same place in every pipeline stage.
+        dp, cp, tp: data, context and tensor parallelism of the dense layers; a position in ``tp`` is a *lane*.
+        edp, ep, etp: data parallelism of the experts, expert parallelism, tensor parallelism inside an expert.
+        dp_cp: all ranks of one lane, over which dense gradients are averaged.
+        ep_etp: the ranks that together hold every routed expert once.
+    """
+
+    __slots__ = (*AXES, "_communicators", "_destroyed", "_factory", "_meshes", "_owns_default", "coordinate", "layout")
+    __slots__ += ("rank",)
+
+    layout: FoldedLayout
+    rank: int
+    coordinate: Coordinate
+    pp: AxisGroup
+    dp: AxisGroup
+    cp: AxisGroup
+    tp: AxisGroup
+    edp: AxisGroup
+    ep: AxisGroup
+    etp: AxisGroup
+    dp_cp: AxisGroup
+    ep_etp: AxisGroup
+
+    def __init__(
+        self,
+        layout: FoldedLayout,
+        rank: int,
+        factory: _GroupFactory | None,
+        separate: frozenset[str] = frozenset(),
+        owns_default: bool = False,
+    ) -> None:
+        self.layout = layout
+        self.rank = rank
+        self.coordinate = layout.coordinate(rank)
+        self._factory = factory
+        self._owns_default = owns_default
+        self._destroyed = False
+        self._meshes: dict[str, DeviceMesh] = {}
+        # An axis has the same size on every rank, and whether two axes have equal rank sets does not depend on the
+        # rank either (a tested law of layouts), so all ranks make the same groups in the same order.
+        self._communicators: dict[tuple[str, tuple[int, ...]], ProcessGroup] = {}
+        for axis in AXES:
+            ranks = layout.group(axis, rank)
+            process_group = self._communicator(axis, ranks, axis in separate) if len(ranks) > 1 else None
+            setattr(self, axis, AxisGroup(axis, ranks, ranks.index(rank), process_group))
+
+    def _communicator(self, axis: str, ranks: tuple[int, ...], separate: bool) -> ProcessGroup:
+        """The process group of these ranks: shared by axes with equal ranks, unless the axis wants its own."""
+        assert self._factory is not None  # only a world of one rank has no factory, and it has singleton axes only
+        key = (axis if separate else "", tuple(sorted(ranks)))
+        if key not in self._communicators:
+            self._communicators[key] = self._factory.create(key[1], axis if separate else "")
+        return self._communicators[key]
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in AXES:
+            raise GroupsError("These groups were destroyed; make new ones with foldpar.create_groups(layout).")
+        raise AttributeError(f"FoldedGroups has no attribute {name!r}. Axes are {', '.join(AXES)}.")
+
+    def axis(self, name: str) -> AxisGroup:
+        """The group of an axis or compound by name, such as ``"ep"`` or ``"dp_cp"``.
+
+        Raises:
+            LayoutError: no such axis. GroupsError: the groups were destroyed.
+        """
+        if name not in AXES:
+            raise LayoutError(f"There is no axis {name!r}. Axes are {', '.join(AXES)}.")
+        group: AxisGroup = getattr(self, name)
+        return group
+
+    @property
+    def communicators(self) -> tuple[ProcessGroup, ...]:
+        """The process groups that this object made, each once, in the order of creation."""
+        return tuple(self._communicators.values())
+
+    def mesh(self, view: Literal["dense", "expert"]) -> DeviceMesh:
+        """A ``DeviceMesh`` over the same communicators, for the parts of torch that want one.
+
+        Dimensions are named ``(pp, dp, cp, tp)`` or ``(pp, edp, ep, etp)``, singletons included, so that
+        ``groups.mesh("dense")["tp"]`` works for every ``tp``. Call it on every rank. The mesh of a view is made once.
+
+        Raises:
+            GroupsError: a group of that view is not in ascending order. torch would place shards by the mesh's order
+                and communicate in the sorted one, which permutes tensors silently.
+        """
+        if view not in _VIEW_AXES:
+            raise LayoutError(f"There is no view {view!r}. Views are 'dense' and 'expert'.")
+        if view not in self._meshes:
+            self._meshes[view] = self._make_mesh(view)
+        return self._meshes[view]
+
+    def _make_mesh(self, view: str) -> DeviceMesh:
+        layout = self.layout
+        for axis in _VIEW_AXES[view]:
+            for ranks in layout.groups(axis):  # type: ignore[arg-type]
+                if list(ranks) != sorted(ranks):
+                    raise GroupsError(
+                        f"The {axis} group {ranks} is not in ascending order, and torch sorts the ranks of a process "
+                        f"group, so a DeviceMesh of the {view} view would place shards by one order and communicate "
+                        f"in the other. Use the AxisGroups (groups.{axis}) instead, or solve the layout with "
+                        f"order='consecutive', whose groups all ascend."
+                    )
+        factory = self._factory
+        if factory is None:
+            raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
+        groups = []
+        for name in _VIEW_AXES[view]:
+            process_group = self.axis(name).process_group
+            if process_group is None:  # a mesh needs a group for every dimension; singletons share one
+                process_group = self._communicator(name, (self.rank,), separate=False)
+            groups.append(process_group)
+        if view == "dense":
+            ranks_of_mesh = torch.arange(layout.world)
+        else:
+            ranks_of_mesh = torch.tensor([layout.rank_at("expert", position) for position in range(layout.world)])
+        shape = [layout.size(name) for name in _VIEW_AXES[view]]  # type: ignore[arg-type]
+        return DeviceMesh.from_group(
+            groups,
+            factory.device_type,
+            mesh=ranks_of_mesh.reshape(shape).contiguous(),
+            mesh_dim_names=_VIEW_AXES[view],
+        )
+
+    def destroy(self) -> None:
+        """Destroy every communicator that this object made; call it on every rank. Repeating it does nothing."""
+        if self._destroyed:
+            return
+        self._destroyed = True
+        self._meshes.clear()
+        for axis in AXES:
+            delattr(self, axis)
+        for process_group in self.communicators:
+            dist.destroy_process_group(process_group)
+        self._communicators.clear()
+        if self._owns_default:
+            dist.destroy_process_group()
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # a copied module talks over the same communicators
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.destroy()
+
+    def __repr__(self) -> str:
+        state = "destroyed" if self._destroyed else f"{len(self._communicators)} communicator(s)"
+        return f"FoldedGroups(rank {self.rank} of {self.layout!r}, {state})"
+
+
+def create_groups(
+    layout: FoldedLayout,
+    *,
+    backend: str | None = None,
+    timeout: timedelta | None = None,
+    separate: Iterable[str] = (),
+) -> FoldedGroups:
+    """Make the process groups of a layout; call it once on every rank with the same arguments.
+
+    Works with a default process group that the caller initialised, or straight under ``torchrun``, where it
+    initialises one (and :meth:`FoldedGroups.destroy` then removes it). A layout of one rank needs neither.
+
+    Axes with the same ranks share one communicator; an axis named in ``separate`` gets its own, so that, for
+    example, gradient traffic over ``"edp"`` need not queue behind the all-to-all. A rank makes only the groups that
+    it is a member of. ``backend=None`` and ``timeout=None`` inherit those of the default process group.
+
+    Example, under ``torchrun --nproc-per-node 4``::
+
+        with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4)) as groups:
+            groups.ep.ranks   # (0, 2, 1, 3) on every rank
+
+    Raises:
+        GroupsError: before any collective, on every rank: the layout's world is not the process group's, or there is
+            nothing to initialise from. After one small all-reduce, on every rank: ranks passed different arguments.
+        LayoutError: an unknown axis in ``separate``.
+    """
+    names = (separate,) if isinstance(separate, str) else tuple(separate)
+    for name in names:
+        if name not in AXES:
+            raise LayoutError(f"separate names the axis {name!r}, which does not exist. Axes are {', '.join(AXES)}.")
+    chosen = frozenset(names)
+    owns_default = not dist.is_initialized() and layout.world > 1
+    if owns_default:
+        _initialise_from_environment(layout, backend, timeout)
+    if not dist.is_initialized():
+        return FoldedGroups(layout, 0, None)
+    if dist.get_world_size() != layout.world:
+        raise GroupsError(
+            f"The layout is for world = {layout.world}, but the default process group has {dist.get_world_size()} "
+            f"rank(s). Solve the layout with world = torch.distributed.get_world_size()."
+        )
+    factory = _GroupFactory.of_default_group(backend, timeout, *_agree(layout, backend, chosen))
+    return FoldedGroups(layout, dist.get_rank(), factory, chosen, owns_default)
+
+
+def _initialise_from_environment(layout: FoldedLayout, backend: str | None, timeout: timedelta | None) -> None:
+    world = os.environ.get("WORLD_SIZE")
+    if world is None or "RANK" not in os.environ:
+        raise GroupsError(
+            f"A layout of world = {layout.world} needs that many processes: start them with "
+            f"'torchrun --nproc-per-node {layout.world} script.py', or call torch.distributed.init_process_group first."
+        )
+    if int(world) != layout.world:
+        raise GroupsError(
+            f"The layout is for world = {layout.world}, but torchrun started WORLD_SIZE = {world} process(es). "
+            f"Solve the layout with world = {world}, or start {layout.world} processes."
+        )
+    dist.init_process_group(backend, timeout=timeout)
+
+
+def _agree(layout: FoldedLayout, backend: str | None, separate: frozenset[str]) -> tuple[int, int]:
+    """Compare what the ranks passed, and agree on how to name this call's groups: one all-reduce of a few integers.
+
+    Returns a generation (one more than any that lives on any rank) and a number that no earlier call had.
+    """
+    facts = {
+        "tp": layout.tp,
+        "ep": layout.ep,
+        "etp": layout.etp,
+        "pp": layout.pp,
+        "cp": layout.cp,
+        "order": int(layout.order == "consecutive"),
+        "separate": sum(1 << place for place, axis in enumerate(AXES) if axis in separate),
+        "backend": int.from_bytes((backend or "").encode()[:7], "big"),
+    }
+    mine = list(facts.values())
+    opposite = [-value for value in mine]
+    sent = torch.tensor([*mine, *opposite, _next_generation(), secrets.randbits(62)], device=_collective_device())
+    dist.all_reduce(sent, op=dist.ReduceOp.MAX)
+    *extremes, generation, nonce = sent.tolist()
+    largest, smallest = extremes[: len(mine)], [-value for value in extremes[len(mine) :]]
+    differing = [name for name, low, high in zip(facts, smallest, largest, strict=True) if low != high]
+    if differing:
+        raise GroupsError(
+            f"Ranks called create_groups with different arguments: {', '.join(differing)} differ(s). "
+            f"Rank {dist.get_rank()} passed {layout!r}, backend={backend!r}, separate={sorted(separate)}. "
+            f"Every rank must pass the same."
+        )
+    return generation, nonce
+
+
+def _next_generation() -> int:
+    """One more than the largest generation among the living groups of this rank, by their names."""
+    names = (str(name) for name in distributed_c10d._world.pg_names.values())
+    return max((int(name.split("-")[1]) + 1 for name in names if name.startswith("foldpar-")), default=0)
+
+
+def _collective_device() -> torch.device:
+    """Where the default process group wants its tensors."""
+    if "cpu:" in dist.get_backend_config():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupFactory:
+    """Makes process groups under names of our own, each on its members only.
+
+    ``new_group(use_local_synchronization=True)`` names a group by its ranks and by how many groups the process has.
+    Where those counts differ between ranks, the members look for each other under different names and hang; where a
+    count comes back after a destroy, they find the store's entries of the group before, and hang too. Here all ranks
+    agree beforehand on a store prefix that was never used. The price is one call of a function that torch keeps to
+    itself, in :meth:`create` and nowhere else.
+
+    The *name* is the same whenever the same ranks form a group again, because DTensor caches meshes that compare
+    equal and looks their groups up by name.
+    """
+
+    backend: str
+    timeout: timedelta
+    generation: int
+    nonce: int
+    device_type: str
+
+    @classmethod
+    def of_default_group(cls, backend: str | None, timeout: timedelta | None, generation: int, nonce: int) -> Self:
+        default = distributed_c10d._get_default_group()
+        config = backend or dist.get_backend_config()
+        device_type = "cuda" if ("nccl" in config or "cuda" in config) and torch.cuda.is_available() else "cpu"
+        own_backend = backend or distributed_c10d._world.pg_map[default][0]
+        return cls(own_backend, timeout or _default_timeout(device_type), generation, nonce, device_type)
+
+    def create(self, ascending: tuple[int, ...], own_axis: str = "") -> ProcessGroup:
+        """The process group of these ranks; an axis that wants its own says its name."""
+        default = distributed_c10d._get_default_group()
+        members = list(ascending)
+        digest = hashlib.sha1(repr(members).encode(), usedforsecurity=False).hexdigest()[:16]
+        process_group, _ = distributed_c10d._new_process_group_helper(
+            len(members),
+            members.index(dist.get_rank()),
+            members,
+            distributed_c10d.Backend(self.backend),
+            distributed_c10d.PrefixStore(f"foldpar-{self.nonce:x}", distributed_c10d._world.pg_map[default][1]),
+            cast(Any, f"foldpar-{self.generation}-{own_axis}{digest}"),
+            timeout=self.timeout,
+            device_id=default.bound_device_id,
+            group_desc=f"foldpar {own_axis or 'shared'} {members[0]}..{members[-1]}",
+        )
+        distributed_c10d._world.pg_group_ranks[process_group] = {rank: place for place, rank in enumerate(members)}
+        return cast(ProcessGroup, process_group)
+
+
+def _default_timeout(device_type: str) -> timedelta:
+    """The timeout that the default process group was made with."""
+    default = distributed_c10d._get_default_group()
+    try:
+        return default._get_backend(torch.device(device_type)).options._timeout
+    except (AttributeError, RuntimeError):  # backends without options, such as those made for tests
+        return distributed_c10d.default_pg_timeout

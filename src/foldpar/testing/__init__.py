@@ -1,0 +1,59 @@
+"""What foldpar's own tests stand on, for yours: ranks on a laptop, and hypothesis strategies for layouts and routings.
+
+Needs the extra ``foldpar[testing]``. The library itself imports nothing from here, and importing this package loads
+neither torch nor hypothesis: names load on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foldpar.testing.ranks import RankFailure, RanksFailed, live_groups, run_ranks
+    from foldpar.testing.strategies import layouts, routings, row_counts, token_batches
+
+__all__ = [
+    "RankFailure",
+    "RanksFailed",
+    "layouts",
+    "live_groups",
+    "routings",
+    "row_counts",
+    "run_ranks",
+    "token_batches",
+]
+
+_MODULES = {
+    "RankFailure": "ranks",
+    "RanksFailed": "ranks",
+    "layouts": "strategies",
+    "live_groups": "ranks",
+    "routings": "strategies",
+    "row_counts": "strategies",
+    "run_ranks": "ranks",
+    "token_batches": "strategies",
+}
+
+
+def register_with_hypothesis() -> None:
+    """Teach ``st.from_type`` to draw a ``FoldedLayout``; hypothesis calls this through its entry point.
+
+    It runs in every hypothesis session, whoever's tests those are, hence it loads nothing but the integers. It is here
+    and not next to the strategies because a module that imports hypothesis is half loaded when hypothesis calls back.
+    """
+    from hypothesis import strategies
+
+    from foldpar.layout import FoldedLayout
+
+    strategies.register_type_strategy(FoldedLayout, lambda _: __getattr__("layouts")())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

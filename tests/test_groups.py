@@ -1,0 +1,255 @@
+"""Process groups: what is made, what is shared, what is left behind, and how mistakes are met."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import foldpar
+from foldpar.errors import CollectiveError, GroupsError, LayoutError
+from foldpar.layout import AXES
+from foldpar.testing import live_groups, run_ranks
+
+LAYOUTS = [
+    (4, {"tp": 2, "ep": 4}),
+    (4, {"tp": 4, "ep": 4}),
+    (4, {"tp": 2, "ep": 2, "etp": 2}),
+    (8, {"tp": 2, "ep": 4}),
+    (8, {"tp": 4, "ep": 4}),
+    (8, {"pp": 2, "tp": 2, "ep": 4}),
+    (8, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}),
+    (6, {"tp": 3, "ep": 2}),
+]
+
+
+def talk_on_every_axis(world: int, degrees: dict[str, int], order: str) -> None:
+    """Every axis gathers its ranks in coordinate order, over communicators of exactly those ranks."""
+    layout = foldpar.solve_layout(world, order=order, **degrees)
+    with foldpar.create_groups(layout) as groups:
+        assert groups.coordinate == layout.coordinate(dist.get_rank())
+        for axis in AXES:
+            group = groups.axis(axis)
+            assert group is getattr(groups, axis)
+            assert group.ranks == layout.group(axis, dist.get_rank())
+            assert group.ranks[group.index] == dist.get_rank()
+            assert (group.process_group is None) == (group.size == 1)
+            told = foldpar.all_gather_rows(
+                torch.tensor([dist.get_rank()]), group, row_counts=[1] * group.size, backward="slice"
+            )
+            assert tuple(told.tolist()) == group.ranks
+        rank_sets = {tuple(sorted(groups.axis(axis).ranks)) for axis in AXES if groups.axis(axis).size > 1}
+        assert len(groups.communicators) == len(rank_sets), "one communicator per set of ranks"
+    assert live_groups() == []
+
+
+@pytest.mark.parametrize("order", ["tp-lane-major", "consecutive"])
+@pytest.mark.parametrize(("world", "degrees"), LAYOUTS)
+def test_every_axis_talks_in_coordinate_order(world: int, degrees: dict[str, int], order: str) -> None:
+    run_ranks(talk_on_every_axis, world, world, degrees, order, groups_left="error")
+
+
+def communicators_of_rank(separate: tuple[str, ...]) -> int:
+    with foldpar.create_groups(foldpar.solve_layout(8, tp=2, ep=4), separate=separate) as groups:
+        return len(groups.communicators)
+
+
+def test_world_8_tp2_ep4_needs_two_communicators_and_one_more_per_separate_axis() -> None:
+    assert run_ranks(communicators_of_rank, 8, ()) == [2] * 8
+    assert run_ranks(communicators_of_rank, 8, ("edp",)) == [3] * 8
+
+
+def make_after_uneven_groups() -> list[int]:
+    """A user's own groups, made on some ranks only, must not confuse ours."""
+    if dist.get_rank() < 2:
+        for _ in range(3):
+            dist.new_group([0, 1], use_local_synchronization=True)
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4)) as groups:
+        return foldpar.collectives.all_gather(torch.tensor(dist.get_rank()), groups.ep).tolist()
+
+
+def test_creation_after_a_users_uneven_new_group() -> None:
+    assert run_ranks(make_after_uneven_groups, 4, timeout=20.0) == [[0, 2, 1, 3]] * 4
+
+
+def cycle(times: int) -> tuple[list[str], int]:
+    for _ in range(times):
+        with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4), separate=["edp"]) as groups:
+            foldpar.collectives.all_reduce_(torch.ones(1), groups.ep)
+    groups.destroy()  # again: nothing happens
+    return live_groups(), len(distributed_c10d._world.pg_map)
+
+
+def test_a_hundred_cycles_leak_nothing() -> None:
+    assert run_ranks(cycle, 4, 100, timeout=120.0, groups_left="error") == [([], 1)] * 4
+
+
+def two_layouts() -> tuple[list[int], list[int]]:
+    with (
+        foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4)) as one,
+        foldpar.create_groups(foldpar.solve_layout(4, tp=4, ep=2)) as two,
+    ):
+        rank = torch.tensor(dist.get_rank())
+        gathered = [foldpar.collectives.all_gather(rank, group).tolist() for group in (one.ep, two.ep, one.ep)]
+        assert gathered[0] == gathered[2]
+        one.destroy()
+        foldpar.collectives.all_gather(rank, two.tp)
+        with pytest.raises(GroupsError, match=r"These groups were destroyed; make new ones"):
+            _ = one.tp
+        return gathered[0], gathered[1]
+
+
+def test_two_layouts_coexist() -> None:
+    assert run_ranks(two_layouts, 4)[0] == ([0, 2, 1, 3], [0, 1])
+
+
+def meshes() -> tuple[list[int], str]:
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4)) as groups:
+        mesh = groups.mesh("dense")
+        assert mesh is groups.mesh("dense")
+        assert mesh.mesh_dim_names == ("pp", "dp", "cp", "tp")
+        assert mesh["tp"].get_group() is groups.tp.process_group
+        assert mesh["cp"].size() == 1
+        with pytest.raises(GroupsError) as refused:
+            groups.mesh("expert")
+        with pytest.raises(LayoutError, match=r"no view 'experts'. Views are 'dense' and 'expert'"):
+            groups.mesh("experts")  # type: ignore[arg-type]
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=2, order="consecutive")) as groups:
+        mesh = groups.mesh("expert")
+        assert mesh.mesh_dim_names == ("pp", "edp", "ep", "etp")
+        assert mesh["ep"].get_group() is groups.ep.process_group
+        assert list(mesh.get_coordinate() or ()) == [0, groups.edp.index, groups.ep.index, 0]
+        return mesh.mesh.flatten().tolist(), str(refused.value)
+
+
+def test_meshes_only_where_group_order_is_mesh_order() -> None:
+    flat, refused = run_ranks(meshes, 4, groups_left="error")[0]
+    assert flat == [0, 1, 2, 3]
+    assert "The ep group (0, 2, 1, 3) is not in ascending order" in refused
+    assert "order='consecutive'" in refused
+
+
+def inherits_timeouts() -> tuple[timedelta, timedelta, timedelta]:
+    def of(group: dist.ProcessGroup) -> timedelta:
+        return group._get_backend(torch.device("cpu")).options._timeout
+
+    layout = foldpar.solve_layout(2, tp=2)
+    with foldpar.create_groups(layout) as default, foldpar.create_groups(layout, timeout=timedelta(seconds=7)) as own:
+        return of(dist.group.WORLD), of(default.tp.process_group), of(own.tp.process_group)
+
+
+def test_timeout_none_inherits_the_default_groups() -> None:
+    world, inherited, own = run_ranks(inherits_timeouts, 2, timeout=33.0)[0]
+    assert inherited == world != timedelta(minutes=30)
+    assert own == timedelta(seconds=7)
+
+
+def straight_under_torchrun() -> list[int]:
+    assert not dist.is_initialized()
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4), backend="gloo") as groups:
+        gathered = foldpar.collectives.all_gather(torch.tensor(dist.get_rank()), groups.ep).tolist()
+    assert not dist.is_initialized()
+    return gathered
+
+
+def test_initialises_and_removes_the_default_group_under_torchrun() -> None:
+    assert run_ranks(straight_under_torchrun, 4, init=False) == [[0, 2, 1, 3]] * 4
+
+
+# -- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def wrong_world() -> str:
+    with pytest.raises(GroupsError) as refused:
+        foldpar.create_groups(foldpar.solve_layout(4, tp=2))
+    return str(refused.value)
+
+
+def test_a_layout_of_another_world_is_refused_on_every_rank() -> None:
+    for text in run_ranks(wrong_world, 2):
+        assert "The layout is for world = 4, but the default process group has 2 rank(s)" in text
+
+
+def different_arguments() -> str:
+    layout = foldpar.solve_layout(4, tp=2 if dist.get_rank() else 4, ep=2)
+    with pytest.raises(GroupsError) as refused:
+        foldpar.create_groups(layout, separate=("edp",) if dist.get_rank() == 2 else ())
+    return str(refused.value)
+
+
+def test_ranks_that_disagree_are_refused_on_every_rank() -> None:
+    for rank, text in enumerate(run_ranks(different_arguments, 4, groups_left="error")):
+        assert "different arguments: tp, separate differ(s)" in text
+        assert f"Rank {rank} passed" in text
+
+
+def test_without_processes_the_error_says_how_to_start_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(GroupsError, match=r"torchrun --nproc-per-node 4 script.py"):
+        foldpar.create_groups(foldpar.solve_layout(4, tp=2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(GroupsError, match=r"world = 4, but torchrun started WORLD_SIZE = 2 process"):
+        foldpar.create_groups(foldpar.solve_layout(4, tp=2))
+    with pytest.raises(LayoutError, match=r"separate names the axis 'dep', which does not exist. Axes are pp, dp"):
+        foldpar.create_groups(foldpar.solve_layout(1), separate=["dep"])
+
+
+def test_one_rank_needs_no_process_group_at_all() -> None:
+    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
+        assert groups.ep.ranks == (0,) and groups.communicators == ()
+        with pytest.raises(GroupsError, match=r"A DeviceMesh needs torch.distributed"):
+            groups.mesh("dense")
+    assert not dist.is_initialized()
+
+
+def test_axis_groups_check_themselves() -> None:
+    with pytest.raises(GroupsError, match=r"index 2 is outside the tp group of 1 rank\(s\)"):
+        foldpar.AxisGroup("tp", (0,), 2, None)
+    with pytest.raises(GroupsError, match=r"The tp group \(0, 1\) has several ranks and needs a process group"):
+        foldpar.AxisGroup("tp", (0, 1), 0, None)
+    with foldpar.create_groups(foldpar.solve_layout(1)) as groups, pytest.raises(LayoutError, match="no axis 'xp'"):
+        groups.axis("xp")
+
+
+def stuck() -> str:
+    with foldpar.create_groups(foldpar.solve_layout(2, ep=2), timeout=timedelta(seconds=2)) as groups:
+        if dist.get_rank() == 1:
+            return "gone"
+        with pytest.raises(CollectiveError) as failed:
+            foldpar.all_reduce(torch.ones(1), groups.ep, backward="sum")
+    return str(failed.value)
+
+
+def test_a_missing_peer_is_noticed_within_the_timeout() -> None:
+    text = run_ranks(stuck, 2)[0]
+    assert "all_reduce over ep failed on rank 0 (ranks (0, 1))" in text
+
+
+# -- Cost -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_of_4096_makes_only_its_own_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    create = distributed_c10d._new_process_group_helper
+
+    def counting(size: int, *rest: object, **options: object) -> object:
+        made.append(size)
+        return create(size, *rest, **options)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1234, world_size=4096)
+    try:
+        monkeypatch.setattr(distributed_c10d, "_new_process_group_helper", counting)
+        layout = foldpar.solve_layout(4096, tp=8, ep=64, etp=2, pp=4, cp=2)
+        with foldpar.create_groups(layout) as groups:
+            assert sorted(made) == sorted(
+                len(set(ranks))
+                for ranks in {tuple(sorted(groups.axis(axis).ranks)) for axis in AXES if groups.axis(axis).size > 1}
+            )
+            assert len(made) <= len(AXES)
+    finally:
+        dist.destroy_process_group()
