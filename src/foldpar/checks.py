@@ -1,0 +1,273 @@
+"""Opt-in checks that values which must be equal on several ranks are: a digest first, details only on a mismatch."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from foldpar.collectives import all_gather, all_reduce_
+from foldpar.errors import ReplicaError
+from foldpar.gradients import local_tensor, resolve_families
+from foldpar.groups import AxisGroup, FoldedGroups
+from foldpar.layout import Axis
+
+__all__ = ["assert_same_on_group", "check_replicas"]
+
+_CHUNK = 2**20
+_SHOWN = 5
+_REPLICA_AXES: tuple[Axis, ...] = ("tp", "dp_cp", "etp", "edp")
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+
+
+def check_replicas(model: nn.Module, groups: FoldedGroups) -> None:
+    """Raise if a parameter differs, in any bit, between ranks that hold replicas of it. Call it on every rank.
+
+    Replicas start equal and get equal gradients, so they stay equal. They drift apart when a gradient is reduced by
+    the wrong family, a rank skips a step, or ranks start from different seeds; losses show that late or never. The
+    cost is one pass over the parameters, a few small collectives and two host synchronisations, so once in some
+    hundred steps is cheap. NaN equals NaN of the same bits; of a DTensor the local parts are compared.
+
+    Example of an error::
+
+        1 parameter differs between replicas:
+            router.weight over tp: ranks 1, 3 differ from the first rank of their group
+
+    Raises:
+        ReplicaError: on every rank of the world; names the parameters, the axis and the global ranks that differ from
+            the first member of their group. FamilyError: see :func:`~foldpar.gradients.parameter_families`.
+    """
+    entries = sorted(resolve_families(model, groups), key=lambda entry: entry[0])
+    device = entries[0][1].device if entries else torch.device("cpu")
+    # The next collectives would hang on ranks with different parameters, so it is agreed first what is compared.
+    inventory = _checksum(f"{name} {family.replica_axes}" for name, _, family in entries)
+    everywhere = [(groups.tp, [0]), (groups.dp_cp, [0])]
+    mask = _differs(torch.tensor([inventory], device=device), everywhere)
+    _raise_together(mask, groups, _inventory_text)
+
+    replicas = [
+        (groups.axis(axis), [place for place, (_, _, family) in enumerate(entries) if axis in family.replica_axes])
+        for axis in _REPLICA_AXES
+    ]
+    digests = [_digest(parameter).to(device) for _, parameter, _ in entries]
+    mask = _differs(torch.stack(digests) if digests else torch.zeros(0, dtype=torch.int64), replicas)
+    _raise_together(mask, groups, lambda ranks_of: _drift_text([name for name, _, _ in entries], ranks_of))
+
+
+def assert_same_on_group(tensors: Mapping[str, Tensor] | Tensor, group: AxisGroup, *, what: str = "tensor") -> None:
+    """Raise if tensors differ, in any bit, between the ranks of a group. Call it on every rank of the group.
+
+    One digest per rank is gathered (one small collective, one host synchronisation). Shapes, dtypes and entries
+    travel only after a mismatch, so a wrong shape hangs nothing. NaN equals NaN of the same bits; 0.0 differs from
+    -0.0.
+
+    Args:
+        tensors: one tensor, or several by field name, such as ``{"ids": ids, "weights": weights}``.
+        group: the ranks that must agree, such as ``groups.tp``.
+        what: how the error calls the whole, such as ``"routing of layer 3"``.
+
+    Example of an error::
+
+        routing differs over tp:
+            field 'ids' at [0, 1]: 3 on rank 1 (tp 1), 2 on rank 0 (tp 0)
+
+    Raises:
+        ReplicaError: on every rank of the group; names the rank, its index on the axis, the field, and the shapes and
+            dtypes or the first differing entries with both values.
+    """
+    if group.size == 1:
+        return
+    named = dict(tensors) if isinstance(tensors, Mapping) else {"": tensors}
+    fields = {name: local_tensor(named[name]).detach() for name in sorted(named)}
+    device = next(iter(fields.values())).device if fields else torch.device("cpu")
+    digests = {name: _digest(tensor).to(device) for name, tensor in fields.items()}
+    total = torch.tensor(_checksum(fields), device=device)
+    for digest in digests.values():
+        total = _mixed(total) + digest
+    if len(set(all_gather(total, group).tolist())) > 1:
+        found = _differences(fields, digests, group, device)
+        raise ReplicaError(f"{what} differs over {group.axis}:{_listed(found)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Digests: int64 arithmetic that wraps around, the same on every device.
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """A position-weighted sum over the bits of a tensor, its shape and its dtype: an int64 scalar on its device."""
+    tensor = local_tensor(tensor).detach()
+    total = torch.tensor(_checksum([_signature(tensor)]), device=tensor.device)
+    bits = tensor.contiguous().view(-1).view(_INTEGERS[tensor.dtype.itemsize])
+    for start in range(0, bits.numel(), _CHUNK):
+        chunk = bits[start : start + _CHUNK].to(torch.int64)
+        # Odd weights are invertible modulo 2**64: a change of one entry is always seen.
+        weights = torch.arange(start, start + chunk.numel(), device=tensor.device) * 2 + 1
+        total = total + (_mixed(chunk) * weights).sum()
+    return total
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """A bijection of int64 that carries high bits down, so that two flipped signs do not cancel in a sum."""
+    values = values * 0x1E3779B97F4A7C15
+    return values ^ ((values >> 32) & 0xFFFFFFFF)
+
+
+def _signature(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _checksum(words: Iterable[str]) -> int:
+    return zlib.crc32("\n".join(words).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replicas of parameters.
+
+# (axis, place of the parameter) -> the global ranks that differ from the first member of their group
+_RanksOf = Mapping[tuple[str, int], list[int]]
+
+
+def _differs(digests: Tensor, compared: Sequence[tuple[AxisGroup, list[int]]]) -> dict[str, Tensor]:
+    """Axis -> where this rank differs from the first member of its group, bool ``[digests]``."""
+    masks = {}
+    for group, places in compared:
+        mask = torch.zeros(digests.numel(), dtype=torch.bool, device=digests.device)
+        if places and group.size > 1:
+            mask[places] = all_gather(digests[places], group)[0] != digests[places]
+        masks[group.axis] = mask
+    return masks
+
+
+def _raise_together(masks: dict[str, Tensor], groups: FoldedGroups, text: Callable[[_RanksOf], str]) -> None:
+    """Raise on every rank of the world if any mask of any rank is set."""
+    mask = torch.stack(list(masks.values())).to(torch.uint8)
+    found = torch.zeros(1, dtype=torch.int32, device=mask.device) + mask.any()
+    for group in (groups.tp, groups.dp_cp):
+        all_reduce_(found, group, op="max")
+    stages = all_gather(found, groups.pp).flatten().tolist()
+    if not any(stages):
+        return
+    here = groups.pp.index
+    if not stages[here]:
+        bad = ", ".join(str(stage) for stage, differs in enumerate(stages) if differs)
+        raise ReplicaError(
+            f"Replicas differ in pipeline stage {bad}, whose ranks name the parameters. This rank is of stage {here}, "
+            f"where all are equal."
+        )
+    # Ranks of a stage count up over tp first, then over dp_cp: [stage_size, axes, digests].
+    of_stage = all_gather(all_gather(mask, groups.tp), groups.dp_cp).flatten(0, 1)
+    ranks_of: dict[tuple[str, int], list[int]] = {}
+    axes = list(masks)
+    for rank, axis, place in of_stage.nonzero().tolist():
+        ranks_of.setdefault((axes[axis], place), []).append(here * groups.layout.stage_size + rank)
+    raise ReplicaError(text(ranks_of))
+
+
+def _inventory_text(ranks_of: _RanksOf) -> str:
+    found = [f"over {axis}: {_ranks_differ(ranks)}" for (axis, _), ranks in ranks_of.items()]
+    return (
+        f"Ranks of one stage have different parameters (by name and family), so replicas cannot be compared:"
+        f"{_listed(found)}\nBuild the same model with the same marks on every rank of a stage."
+    )
+
+
+def _drift_text(names: Sequence[str], ranks_of: _RanksOf) -> str:
+    by_place = sorted(ranks_of.items(), key=lambda item: (item[0][1], item[0][0]))
+    found = [f"{names[place]} over {axis}: {_ranks_differ(ranks)}" for (axis, place), ranks in by_place]
+    count = len({place for _, place in ranks_of})
+    return (
+        f"{count} parameter{' differs' if count == 1 else 's differ'} between replicas:{_listed(found)}\n"
+        f"Replicas must start equal (one seed, or a broadcast) and step on equal gradients. If they did start equal, "
+        f"compare parameter_families(model, groups) with how each parameter is used: a part of a gradient that is not "
+        f"summed over tp (REPLICATED_PARTIAL) makes lanes drift apart."
+    )
+
+
+def _ranks_differ(ranks: Sequence[int]) -> str:
+    shown = ", ".join(str(rank) for rank in sorted(ranks)[:16]) + (" ..." if len(ranks) > 16 else "")
+    return (
+        f"rank {shown} differs from the first rank of its group"
+        if len(ranks) == 1
+        else f"ranks {shown} differ from the first rank of their group"
+    )
+
+
+def _listed(found: Sequence[str]) -> str:
+    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return "".join(f"\n    {line}" for line in [*found[:_SHOWN], *more])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where tensors differ, found out together: every rank of the group walks the same path.
+
+
+def _differences(
+    fields: Mapping[str, Tensor], digests: Mapping[str, Tensor], group: AxisGroup, device: torch.device
+) -> list[str]:
+    signatures = _gathered_signatures(fields, group, device)
+    found = []
+    for name in sorted(set().union(*signatures)):
+        of_rank = [signature.get(name) for signature in signatures]
+        if len(set(of_rank)) > 1:
+            different = [index for index in range(group.size) if of_rank[index] != of_rank[0]]
+            found += [
+                f"{_field(name)}{of_rank[index] or 'missing'} on {_who(group, index)}, "
+                f"{of_rank[0] or 'missing'} on {_who(group, 0)}"
+                for index in different
+            ]
+        else:
+            of_all = all_gather(digests[name], group).tolist()
+            different = [index for index in range(group.size) if of_all[index] != of_all[0]]
+            found += _different_entries(name, fields[name], different, group)
+    return found
+
+
+def _gathered_signatures(fields: Mapping[str, Tensor], group: AxisGroup, device: torch.device) -> list[dict[str, str]]:
+    """Field -> dtype and shape, of every rank."""
+    text = "\n".join(f"{name}\t{_signature(tensor)}" for name, tensor in fields.items()).encode()
+    lengths = all_gather(torch.tensor(len(text), device=device), group).tolist()
+    padded = torch.tensor(list(text.ljust(max(lengths), b" ")), dtype=torch.uint8, device=device)
+    texts = [
+        bytes(row[:length]).decode() for row, length in zip(all_gather(padded, group).tolist(), lengths, strict=True)
+    ]
+    return [dict(line.split("\t") for line in text.split("\n") if line) for text in texts]
+
+
+def _different_entries(name: str, tensor: Tensor, different: Sequence[int], group: AxisGroup) -> list[str]:
+    """The first entries in which the ranks of these indices differ from that of index 0, one line per rank."""
+    flat, missing, found = tensor.contiguous().view(-1), set(different), []
+    for start in range(0, flat.numel(), _CHUNK):
+        if not missing:
+            break
+        entries = all_gather(flat[start : start + _CHUNK].view(torch.uint8), group)
+        differs = (entries != entries[0]).view(group.size, -1, flat.dtype.itemsize).any(-1)
+        for index in sorted(missing):
+            places = differs[index].nonzero().flatten()[:3].tolist()
+            if places:
+                missing.remove(index)
+                here, there = entries[index].view(flat.dtype), entries[0].view(flat.dtype)
+                shown = "; ".join(
+                    f"{_position(start + place, tensor.shape)}: {here[place].item()!r} on {_who(group, index)}, "
+                    f"{there[place].item()!r} on {_who(group, 0)}"
+                    for place in places
+                )
+                found.append(f"{_field(name)}at {shown}")
+    return found
+
+
+def _position(place: int, shape: Sequence[int]) -> list[int]:
+    position: list[int] = []
+    for size in reversed(shape):
+        place, index = divmod(place, size)
+        position.insert(0, index)
+    return position
+
+
+def _field(name: str) -> str:
+    return f"field {name!r} " if name else ""
+
+
+def _who(group: AxisGroup, index: int) -> str:
+    return f"rank {group.ranks[index]} ({group.axis} {index})"

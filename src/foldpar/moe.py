@@ -1,0 +1,282 @@
+"""``FoldedMoE``: a Mixture-of-Experts layer on the ranks of a folded layout.
+
+    x -> own rows -> route -> plan -> dispatch -> experts -> combine -> exit -> y      (+ shared experts on x)
+
+The two ends of the layer are a conjugate pair, chosen once from what the lanes hold and from what gradient arrives
+(:func:`_lane_ends`); everything between them is the same for every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from foldpar.collectives import all_gather_rows, all_reduce, copy_to_group, even_row_counts, split_rows
+from foldpar.dispatching import Partition, combine, dispatch, plan_dispatch
+from foldpar.errors import GroupsError, ShapeError
+from foldpar.experts import Activation, GroupedExperts
+from foldpar.families import (
+    REPLICATED,
+    REPLICATED_PARTIAL,
+    ROUTED_EXPERT,
+    ROUTER_ALL_TOKENS,
+    ROUTER_OWN_TOKENS,
+    ParameterFamily,
+)
+from foldpar.gradients import mark_parameters
+from foldpar.groups import AxisGroup, FoldedGroups
+from foldpar.lane_checks import check_finite_weights, check_lane_gradient
+from foldpar.routing import Router
+
+Lanes = Literal["replicated", "sharded"]
+LaneGradients = Literal["replicated", "partial"]
+
+
+class Experts(Protocol):
+    """Anything that computes expert-major rows, such as :class:`GroupedExperts`."""
+
+    num_experts: int
+    dim: int
+
+    def __call__(self, rows: Tensor, rows_per_expert: Tensor, /) -> Tensor: ...
+
+
+class FoldedMoE(nn.Module):
+    """A Mixture-of-Experts layer whose experts fold over the ranks of the dense layers.
+
+    Takes and returns ``[..., dim]``. Any model code can hold it in place of its dense feed-forward layer; call it on
+    every rank of the stage, also with zero tokens.
+
+    Args:
+        router: a :class:`Router`; called with the rows that this lane routes.
+        experts: this rank's experts, usually :class:`GroupedExperts` on the same ``groups``.
+        groups: from :func:`create_groups`.
+        shared: shared experts, called with the layer's input on every lane and added to its output.
+        lanes: ``"replicated"``: the lanes of a TP group hold the same tokens and share the work. ``"sharded"``: every
+            lane brings its own tokens (sequence parallelism), in any number.
+        lane_grads: for replicated lanes, the state of the gradient that arrives at the output and leaves at the input.
+            ``"replicated"``: equal on all lanes. ``"partial"``: the lanes' gradients add up to it; possible only
+            where nothing TP-sharded lies below, since a partial gradient cannot pass such a layer.
+        partition: how replicated lanes share the work. ``"tokens"``: each routes a slice of the tokens.
+            ``"assignments"``: each routes all tokens and takes every ``tp``-th assignment of each expert; the router
+            must then decide alike on all lanes.
+        check: compare, in every forward and backward, what this layer takes on trust: routing weights are finite, and
+            arriving gradients are what ``lane_grads`` says. Costs collectives and host synchronisations.
+
+    Backward:
+        Exact where each gradient arises: router, experts, the input, and the TP-sharded layers below. Parameters get
+        the family that follows from these arguments, which :func:`foldpar.reduce_gradients` reads.
+
+    Raises:
+        ShapeError: ``ep`` does not divide the experts, or, in forward, a wrong width, device or dtype.
+        GroupsError: the experts were made for another layout. ValueError: arguments that contradict each other.
+
+    Source: parallel folding: MoE Parallel Folding (Liu et al. 2025); the conjugate ends: Megatron's ``f`` and ``g``
+    (Shoeybi et al. 2019), here over rows.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        groups: FoldedGroups,
+        *,
+        shared: nn.Module | None = None,
+        lanes: Lanes = "replicated",
+        lane_grads: LaneGradients = "replicated",
+        partition: Partition = "tokens",
+        check: bool = False,
+    ) -> None:
+        super().__init__()
+        made_for = getattr(experts, "groups", groups)
+        if made_for is not groups:
+            raise GroupsError(
+                f"The experts were made for other groups than this layer's: {made_for!r} and {groups!r}. Build both "
+                f"with the groups of one create_groups call."
+            )
+        if experts.num_experts % groups.ep.size:
+            valid = [ep for ep in range(1, experts.num_experts + 1) if experts.num_experts % ep == 0]
+            raise ShapeError(
+                f"ep = {groups.ep.size} does not divide num_experts = {experts.num_experts}. With "
+                f"{experts.num_experts} experts, ep can be {', '.join(map(str, valid))}."
+            )
+        routed = getattr(router, "num_experts", experts.num_experts)
+        if routed != experts.num_experts:
+            raise ShapeError(f"The router knows {routed} experts, but there are {experts.num_experts}.")
+        self.groups = groups
+        self.lanes, self.lane_grads, self.partition, self.check = lanes, lane_grads, partition, check
+        self._ends = _lane_ends(groups.tp, lanes, lane_grads, partition)
+        self.router, self.experts, self.shared = router, experts, shared
+        for module, family in self._families():
+            if isinstance(module, nn.Module) and not hasattr(module, "_foldpar_family"):
+                mark_parameters(module, family)
+
+    @classmethod
+    def from_dense(
+        cls,
+        router: Router,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        groups: FoldedGroups,
+        *,
+        activation: Activation = "swiglu",
+        **options: Any,
+    ) -> FoldedMoE:
+        """Fold a layer that holds all its experts: this rank's shares are taken, nothing else is copied.
+
+        The weights are those of :meth:`GroupedExperts.from_dense`; ``router`` is used as it is; ``options`` are the
+        keyword arguments of the class (``shared``, ``lanes``, ...).
+        """
+        experts = GroupedExperts.from_dense(gate_up_proj, down_proj, groups, activation=activation)
+        return cls(router, experts, groups, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., dim]`` to ``[..., dim]``."""
+        self._check_input(x)
+        tokens = x.reshape(-1, x.shape[-1])
+        own = self._ends.own(tokens)
+        routing = self.router(own)
+        if self.check:
+            check_finite_weights(routing.weights, self.groups)
+        plan = plan_dispatch(
+            routing.ids,
+            self.groups,
+            num_experts=self.experts.num_experts,
+            partition=self.partition,
+            mask=routing.mask,
+        )
+        rows = dispatch(self._ends.enter(own), plan)
+        outputs = self.experts(rows, plan.rows_per_expert)
+        y = self._ends.leave(combine(outputs, self._ends.enter(routing.weights), plan), tokens.shape[0])
+        if self.check and self.lanes == "replicated":
+            y = cast(Tensor, cast(Any, _CheckLaneGradient).apply(y, self.groups, self.lane_grads))
+        y = y.view(x.shape)
+        return y if self.shared is None else y + self.shared(x)
+
+    def explain(self) -> str:
+        """What this layer does on this rank, and why: the path of a row, and how each parameter is reduced."""
+        layout, ends = self.groups.layout, self._ends
+        lines = [
+            f"FoldedMoE on rank {self.groups.rank}: tp={layout.tp} ep={layout.ep} etp={layout.etp} edp={layout.edp}",
+            f"  lanes      {ends.why}",
+            f"  rows       sent once per EP rank over {self.groups.ep.ranks}"
+            + (f", then shared inside the ETP group {self.groups.etp.ranks}" if layout.etp > 1 else ""),
+        ]
+        for name, (module, family) in zip(("router", "experts", "shared"), self._families(), strict=True):
+            if module is not None:
+                lines.append(
+                    f"  {name:<10} {family.name}: {family.reduction.name} over {family.lane_axis or 'no lanes'}"
+                )
+        return "\n".join(lines)
+
+    def extra_repr(self) -> str:
+        return f"lanes={self.lanes!r}, lane_grads={self.lane_grads!r}, partition={self.partition!r}"
+
+    def _families(self) -> list[tuple[object, ParameterFamily]]:
+        """What is known here of each part: which rows its copies see, and the state of the gradient that arrives."""
+        replicated = self.lanes == "replicated" and self.lane_grads == "replicated"
+        all_tokens = self.partition == "assignments" and replicated
+        return [
+            (self.router, ROUTER_ALL_TOKENS if all_tokens else ROUTER_OWN_TOKENS),
+            (self.experts, ROUTED_EXPERT),
+            (self.shared, REPLICATED if replicated else REPLICATED_PARTIAL),
+        ]
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.experts.dim:
+            raise ShapeError(f"FoldedMoE takes [..., dim] with dim = {self.experts.dim}, and got {list(x.shape)}.")
+        weight = next(cast(nn.Module, self.experts).parameters(), None) if isinstance(self.experts, nn.Module) else None
+        if weight is None:
+            return
+        if x.device != weight.device:
+            raise ShapeError(f"The input is on {x.device} and the experts on {weight.device}; put them on one device.")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ShapeError(
+                f"The input is {x.dtype} and the experts are {weight.dtype}; convert one, or use torch.autocast."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _LaneEnds:
+    """How replicated lanes share a layer's work: three maps that are each other's conjugates.
+
+    ``own``: all tokens to those that this lane routes. ``enter``: what goes to the experts, rows and weights alike.
+    ``leave``: the combined rows, back to all tokens (whose number is the second argument).
+    """
+
+    own: Callable[[Tensor], Tensor]
+    enter: Callable[[Tensor], Tensor]
+    leave: Callable[[Tensor, int], Tensor]
+    why: str
+
+
+def _lane_ends(tp: AxisGroup, lanes: str, lane_grads: str, partition: str) -> _LaneEnds:
+    """The pair of ends for a state of the lanes and of the gradient that arrives at the output.
+
+    =============  ===========  =======================================  ==========================================
+    gradient       partition    leave: forward; backward                 enter: forward; backward
+    =============  ===========  =======================================  ==========================================
+    replicated     tokens       all-gather of rows; own rows             own rows; all-gather
+    replicated     assignments  all-reduce; identity                     identity; all-reduce
+    partial        tokens       all-gather of rows; reduce-scatter       own rows; own rows, zero elsewhere
+    partial        assignments  all-reduce; all-reduce                   identity; identity
+    =============  ===========  =======================================  ==========================================
+    """
+    for name, value, choices in (
+        ("lanes", lanes, ("replicated", "sharded")),
+        ("lane_grads", lane_grads, ("replicated", "partial")),
+        ("partition", partition, ("tokens", "assignments")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+    if lanes == "sharded":
+        if partition == "assignments" or lane_grads == "partial":
+            raise ValueError(
+                f"lanes='sharded' means that every lane brings its own tokens and gets their own gradients, so "
+                f"partition={partition!r} and lane_grads={lane_grads!r} cannot both apply. Leave the defaults."
+            )
+        return _LaneEnds(_same, _same, _same_rows, "sharded: every lane brings its own tokens; no split, no gather")
+    replicated = lane_grads == "replicated"
+    if partition == "tokens":
+        return _LaneEnds(
+            own=lambda x: split_rows(x, tp, backward="all_gather" if replicated else "zero_pad"),
+            enter=_same,
+            leave=lambda y, tokens: all_gather_rows(
+                y,
+                tp,
+                row_counts=even_row_counts(tokens, tp.size),
+                backward="slice" if replicated else "reduce_scatter",
+            ),
+            why=f"replicated: a lane takes 1/{tp.size} of the tokens, and rows are gathered after combining",
+        )
+    return _LaneEnds(
+        own=_same,
+        enter=lambda x: copy_to_group(x, tp) if replicated else x,
+        leave=lambda y, tokens: all_reduce(y, tp, backward="identity" if replicated else "sum"),
+        why=f"replicated: a lane takes 1/{tp.size} of each expert's assignments, and partial rows are summed",
+    )
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _same_rows(y: Tensor, tokens: int) -> Tensor:
+    return y
+
+
+class _CheckLaneGradient(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, groups: FoldedGroups, declared: LaneGradients) -> Tensor:
+        ctx.groups, ctx.declared = groups, declared
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_lane_gradient(grad, ctx.groups, ctx.declared)
+        return grad, None, None
