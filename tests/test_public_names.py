@@ -61,6 +61,7 @@ def test_the_exported_names_are_these():
         "get_total_norm",
         "mark_parameters",
         "parameter_families",
+        "parameter_groups",
         "plan_dispatch",
         "reduce_gradients",
         "reduce_scatter_rows",
@@ -102,7 +103,7 @@ def test_type_checkers_and_the_interpreter_see_the_same_names():
         alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     lazy = {name: f"foldpar.{module}" for name, module in foldpar._MODULE_OF_NAME.items()}
-    assert {name: module for name, module in typed.items() if module.startswith("foldpar")} == lazy
+    assert {name: module for name, module in typed.items() if module.startswith("foldpar.")} == lazy
     assert sorted(lazy) == foldpar.__all__ == sorted(foldpar.__all__)
     assert set(foldpar.__all__) <= set(dir(foldpar))
 

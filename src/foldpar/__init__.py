@@ -11,7 +11,7 @@ Names load on first use, so ``import foldpar`` is light and everything about lay
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from foldpar import families
+from foldpar import families as families
 
 if TYPE_CHECKING:
     from foldpar.checks import assert_same_on_group, check_replicas
@@ -75,7 +75,6 @@ __all__ = [
     "copy_to_group",
     "create_groups",
     "dispatch",
-    "families",
     "get_total_norm",
     "mark_parameters",
     "parameter_families",

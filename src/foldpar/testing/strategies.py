@@ -6,9 +6,9 @@ about: the smallest world, degrees of 1, no rows, balanced experts.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from math import lcm
+from math import isqrt, lcm
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from hypothesis import strategies as st
@@ -57,19 +57,20 @@ def layouts(
             f"No layout of {min_world} to {max_world} ranks has {given or 'one of no orders'}: no such world is both "
             "pp * dp * cp * tp and pp * edp * ep * etp. Widen a bound or raise max_world."
         )
-    worlds = sorted({fold.world for fold in folds})
+    # Worlds that fold in many ways are drawn more often, and so are small degrees.
+    ways = Counter(fold.world for fold in folds)
+    worlds = [world for world in sorted(ways) for _ in range(isqrt(ways[world]))]
     wishes = [value for value in range(1, max_world + 1) for _ in range(max_world // value)]
 
     @st.composite
     def draw_layout(draw: st.DrawFn) -> FoldedLayout:
-        # A degree is drawn as a wish, which means the same in every world, and becomes the next one that is possible.
+        # A degree is drawn as a wish, which means the same in every world, and becomes the nearest one that is possible.
         # So the world and each degree can shrink alone, and the others stay what they are or give way a little.
         world = draw(st.sampled_from(worlds))
-        left = folds[: bisect_right(folds, world, key=lambda fold: fold.world)]
-        for place in range(len(_Fold._fields)):
+        left = [fold for fold in folds if world % fold.world == 0]
+        for place in range(1, len(_Fold._fields)):
             wish = draw(st.sampled_from(wishes))
-            possible = {fold[place] for fold in left}
-            degree = min((value for value in possible if value >= wish), default=max(possible))
+            degree = min({fold[place] for fold in left}, key=lambda value: (abs(value - wish), -value))
             left = [fold for fold in left if fold[place] == degree]
         return left[0].layout(draw(st.sampled_from(tuple(orders))))
 
@@ -163,16 +164,13 @@ def _distinct(draw: st.DrawFn, choices: Sequence[int], count: int) -> list[int]:
 class _Fold(NamedTuple):
     """The degrees of a layout, and how many times larger its stages are than these degrees need."""
 
-    pp: int
+    world: int
     tp: int
-    cp: int
     ep: int
+    cp: int
     etp: int
+    pp: int
     slack: int
-
-    @property
-    def world(self) -> int:
-        return self.pp * lcm(self.tp * self.cp, self.ep * self.etp) * self.slack
 
     def layout(self, order: Order) -> FoldedLayout:
         return FoldedLayout(self.world, tp=self.tp, ep=self.ep, etp=self.etp, pp=self.pp, cp=self.cp, order=order)
@@ -185,7 +183,7 @@ def _folds(world: int, bounds: Mapping[str, Bound]) -> Iterator[_Fold]:
         expert = _splits(stage, bounds["ep"], bounds["etp"], bounds["edp"])
         for tp, cp in _splits(stage, bounds["tp"], bounds["cp"], bounds["dp"]):
             for ep, etp in expert:
-                yield _Fold(pp, tp, cp, ep, etp, stage // lcm(tp * cp, ep * etp))
+                yield _Fold(world, tp, ep, cp, etp, pp, stage // lcm(tp * cp, ep * etp))
 
 
 def _splits(stage: int, inner: Bound, middle: Bound, outer: Bound) -> list[tuple[int, int]]:
