@@ -58,6 +58,9 @@ class Case:
     rate: float = 0.5
     empty: tuple[int, ...] = ()  # data ranks that have no tokens
     length: int = LENGTH
+    device: str = "cpu"
+    config: Config = CONFIG
+    seed: int = 7
 
     @property
     def layout(self) -> foldpar.FoldedLayout:
@@ -91,17 +94,17 @@ class Trace:
 
 def batch_of(case: Case, data_rank: int, step: int) -> Tensor:
     """``[batch, length + 1]`` tokens that can be learnt: the next token is mostly a function of the last one."""
-    generator = torch.Generator().manual_seed(1000 * data_rank + step % 2)
-    tokens = torch.randint(CONFIG.vocab, (BATCH, case.length + 1), generator=generator)
+    generator = torch.Generator().manual_seed(10_000 * (case.seed - 7) + 1000 * data_rank + step % 2)
+    tokens = torch.randint(case.config.vocab, (BATCH, case.length + 1), generator=generator)
     for place in range(1, case.length + 1):
         follows = torch.rand(BATCH, generator=generator) < 0.8
-        tokens[:, place] = torch.where(follows, (tokens[:, place - 1] * 5 + 3) % CONFIG.vocab, tokens[:, place])
-    return tokens[:0] if data_rank in case.empty else tokens
+        tokens[:, place] = torch.where(follows, (tokens[:, place - 1] * 5 + 3) % case.config.vocab, tokens[:, place])
+    return (tokens[:0] if data_rank in case.empty else tokens).to(case.device)
 
 
 def fresh_model(case: Case) -> ByteLM:
-    torch.manual_seed(7)
-    return ByteLM(CONFIG).to(case.dtype)
+    torch.manual_seed(case.seed)
+    return ByteLM(case.config).to(case.device, case.dtype)
 
 
 def train_reference(case: Case) -> Trace:
@@ -144,7 +147,7 @@ def train_folded(case: Case, reference: Trace) -> dict[str, Any]:
             want = share_of(name, reference.updates[name], parameter, groups, case)
             resolution = case.steps * torch.finfo(case.dtype).eps / 2 * start[name]
             _note(errors, f"update of {name}", _local(parameter).detach() - start[name], want, resolution)
-        mean = torch.tensor(sum(losses[-1:]) / case.data_ranks)
+        mean = torch.tensor(losses[-1] / case.data_ranks, device=case.device)
         foldpar.collectives.all_reduce_(mean, groups.dp_cp)
         return {"errors": errors, "loss": float(mean)}
 
@@ -155,7 +158,7 @@ def fold(model: ByteLM, groups: foldpar.FoldedGroups, case: Case) -> ByteLM:
     lanes = {"lane_grads": "partial" if case.partial else "replicated", "partition": case.partition}
     for block in model.blocks:
         dense: MoE = block.moe
-        router = foldpar.TopKRouter(CONFIG.dim, CONFIG.experts, CONFIG.top_k)
+        router = foldpar.TopKRouter(case.config.dim, case.config.experts, case.config.top_k)
         router.weight = dense.router.weight
         block.moe = foldpar.FoldedMoE.from_dense(
             router, dense.experts.gate_up_proj, dense.experts.down_proj, groups, shared=dense.shared, **lanes
@@ -212,9 +215,9 @@ def column_parallel_loss(logits: Tensor, targets: Tensor, tp: foldpar.AxisGroup)
 def share_of(name: str, full: Tensor, parameter: Tensor, groups: foldpar.FoldedGroups, case: Case) -> Tensor:
     """The part of a single-process tensor that this rank should hold."""
     if ".experts." in name:
-        experts = CONFIG.experts // case.ep
+        experts = case.config.experts // case.ep
         mine = full[groups.ep.index * experts : (groups.ep.index + 1) * experts]
-        hidden = CONFIG.hidden // case.etp
+        hidden = case.config.hidden // case.etp
         units = slice(groups.etp.index * hidden, (groups.etp.index + 1) * hidden)
         if name.endswith("down_proj"):
             return mine[:, :, units]

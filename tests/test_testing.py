@@ -482,17 +482,19 @@ def test_layouts_keep_their_bounds(layout):
 
 
 def test_every_degree_is_often_larger_than_one():
-    seen = Counter()
+    seen, distinct = Counter(), set()
 
     @settings(max_examples=400, database=None, derandomize=True, deadline=None)
     @given(layouts(8, min_world=4, pp=1))
     def draw(layout):
+        distinct.add(layout)
         seen.update([axis for axis in ("tp", "cp", "dp", "ep", "etp", "edp") if layout.size(axis) > 1])
         seen["draws"] += 1
 
     draw()
-    assert seen["draws"] >= 300
-    assert all(count >= 0.2 * seen["draws"] for count in seen.values())
+    assert seen["draws"] == 400
+    assert all(count > 0.25 * 400 for count in seen.values())
+    assert len(distinct) > 80
 
 
 @pytest.mark.parametrize(
@@ -502,7 +504,7 @@ def test_every_degree_is_often_larger_than_one():
         (lambda layout: layout.tp > 1 and layout.ep > 1, FoldedLayout(2, tp=2, ep=2)),
         (lambda layout: layout.tp > 1 and layout.ep > layout.tp, FoldedLayout(4, tp=2, ep=4)),
         (lambda layout: layout.cp > 1 and layout.etp > 2, FoldedLayout(4, cp=2, etp=4)),
-        (lambda layout: layout.dp == layout.edp == 3, FoldedLayout(3)),
+        (lambda layout: layout.dp > 1 and layout.edp > 1, FoldedLayout(2)),
         (lambda layout: layout.pp > 1 and layout.tp > 2, FoldedLayout(6, pp=2, tp=3)),
         (lambda layout: layout.group("ep", 0) == (0, 2, 1, 3), FoldedLayout(4, tp=2, ep=4)),
         (
@@ -512,8 +514,8 @@ def test_every_degree_is_often_larger_than_one():
     ],
 )
 def test_layouts_shrink_to_the_smallest_that_fails(fails, smallest):
-    quiet = settings(max_examples=300, database=None, derandomize=True)
-    assert find(layouts(16), fails, settings=quiet) == smallest
+    repeatable = settings(max_examples=1000, database=None, derandomize=True)
+    assert find(layouts(16), fails, settings=repeatable) == smallest
 
 
 def test_a_failing_property_ends_with_the_smallest_layout():

@@ -67,7 +67,7 @@ def layouts(
         # A degree is drawn as a wish, which means the same in every world, and becomes the nearest one that is possible.
         # So the world and each degree can shrink alone, and the others stay what they are or give way a little.
         world = draw(st.sampled_from(worlds))
-        left = [fold for fold in folds if world % fold.world == 0]
+        left = [fold for fold in folds if fold.world <= world]
         for place in range(1, len(_Fold._fields)):
             wish = draw(st.sampled_from(wishes))
             degree = min({fold[place] for fold in left}, key=lambda value: (abs(value - wish), -value))
