@@ -16,7 +16,7 @@ from typing import Any
 import parity
 import torch
 import torch.distributed as dist
-from byte_lm import ByteLM, Config
+from byte_lm import Config
 from parity import Case, batch_of, fold, fresh_model, share_of, train_folded, train_reference, worst
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -171,5 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert ByteLM
     main()

@@ -64,8 +64,8 @@ def layouts(
 
     @st.composite
     def draw_layout(draw: st.DrawFn) -> FoldedLayout:
-        # A degree is drawn as a wish, which means the same in every world, and becomes the nearest one that is possible.
-        # So the world and each degree can shrink alone, and the others stay what they are or give way a little.
+        # A degree is drawn as a wish, which means the same in every world, and becomes the nearest possible degree. So
+        # the world and each degree can shrink alone, and the others stay what they are or give way a little.
         world = draw(st.sampled_from(worlds))
         left = [fold for fold in folds if fold.world <= world]
         for place in range(1, len(_Fold._fields)):
