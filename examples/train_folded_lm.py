@@ -62,7 +62,7 @@ def mean_loss(model: ByteLM, batch: Tensor) -> Tensor:
 
 def train_folded(model: ByteLM, groups: foldpar.FoldedGroups, batches: DataLoader, rate: float) -> list[float]:
     """One pass over this data rank's batches; returns the mean loss over all data ranks, per step."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    optimizer = torch.optim.SGD(foldpar.parameter_groups(model), lr=rate)
     losses = []
     bar = tqdm(batches, desc="folded", unit="step", disable=groups.rank != 0)
     for batch in bar:

@@ -46,9 +46,10 @@ def cases(world: int) -> list[Case]:
     ragged = [
         replace(first, length=1),
         replace(first, length=3),
-        replace(first, empty=(0,)),
         replace(first, cp=world // 2),
     ]
+    if torch.__version__ >= "2.13":  # DTensor before cannot view a batch of no tokens
+        ragged.append(replace(first, empty=(0,)))
     single = [replace(case, dtype=torch.float32, rate=0.3, steps=4) for case in double]
     return double + consumers + dealt + ragged + single
 

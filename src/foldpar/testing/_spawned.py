@@ -2,8 +2,8 @@
 
 One call, seen from both ends of a worker's pipe:
 
-    caller   Call ----------------->            <- answer          release ->
-    worker            import, init group, run,            (waits)              drop groups
+    caller   Call ->          (clock starts)                        release ->
+    worker           import -> "loaded"        init group, run -> answer       drop groups
 
 A worker keeps its groups until every rank has answered, so that a rank that is done early does not close connections
 under a slower one. A rank that fails closes them at once, so that its peers fail too instead of waiting. Workers that
@@ -44,7 +44,7 @@ from foldpar.testing.ranks import Cause, RankFailure, Returned, live_groups
 # may still be open, and the others have GRACE seconds.
 SETTLE = 0.5
 GRACE = 3.0
-# Importing torch in every worker takes seconds where processes cannot be forked from a prepared server.
+# Imports have this long and do not count as time of the call: torch takes seconds where workers cannot be forked.
 STARTUP = 120.0
 HOST = "127.0.0.1"
 
@@ -93,6 +93,16 @@ class Worker:
     process: multiprocessing.process.BaseProcess
     pipe: Connection
     stacks: Connection
+
+    def expect(self, word: bytes) -> None:
+        """Wait until the worker says that it has imported what it needs."""
+        with suppress(EOFError, OSError):
+            if self.pipe.poll(STARTUP) and self.pipe.recv_bytes() == word:
+                return
+        raise RuntimeError(
+            f'a worker of run_ranks did not get to "{word.decode()}"; its own message is above. A script that calls '
+            'run_ranks must do so under `if __name__ == "__main__":`, since workers import it.'
+        )
 
     def stack(self) -> str:
         """The Python stack of every thread of the worker, or what a crash left."""
@@ -145,15 +155,7 @@ class Pool:
         fresh = [self._start(rank) for rank in range(len(self.workers), world)]
         self.workers += fresh
         for worker in fresh:
-            try:
-                started = worker.pipe.poll(STARTUP) and worker.pipe.recv_bytes() == b"ready"
-            except EOFError:
-                started = False
-            if not started:
-                raise RuntimeError(
-                    "a worker of run_ranks did not start; its own message is above. A script that calls run_ranks "
-                    'must do so under ``if __name__ == "__main__":``, since workers import it.'
-                )
+            worker.expect(b"ready")
 
     def _start(self, rank: int) -> Worker:
         pipe, far_pipe = self.context.Pipe()
@@ -174,6 +176,8 @@ class Pool:
         message = pickle.dumps(call)
         for worker in team:
             worker.pipe.send_bytes(message)
+        for worker in team:
+            worker.expect(b"loaded")
         outcomes = self._collect(team, call.timeout)
         if all(worker.process.is_alive() for worker in team):
             for worker in team:
@@ -305,7 +309,7 @@ def serve(rank: int, pipe: Connection, stacks: Connection, port: int, under_pyte
         pipe.send_bytes(b"ready")
         while True:
             call: Call = pickle.loads(pipe.recv_bytes())
-            pipe.send_bytes(_answer(rank, call, store))
+            pipe.send_bytes(_answer(rank, call, store, pipe))
             pipe.recv_bytes()
             _drop_groups()
 
@@ -319,10 +323,13 @@ def _explain_asserts() -> None:
         install_importhook(get_config())
 
 
-def _answer(rank: int, call: Call, store: Store) -> bytes:
+def _answer(rank: int, call: Call, store: Store, pipe: Connection) -> bytes:
     try:
         with warnings.catch_warnings():
-            function, args, filters = _load(call)
+            try:
+                function, args, filters = _load(call)
+            finally:
+                pipe.send_bytes(b"loaded")
             _enter(rank, call, store)
             warnings.resetwarnings()
             for filter_ in reversed(filters):
