@@ -154,25 +154,32 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--ep", type=int, default=4)
-    parser.add_argument("--etp", type=int, default=1)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--tp", type=int, default=2, help="lanes that share each dense weight")
+    parser.add_argument("--ep", type=int, default=4, help="ranks that share the experts out among them")
+    parser.add_argument("--etp", type=int, default=1, help="ranks that share each expert")
     parser.add_argument("--order", default="tp-lane-major", choices=["tp-lane-major", "consecutive"])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=40, help="SGD steps")
     parser.add_argument("--batch", type=int, default=8, help="sequences per data rank")
     parser.add_argument("--length", type=int, default=64, help="bytes per sequence")
     parser.add_argument("--rate", type=float, default=0.5, help="learning rate of SGD")
     parser.add_argument("--dtype", default="float64", choices=["float64", "float32", "bfloat16"])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cpu: over Gloo, cuda: over NCCL")
     options = parser.parse_args()
 
+    if "WORLD_SIZE" not in os.environ:
+        parser.error("start it with torchrun: torchrun --nproc-per-node 4 examples/train_folded_lm.py")
+    world = int(os.environ["WORLD_SIZE"])
+    try:
+        layout = foldpar.solve_layout(world, tp=options.tp, ep=options.ep, etp=options.etp, order=options.order)
+    except foldpar.LayoutError as error:
+        parser.error(str(error))
     device = torch.device(options.device)
     if options.device == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    layout = foldpar.solve_layout(world, tp=options.tp, ep=options.ep, etp=options.etp, order=options.order)
     with foldpar.create_groups(layout, backend="nccl" if options.device == "cuda" else "gloo") as groups:
         if groups.rank == 0:
             print(layout, flush=True)
@@ -203,9 +210,11 @@ def main() -> None:
             print(f"  {'family':<20}{'gradients':<12}updates")
             for family, difference in sorted(largest.items()):
                 print(f"  {family:<20}{difference['gradient']:<12.1e}{difference['update']:.1e}")
-            allowed = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 1.0}[options.dtype]
-            found = max(max(difference.values()) for difference in largest.values())
-            verdict = "equals" if found < allowed else "DIFFERS FROM"
+            # Rounding sends some bfloat16 tokens to other experts, after which single tensors differ freely.
+            by_losses = options.dtype == "bfloat16"
+            allowed = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 0.25}[options.dtype]
+            found = worst if by_losses else max(max(difference.values()) for difference in largest.values())
+            verdict = ("tracks" if by_losses else "equals") if found < allowed else "DIFFERS FROM"
             print(f"The folded run {verdict} the run in one process (largest {found:.1e}, allowed {allowed:.0e}).")
             if found >= allowed:
                 raise SystemExit(1)

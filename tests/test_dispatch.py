@@ -137,7 +137,8 @@ def lanes_of_assignments(order: str) -> list[list[int]]:
         mask = torch.tensor([[True, True], [True, True], [False, True], [True, True]])  # ... 0 1 - 2
         plan = foldpar.plan_dispatch(ids, groups, num_experts=4, partition="assignments", mask=mask)
         taken = (plan.sent_of_token >= 0).nonzero().tolist()
-        return [[groups.tp.index, token, destination] for token, destination in taken]
+        at = [groups.ep.ranks.index(rank) for rank in plan.ep.ranks]
+        return sorted([groups.tp.index, token, at[column]] for token, column in taken)
 
 
 def test_assignments_are_dealt_by_their_ordinal_within_the_expert() -> None:
@@ -170,7 +171,7 @@ def test_errors_name_the_rule_and_the_numbers() -> None:
         foldpar.dispatch(torch.zeros(4, 2), plan())
     with pytest.raises(ShapeError, match=r"combine takes \[assignments, dim\] with the 6 row\(s\) .* got \[5, 2\]"):
         foldpar.combine(torch.zeros(5, 2), torch.zeros(3, 2), plan())
-    with pytest.raises(ShapeError, match=r"combine takes weights \[tokens, top_k\] = \[3, 2\], and got \[3, 1\]"):
+    with pytest.raises(ShapeError, match=r"Routing weights must be \[tokens, top_k\] = \[3, 2\], and are \[3, 1\]"):
         foldpar.combine(torch.zeros(6, 2), torch.zeros(3, 1), plan())
 
 

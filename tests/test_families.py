@@ -26,7 +26,7 @@ from foldpar.families import (
     ParameterFamily,
     Reduction,
 )
-from foldpar.gradients import parameter_groups
+from foldpar.marks import parameter_groups
 from foldpar.testing import run_ranks
 
 CONSTANTS = (

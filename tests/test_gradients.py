@@ -44,7 +44,7 @@ from foldpar.families import (
     ParameterFamily,
     Reduction,
 )
-from foldpar.gradients import parameter_groups
+from foldpar.marks import parameter_groups
 from foldpar.testing import run_ranks
 
 POST_HOC_EXPERT = ParameterFamily("post_hoc_expert", ("ep", "etp"), ("edp",), Reduction.EXPERT_TP_CANCEL)

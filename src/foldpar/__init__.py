@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 from foldpar import families as families
 
 if TYPE_CHECKING:
+    from foldpar.auxiliary import load_balancing_loss, router_z_loss
+    from foldpar.balanced_router import BalancedRouter
+    from foldpar.capacity import Capacity, limit_capacity
     from foldpar.checks import assert_same_on_group, check_replicas
     from foldpar.collectives import (
         all_gather_rows,
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
         scale_gradient,
         split_rows,
     )
+    from foldpar.correction_bias import update_correction_bias
+    from foldpar.counters import CounterValues, LayerCounters
     from foldpar.dispatching import DispatchPlan, combine, dispatch, plan_dispatch
     from foldpar.errors import (
         CollectiveError,
@@ -36,27 +41,39 @@ if TYPE_CHECKING:
     )
     from foldpar.experts import GroupedExperts
     from foldpar.families import ParameterFamily, Reduction
-    from foldpar.gradients import mark_parameters, parameter_families, parameter_groups, reduce_gradients
+    from foldpar.gradients import reduce_gradients
     from foldpar.groups import AxisGroup, FoldedGroups, create_groups
+    from foldpar.lanes import LaneState
     from foldpar.layout import Coordinate, FoldedLayout, solve_layout
+    from foldpar.marks import mark_parameters, parameter_families, parameter_groups
     from foldpar.moe import FoldedMoE
     from foldpar.norms import clip_grad_norm_, get_total_norm
+    from foldpar.randomness import random_region, region_generator
+    from foldpar.reducer import GradientReducer
     from foldpar.routing import Router, Routing, TopKRouter
+    from foldpar.selection import GroupLimit
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AxisGroup",
+    "BalancedRouter",
+    "Capacity",
     "CollectiveError",
     "Coordinate",
+    "CounterValues",
     "DispatchPlan",
     "FamilyError",
     "FoldedGroups",
     "FoldedLayout",
     "FoldedMoE",
     "FoldingError",
+    "GradientReducer",
+    "GroupLimit",
     "GroupedExperts",
     "GroupsError",
+    "LaneState",
+    "LayerCounters",
     "LayoutError",
     "ParameterFamily",
     "Reduction",
@@ -76,19 +93,28 @@ __all__ = [
     "create_groups",
     "dispatch",
     "get_total_norm",
+    "limit_capacity",
+    "load_balancing_loss",
     "mark_parameters",
     "parameter_families",
     "parameter_groups",
     "plan_dispatch",
+    "random_region",
     "reduce_gradients",
     "reduce_scatter_rows",
+    "region_generator",
+    "router_z_loss",
     "scale_gradient",
     "solve_layout",
     "split_rows",
+    "update_correction_bias",
 ]
 
 # No public name may be the name of a module: importing the module would shadow it. tests/test_public_names.py holds it.
 _NAMES_OF_MODULE = {
+    "auxiliary": ("load_balancing_loss", "router_z_loss"),
+    "balanced_router": ("BalancedRouter",),
+    "capacity": ("Capacity", "limit_capacity"),
     "checks": ("assert_same_on_group", "check_replicas"),
     "collectives": (
         "all_gather_rows",
@@ -99,6 +125,8 @@ _NAMES_OF_MODULE = {
         "scale_gradient",
         "split_rows",
     ),
+    "correction_bias": ("update_correction_bias",),
+    "counters": ("CounterValues", "LayerCounters"),
     "dispatching": ("DispatchPlan", "combine", "dispatch", "plan_dispatch"),
     "errors": (
         "CollectiveError",
@@ -111,12 +139,17 @@ _NAMES_OF_MODULE = {
     ),
     "experts": ("GroupedExperts",),
     "families": ("ParameterFamily", "Reduction"),
-    "gradients": ("mark_parameters", "parameter_families", "parameter_groups", "reduce_gradients"),
+    "gradients": ("reduce_gradients",),
     "groups": ("AxisGroup", "FoldedGroups", "create_groups"),
+    "lanes": ("LaneState",),
     "layout": ("Coordinate", "FoldedLayout", "solve_layout"),
+    "marks": ("mark_parameters", "parameter_families", "parameter_groups"),
     "moe": ("FoldedMoE",),
     "norms": ("clip_grad_norm_", "get_total_norm"),
+    "randomness": ("random_region", "region_generator"),
+    "reducer": ("GradientReducer",),
     "routing": ("Router", "Routing", "TopKRouter"),
+    "selection": ("GroupLimit",),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from foldpar.collectives import all_gather, all_reduce_
+from foldpar.dtensors import local_tensor
 from foldpar.errors import ReplicaError
-from foldpar.gradients import local_tensor, resolve_families
 from foldpar.groups import AxisGroup, FoldedGroups
 from foldpar.layout import Axis
+from foldpar.marks import resolve_parameters
 
 __all__ = ["assert_same_on_group", "check_replicas"]
 
@@ -39,21 +40,22 @@ def check_replicas(model: nn.Module, groups: FoldedGroups) -> None:
         ReplicaError: on every rank of the world; names the parameters, the axis and the global ranks that differ from
             the first member of their group. FamilyError: see :func:`~foldpar.gradients.parameter_families`.
     """
-    entries = sorted(resolve_families(model, groups), key=lambda entry: entry[0])
-    device = entries[0][1].device if entries else torch.device("cpu")
+    entries = sorted(resolve_parameters(model, groups), key=lambda entry: entry.name)
+    device = entries[0].parameter.device if entries else torch.device("cpu")
     # The next collectives would hang on ranks with different parameters, so it is agreed first what is compared.
-    inventory = _checksum(f"{name} {family.replica_axes}" for name, _, family in entries)
+    inventory = _checksum(f"{entry.name} {entry.family.replica_axes} {entry.groups.layout}" for entry in entries)
     everywhere = [(groups.tp, [0]), (groups.dp_cp, [0])]
     mask = _differs(torch.tensor([inventory], device=device), everywhere)
     _raise_together(mask, groups, _inventory_text)
 
-    replicas = [
-        (groups.axis(axis), [place for place, (_, _, family) in enumerate(entries) if axis in family.replica_axes])
-        for axis in _REPLICA_AXES
-    ]
-    digests = [_digest(parameter).to(device) for _, parameter, _ in entries]
+    places: dict[tuple[Axis, FoldedGroups], list[int]] = {(axis, groups): [] for axis in _REPLICA_AXES}
+    for place, entry in enumerate(entries):
+        for axis in entry.family.replica_axes:
+            places.setdefault((axis, entry.groups), []).append(place)
+    replicas = [(of_axis.axis(axis), found) for (axis, of_axis), found in places.items()]
+    digests = [_digest(entry.parameter).to(device) for entry in entries]
     mask = _differs(torch.stack(digests) if digests else torch.zeros(0, dtype=torch.int64), replicas)
-    _raise_together(mask, groups, lambda ranks_of: _drift_text([name for name, _, _ in entries], ranks_of))
+    _raise_together(mask, groups, lambda ranks_of: _drift_text([entry.name for entry in entries], ranks_of))
 
 
 def assert_same_on_group(tensors: Mapping[str, Tensor] | Tensor, group: AxisGroup, *, what: str = "tensor") -> None:
@@ -131,12 +133,11 @@ _RanksOf = Mapping[tuple[str, int], list[int]]
 
 def _differs(digests: Tensor, compared: Sequence[tuple[AxisGroup, list[int]]]) -> dict[str, Tensor]:
     """Axis -> where this rank differs from the first member of its group, bool ``[digests]``."""
-    masks = {}
+    masks: dict[str, Tensor] = {}
     for group, places in compared:
-        mask = torch.zeros(digests.numel(), dtype=torch.bool, device=digests.device)
+        mask = masks.setdefault(group.axis, torch.zeros(digests.numel(), dtype=torch.bool, device=digests.device))
         if places and group.size > 1:
             mask[places] = all_gather(digests[places], group)[0] != digests[places]
-        masks[group.axis] = mask
     return masks
 
 

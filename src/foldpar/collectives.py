@@ -54,6 +54,23 @@ def all_reduce_(tensor: Tensor, group: AxisGroup, op: Literal["sum", "max", "min
     return tensor
 
 
+def start_all_reduce(tensor: Tensor, group: AxisGroup) -> Callable[[], None]:
+    """Start to sum a contiguous tensor over the group in place, without autograd; call the result to wait for it.
+
+    On a GPU the current stream waits, not the host.
+    """
+    if group.size == 1:
+        return lambda: None
+    with _named("all_reduce", group):
+        work = dist.all_reduce(tensor, group=group.process_group, async_op=True)
+
+    def wait() -> None:
+        with _named("all_reduce", group):
+            work.wait()
+
+    return wait
+
+
 def all_gather(tensor: Tensor, group: AxisGroup) -> Tensor:
     """The tensors of all ranks, equal in shape, stacked as ``[size, *shape]`` in coordinate order, without autograd."""
     if group.size == 1:

@@ -16,12 +16,10 @@ once, not once per slice.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from foldpar.collectives import (
     all_gather,
@@ -32,9 +30,25 @@ from foldpar.collectives import (
     reduce_scatter_rows,
 )
 from foldpar.errors import ShapeError
-from foldpar.groups import FoldedGroups
+from foldpar.groups import AxisGroup, FoldedGroups
+from foldpar.permutation import (
+    collect,
+    count_rows,
+    ordinal_in_expert,
+    pack_rows,
+    packs,
+    pick,
+    place_experts,
+    place_rows,
+    spread,
+    unpack_rows,
+    wide,
+)
 
 Partition = Literal["tokens", "assignments"]
+
+MOST_LISTED = 8
+"""With no more experts than this on a rank, their sizes come to the host with the other numbers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,21 +56,23 @@ class DispatchPlan:
     """Where the rows of one forward go: one frozen value that travels from dispatch to combine.
 
     ``-1`` in a table means "nowhere". ``rows`` are the rows present at the experts: those received over EP, then
-    gathered over ETP, in the order (etp coordinate, ep coordinate of the sender, token).
+    gathered over ETP, in the order (etp coordinate, sender, token). A *slot* is a place in ``[rows, top_k]``.
 
     Attributes:
-        groups: the groups over which the rows travel.
+        ep, etp: the groups over which the rows travel; ``ep`` in ascending rank order, which torch need not permute.
         num_tokens, top_k: shape of the routing that was planned.
-        send_rows, receive_rows: rows sent to and received from each EP coordinate.
+        send_rows, receive_rows: rows sent to and received from each rank of ``ep``.
         rows_per_etp: rows that each ETP coordinate received, ``sum`` = ``rows``.
         token_of_sent: ``[sum(send_rows)]``, the token behind each sent row, grouped by destination.
         sent_of_token: ``[num_tokens, ep]``, its inverse: the sent row of each token for each destination.
-        row_of_assignment: ``[assignments]``, the row behind each expert-major row, grouped by local expert.
-        assignment_of_row: ``[rows, top_k]``, its inverse.
+        slot_of_assignment, row_of_assignment: ``[assignments]``, the slot and the row behind each expert-major row.
+        assignment_of_slot: ``[rows, top_k]``, the inverse.
         rows_per_expert: ``[local experts]``, int32, on the device: the sizes of the expert-major groups.
+        sizes: the same on the host where experts are few (at most ``MOST_LISTED`` on a rank), else ``None``.
     """
 
-    groups: FoldedGroups
+    ep: AxisGroup
+    etp: AxisGroup
     num_tokens: int
     top_k: int
     send_rows: tuple[int, ...]
@@ -64,9 +80,11 @@ class DispatchPlan:
     rows_per_etp: tuple[int, ...]
     token_of_sent: Tensor
     sent_of_token: Tensor
+    slot_of_assignment: Tensor
     row_of_assignment: Tensor
-    assignment_of_row: Tensor
+    assignment_of_slot: Tensor
     rows_per_expert: Tensor
+    sizes: tuple[int, ...] | None
 
     @property
     def rows(self) -> int:
@@ -112,68 +130,56 @@ def plan_dispatch(
     _check_routing(expert_ids, groups, num_experts, mask)
     if partition not in ("tokens", "assignments"):
         raise ValueError(f"partition is {partition!r}; choose 'tokens' or 'assignments'.")
-    ep, etp = groups.ep, groups.etp
-    local_experts = num_experts // ep.size
-    ids = expert_ids.long()
-    num_tokens, top_k = ids.shape
-    legal = (ids >= 0) & (ids < num_experts)
-    active = legal if mask is None else legal & mask
+    ids = expert_ids.contiguous()
     if partition == "assignments":
-        active = active & (_ordinal_in_expert(ids, active, num_experts) % groups.tp.size == groups.tp.index)
+        legal = (ids >= 0) & (ids < num_experts)
+        ordinal = ordinal_in_expert(ids.long(), legal if mask is None else legal & mask, num_experts)
+        own = (ordinal % groups.tp.size == groups.tp.index) | ~legal  # an illegal id stays, to be reported
+        mask = own if mask is None else own & mask
+    mask = None if mask is None else mask.contiguous()
 
-    # Which destinations a token needs, and how much each destination gets; then everybody's numbers, in one exchange.
-    destination = torch.where(active, ids // local_experts, ep.size)
-    needed = ids.new_zeros((num_tokens, ep.size + 1), dtype=torch.bool)
-    needed = needed.scatter_(1, destination, True)[:, : ep.size]
-    assignments_to = ids.new_zeros(ep.size + 1).scatter_add_(0, destination.flatten(), torch.ones_like(ids).flatten())
-    illegal = (~legal if mask is None else ~legal & mask).sum()
-    own_numbers = torch.stack([needed.sum(0), assignments_to[: ep.size], illegal.expand(ep.size)], dim=1)
-    numbers = all_gather(own_numbers, groups.ep_etp).view(ep.size, etp.size, ep.size, 3)
+    # How much each destination gets; then everybody's numbers in one exchange, while the tables are made.
+    ep, etp = groups.ep, groups.etp
+    listed = num_experts // ep.size if num_experts // ep.size <= MOST_LISTED else 0
+    counts = count_rows(ids, mask, num_experts, ep.size, listed)
+    numbers = all_gather(counts, groups.ep_etp).view(ep.size, etp.size, ep.size, 3 + listed)
+    order = tuple(ep.ranks.index(rank) for rank in sorted(ep.ranks))
+    token_of_sent, sent_of_token, local_ids = place_rows(ids, mask, counts, order, num_experts)
     arriving_here = numbers[:, :, ep.index]  # [sender's ep, etp, number]: here and at the other slices of these experts
     leaving_here = numbers[ep.index, etp.index, :, None].expand_as(arriving_here)
-    arriving, leaving = torch.stack([arriving_here, leaving_here]).tolist()
-    if any(slice_[2] for sender in arriving for slice_ in sender):
-        where = [(e, t) for e in range(ep.size) for t in range(etp.size) if arriving[e][t][2]]
+    arriving, leaving = torch.stack([arriving_here, leaving_here]).tolist()  # the one host synchronisation
+    illegal = [(e, t) for e in range(ep.size) for t in range(etp.size) if arriving[e][t][2]]
+    if illegal:
         raise ShapeError(
-            f"Expert ids outside [0, {num_experts}) on the rank(s) at (ep, etp) = {where}. Mask assignments that "
+            f"Expert ids outside [0, {num_experts}) on the rank(s) at (ep, etp) = {illegal}. Mask assignments that "
             f"should not travel instead of giving them an id out of range."
         )
-    send_rows = tuple(leaving[e][0][0] for e in range(ep.size))
-    receive_rows = tuple(arriving[e][etp.index][0] for e in range(ep.size))
+    send_rows = tuple(leaving[e][0][0] for e in order)
+    receive_rows = tuple(arriving[e][etp.index][0] for e in order)
     rows_per_etp = tuple(sum(arriving[e][t][0] for e in range(ep.size)) for t in range(etp.size))
     assignments = sum(slice_[1] for sender in arriving for slice_ in sender)
+    sizes = tuple(sum(slice_[3 + e] for sender in arriving for slice_ in sender) for e in range(listed))
 
-    # Sent rows: by destination, then by token.
-    place = needed.T.flatten().cumsum(0) - 1
-    sent_of_token = torch.where(needed, place.view(ep.size, num_tokens).T, -1)
-    token = torch.arange(num_tokens, device=ids.device)[:, None].expand(num_tokens, ep.size)
-    token_of_sent = _invert(sent_of_token, token, sum(send_rows))
-
-    # Their ids, as seen at the destination: local expert, or nowhere.
-    column = torch.arange(ep.size, device=ids.device).expand(num_tokens, ep.size)
-    destination_of_sent = _invert(sent_of_token, column, sum(send_rows))
-    here = destination.index_select(0, token_of_sent) == destination_of_sent[:, None]
-    local_ids = torch.where(here, ids.index_select(0, token_of_sent) % local_experts, -1).to(torch.int32)
-    received = gather_rows(exchange_rows(local_ids, send_rows, receive_rows, ep), rows_per_etp, etp)
-
-    # Expert-major: by local expert, then by row. "Nowhere" sorts last and is cut off.
-    key = torch.where(received >= 0, received, local_experts).flatten().long()
-    order = key.argsort(stable=True)[:assignments]
-    assignment_of_row = torch.full_like(key, -1)
-    assignment_of_row[order] = torch.arange(assignments, device=key.device)
-    rows_per_expert = key.new_zeros(local_experts + 1).scatter_add_(0, key, torch.ones_like(key))[:local_experts]
+    ascending = ep.in_ascending_order()
+    received = exchange_rows(local_ids[: sum(send_rows)], send_rows, receive_rows, ascending)
+    slot_of_assignment, row_of_assignment, assignment_of_slot, ends = place_experts(
+        gather_rows(received, rows_per_etp, etp), num_experts // ep.size, assignments
+    )
     return DispatchPlan(
-        groups=groups,
-        num_tokens=num_tokens,
-        top_k=top_k,
+        ep=ascending,
+        etp=etp,
+        num_tokens=ids.shape[0],
+        top_k=ids.shape[1],
         send_rows=send_rows,
         receive_rows=receive_rows,
         rows_per_etp=rows_per_etp,
-        token_of_sent=token_of_sent,
+        token_of_sent=token_of_sent[: sum(send_rows)],
         sent_of_token=sent_of_token,
-        row_of_assignment=order // top_k,
-        assignment_of_row=assignment_of_row.view(-1, top_k),
-        rows_per_expert=rows_per_expert.to(torch.int32),
+        slot_of_assignment=slot_of_assignment,
+        row_of_assignment=row_of_assignment,
+        assignment_of_slot=assignment_of_slot,
+        rows_per_expert=torch.diff(ends, prepend=ends.new_zeros(1)),
+        sizes=sizes or None,
     )
 
 
@@ -192,14 +198,47 @@ def dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
             f"dispatch takes [tokens, dim] with the {plan.num_tokens} token(s) that were planned, and got "
             f"{list(x.shape)}."
         )
-    return _spread(_to_experts(_spread(x, plan.token_of_sent, plan.sent_of_token), plan), *_at_experts(plan))
+    return spread(_to_experts(x, plan), plan.row_of_assignment, plan.assignment_of_slot)
 
 
-def combine(rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
+def dispatch_weights(weights: Tensor, plan: DispatchPlan) -> Tensor:
+    """Bring routing weights to their experts: ``[tokens, top_k] -> [plan.assignments]``, one per expert-major row.
+
+    For experts that apply the weight themselves; their outputs are then combined with ``weights=None``.
+
+    Backward:
+        Gradients return to their tokens; exact zero for masked assignments.
+
+    Raises:
+        ShapeError: ``weights`` does not have the shape that was planned.
+    """
+    if weights.shape != (plan.num_tokens, plan.top_k):
+        raise ShapeError(
+            f"Routing weights must be [tokens, top_k] = [{plan.num_tokens}, {plan.top_k}], and are "
+            f"{list(weights.shape)}."
+        )
+    return pick(_to_experts(weights, plan), plan.slot_of_assignment, plan.assignment_of_slot)
+
+
+def dispatch_weighted(x: Tensor, weights: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
+    """:func:`dispatch` and :func:`dispatch_weights` in one journey where that is possible: a row carries its weights.
+
+    Backward:
+        As theirs. With ``etp > 1`` gradients are summed on the way, so rows and weights travel apart.
+    """
+    if plan.etp.size > 1 or not packs(x, weights):
+        return dispatch(x, plan), dispatch_weights(weights, plan)
+    payload = pack_rows(x, weights, plan.token_of_sent, plan.sent_of_token)
+    received = all_to_all_rows(payload, plan.send_rows, plan.receive_rows, plan.ep)
+    return unpack_rows(received, plan.slot_of_assignment, plan.assignment_of_slot, x.shape[1])
+
+
+def combine(rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Tensor:
     """Bring expert outputs back, weighted and summed: ``[plan.assignments, dim] -> [tokens, dim]``.
 
-    ``weights`` is ``[tokens, top_k]``, as routed; they travel with their rows. Sums are taken in float32 or wider and
-    in a fixed order: over a row's experts on their rank, then over ETP, then over the destinations.
+    ``weights`` is ``[tokens, top_k]``, as routed, or ``None`` where the experts have applied them. Sums are taken in
+    float32 or wider and in a fixed order: over a row's experts on their rank, then over ETP, then over the
+    destinations.
 
     Backward:
         Of ``rows``: the arriving gradient of its token, times the weight. Of ``weights``: its product with the expert's
@@ -213,25 +252,20 @@ def combine(rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
             f"combine takes [assignments, dim] with the {plan.assignments} row(s) that dispatch returned, and got "
             f"{list(rows.shape)}."
         )
-    if weights.shape != (plan.num_tokens, plan.top_k):
-        raise ShapeError(
-            f"combine takes weights [tokens, top_k] = [{plan.num_tokens}, {plan.top_k}], and got {list(weights.shape)}."
-        )
-    weights_at_experts = _to_experts(_spread(weights, plan.token_of_sent, plan.sent_of_token), plan)
-    partial = _apply(_WeightedSum, rows, weights_at_experts, *_at_experts(plan))
-    own = reduce_scatter_rows(partial, plan.groups.etp, row_counts=plan.rows_per_etp)
-    returned = all_to_all_rows(own, plan.receive_rows, plan.send_rows, plan.groups.ep)
-    return _apply(_Sum, returned, plan.token_of_sent, plan.sent_of_token)
+    dtype = rows.dtype
+    if weights is not None:
+        rows = rows.to(wide(dtype)) * dispatch_weights(weights, plan)[:, None]
+    partial = collect(rows, plan.row_of_assignment, plan.assignment_of_slot).to(dtype)
+    own = reduce_scatter_rows(partial, plan.etp, row_counts=plan.rows_per_etp)
+    returned = all_to_all_rows(own, plan.receive_rows, plan.send_rows, plan.ep)
+    return collect(returned, plan.token_of_sent, plan.sent_of_token)
 
 
-def _to_experts(sent: Tensor, plan: DispatchPlan) -> Tensor:
-    """Sent rows -> the rows present at the experts: over EP once, then shared inside the ETP group."""
-    received = all_to_all_rows(sent, plan.send_rows, plan.receive_rows, plan.groups.ep)
-    return all_gather_rows(received, plan.groups.etp, row_counts=plan.rows_per_etp, backward="reduce_scatter")
-
-
-def _at_experts(plan: DispatchPlan) -> tuple[Tensor, Tensor]:
-    return plan.row_of_assignment, plan.assignment_of_row
+def _to_experts(x: Tensor, plan: DispatchPlan) -> Tensor:
+    """Tokens -> the rows present at their experts: over EP once per destination, then shared inside the ETP group."""
+    sent = spread(x, plan.token_of_sent, plan.sent_of_token)
+    received = all_to_all_rows(sent, plan.send_rows, plan.receive_rows, plan.ep)
+    return all_gather_rows(received, plan.etp, row_counts=plan.rows_per_etp, backward="reduce_scatter")
 
 
 def _check_routing(expert_ids: Tensor, groups: FoldedGroups, num_experts: int, mask: Tensor | None) -> None:
@@ -254,102 +288,3 @@ def _check_routing(expert_ids: Tensor, groups: FoldedGroups, num_experts: int, m
         )
     if mask is not None and mask.device != expert_ids.device:
         raise ShapeError(f"mask is on {mask.device} and expert_ids on {expert_ids.device}; put them on one device.")
-
-
-def _ordinal_in_expert(ids: Tensor, active: Tensor, num_experts: int) -> Tensor:
-    """How many active assignments of the same expert come before each one: e0 e1 e0 e0 -> 0 0 1 2."""
-    key = torch.where(active, ids, num_experts).flatten()
-    order = key.argsort(stable=True)
-    per_expert = key.new_zeros(num_experts + 1).scatter_add_(0, key, torch.ones_like(key))
-    first = per_expert.cumsum(0) - per_expert
-    ordinal = torch.empty_like(key)
-    ordinal[order] = torch.arange(key.shape[0], device=key.device) - first[key[order]]
-    return ordinal.view_as(ids)
-
-
-def _invert(place: Tensor, value: Tensor, size: int) -> Tensor:
-    """``out[place] = value`` for the entries that have a place, without asking how many there are."""
-    out = value.new_empty(size + 1)
-    out.scatter_(0, torch.where(place >= 0, place, size).flatten(), value.flatten())
-    return out[:size]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Two permutations, each other's adjoint. `source[i]` is the row that copy i came from; `copies[r, j]` are row r's
-# copies, -1 where it has fewer. Both directions gather, so the order of every sum is fixed.
-
-
-def _spread(x: Tensor, source: Tensor, copies: Tensor) -> Tensor:
-    """Copy row ``source[i]`` to place ``i``; the backward sums the copies."""
-    return _apply(_Spread, x, source, copies)
-
-
-class _Spread(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, copies: Tensor) -> Tensor:
-        ctx.save_for_backward(copies)
-        return x.index_select(0, source)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (copies,) = ctx.saved_tensors
-        return _sum_copies(grad, copies), None, None
-
-
-class _Sum(Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, source: Tensor, copies: Tensor) -> Tensor:
-        ctx.save_for_backward(source)
-        return _sum_copies(rows, copies)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (source,) = ctx.saved_tensors
-        return grad.index_select(0, source), None, None
-
-
-class _WeightedSum(Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, source: Tensor, copies: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, source, copies)
-        return _sum_copies(rows, copies, weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights, source, copies = ctx.saved_tensors
-        arriving = grad.index_select(0, source)
-        wide = _wide(rows.dtype)
-        weight_of_copy = _invert(copies, weights.to(wide), rows.shape[0])
-        product = (arriving.to(wide) * rows).sum(-1)
-        grad_rows = (arriving * weight_of_copy[:, None]).to(rows.dtype)
-        if rows.shape[0] == 0:
-            return grad_rows, torch.zeros_like(weights), None, None
-        grad_weights = product.index_select(0, copies.clamp(min=0).flatten()).view_as(weights)
-        return grad_rows, torch.where(copies >= 0, grad_weights, 0).to(weights.dtype), None, None
-
-
-def _sum_copies(rows: Tensor, copies: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``out[r] = sum over j of weights[r, j] * rows[copies[r, j]]``, summed in float32 or wider, j ascending."""
-    wide = _wide(rows.dtype)
-    total = rows.new_zeros((copies.shape[0], *rows.shape[1:]), dtype=wide)
-    if rows.shape[0] == 0:
-        return total.to(rows.dtype)
-    trailing = (1,) * (rows.dim() - 1)
-    for j in range(copies.shape[1]):
-        place = copies[:, j]
-        term = rows.index_select(0, place.clamp(min=0)).to(wide)
-        if weights is not None:
-            term = term * weights[:, j].to(wide).view(-1, *trailing)
-        total += torch.where((place >= 0).view(-1, *trailing), term, 0)
-    return total.to(rows.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _apply(function: type[Function], *arguments: object) -> Tensor:
-    return cast(Tensor, cast(Any, function).apply(*arguments))

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.nn import functional as F
 
+from foldpar.activations import ELEMENTWISE, GATED, Activation
 from foldpar.errors import ShapeError
+from foldpar.families import EXPERT_BIAS
+from foldpar.grouped import grouped_feed_forward
 from foldpar.groups import FoldedGroups
-
-Activation = Literal["swiglu", "geglu", "silu", "gelu", "relu"]
-_GATED = ("swiglu", "geglu")
-_ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": F.silu,
-    "geglu": F.gelu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
+from foldpar.marks import mark_parameters
 
 
 class GroupedExperts(nn.Module):
@@ -33,10 +24,13 @@ class GroupedExperts(nn.Module):
 
     - ``gate_up_proj``: ``[local_experts, 2 * local_hidden, dim]``, gate above up; for a plain activation
       ``[local_experts, local_hidden, dim]``, the up projection alone;
-    - ``down_proj``: ``[local_experts, dim, local_hidden]``.
+    - ``down_proj``: ``[local_experts, dim, local_hidden]``;
+    - with ``bias=True``, ``gate_up_bias``: ``[local_experts, 2 * local_hidden]`` (``local_hidden`` for a plain
+      activation) and ``down_bias``: ``[local_experts, dim]``, which every etp rank holds.
 
     A gated expert is sliced so that gate and up of one hidden unit stay on one rank. With ``etp > 1`` the output is a
-    partial sum over the slices; :func:`foldpar.combine` adds them up.
+    partial sum over the slices; :func:`foldpar.combine` adds them up, so ``down_bias`` is added on one etp rank, and
+    its family is ``EXPERT_BIAS``. Biases are inside the expert: the routing weight multiplies them too.
 
     Values are drawn per *global* expert from ``seed``, so one seed gives the same model in every layout. ``seed=None``
     takes one number from torch's default generator: equal on all ranks after equal ``torch.manual_seed``.
@@ -55,13 +49,14 @@ class GroupedExperts(nn.Module):
         groups: FoldedGroups,
         *,
         activation: Activation = "swiglu",
+        bias: bool = False,
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in _ELEMENTWISE:
-            raise ValueError(f"activation is {activation!r}; choose one of {', '.join(map(repr, _ELEMENTWISE))}.")
+        if activation not in ELEMENTWISE:
+            raise ValueError(f"activation is {activation!r}; choose one of {', '.join(map(repr, ELEMENTWISE))}.")
         _divides("ep", groups.ep.size, "num_experts", num_experts)
         _divides("etp", groups.etp.size, "hidden_dim", hidden_dim)
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
@@ -69,12 +64,17 @@ class GroupedExperts(nn.Module):
         self.local_experts = num_experts // groups.ep.size
         self.local_hidden = hidden_dim // groups.etp.size
         self.first_expert = groups.ep.index * self.local_experts
-        self._parts = 2 if activation in _GATED else 1
+        self._parts = 2 if activation in GATED else 1
         self._units = slice(groups.etp.index * self.local_hidden, (groups.etp.index + 1) * self.local_hidden)
-        self._elementwise = _ELEMENTWISE[activation]
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate_up_proj = nn.Parameter(torch.empty(self.local_experts, self._parts * self.local_hidden, dim, **like))
         self.down_proj = nn.Parameter(torch.empty(self.local_experts, dim, self.local_hidden, **like))
+        self.gate_up_bias: nn.Parameter | None = None
+        self.down_bias: nn.Parameter | None = None
+        if bias:
+            self.gate_up_bias = nn.Parameter(torch.empty(self.gate_up_proj.shape[:2], **like))
+            self.down_bias = nn.Parameter(torch.empty(self.down_proj.shape[:2], **like))
+            mark_parameters(self, EXPERT_BIAS, names=("down_bias",))
         self.reset_parameters(seed)
 
     @torch.no_grad()
@@ -91,20 +91,34 @@ class GroupedExperts(nn.Module):
             down.uniform_(-(self.hidden_dim**-0.5), self.hidden_dim**-0.5, generator=generator)
             self.gate_up_proj[local].copy_(self._gate_up_slice(gate_up))
             self.down_proj[local].copy_(self._down_slice(down))
+            if self.gate_up_bias is not None and self.down_bias is not None:
+                gate_up_bias, down_bias = torch.empty(len(gate_up)), torch.empty(self.dim)
+                gate_up_bias.uniform_(-(self.dim**-0.5), self.dim**-0.5, generator=generator)
+                down_bias.uniform_(-(self.hidden_dim**-0.5), self.hidden_dim**-0.5, generator=generator)
+                self.gate_up_bias[local].copy_(self._gate_up_slice(gate_up_bias[:, None])[:, 0])
+                self.down_bias[local].copy_(down_bias)
 
     @classmethod
     def from_dense(
-        cls, gate_up_proj: Tensor, down_proj: Tensor, groups: FoldedGroups, *, activation: Activation = "swiglu"
+        cls,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        groups: FoldedGroups,
+        *,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        activation: Activation = "swiglu",
     ) -> GroupedExperts:
         """Take this rank's share of all experts' weights; nothing else is copied.
 
         ``gate_up_proj`` is ``[num_experts, 2 * hidden_dim, dim]`` (``[num_experts, hidden_dim, dim]`` for a plain
-        activation) and ``down_proj`` is ``[num_experts, dim, hidden_dim]``. Device and dtype carry over.
+        activation) and ``down_proj`` is ``[num_experts, dim, hidden_dim]``; biases, both or none, have the shapes of
+        their weights without the last dimension. Device and dtype carry over.
 
         Raises:
-            ShapeError: the two do not fit each other or the layout.
+            ShapeError: they do not fit each other or the layout, or one bias comes without the other.
         """
-        parts = 2 if activation in _GATED else 1
+        parts = 2 if activation in GATED else 1
         if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
             raise ShapeError("gate_up_proj and down_proj must have three dimensions, experts first.")
         num_experts, dim, hidden_dim = down_proj.shape
@@ -114,34 +128,58 @@ class GroupedExperts(nn.Module):
                 f"{hidden_dim}; then gate_up_proj must be {[num_experts, parts * hidden_dim, dim]} for "
                 f"{activation!r}, and is {list(gate_up_proj.shape)}."
             )
-        experts = cls(num_experts, dim, hidden_dim, groups, activation=activation, seed=0, device="meta")
+        if (gate_up_bias is None) != (down_bias is None):
+            given, missing = ("down_bias", "gate_up_bias") if gate_up_bias is None else ("gate_up_bias", "down_bias")
+            raise ShapeError(f"{given} is given without {missing}. Give both, or neither; zeros where a model has one.")
+        bias = gate_up_bias is not None
+        experts = cls(num_experts, dim, hidden_dim, groups, activation=activation, bias=bias, seed=0, device="meta")
         mine = slice(experts.first_expert, experts.first_expert + experts.local_experts)
         experts.gate_up_proj = nn.Parameter(_own(experts._gate_up_slice(gate_up_proj[mine])))
         experts.down_proj = nn.Parameter(_own(experts._down_slice(down_proj[mine])))
+        if gate_up_bias is not None and down_bias is not None:
+            _fits("gate_up_bias", gate_up_bias, gate_up_proj)
+            _fits("down_bias", down_bias, down_proj)
+            experts.gate_up_bias = nn.Parameter(_own(experts._gate_up_slice(gate_up_bias[mine, :, None])[..., 0]))
+            experts.down_bias = nn.Parameter(_own(down_bias[mine]))
         return experts
 
-    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+    def forward(
+        self,
+        rows: Tensor,
+        rows_per_expert: Tensor,
+        weights: Tensor | None = None,
+        sizes: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Compute expert-major rows: ``[sum(rows_per_expert), dim]`` to the same shape.
 
         ``rows_per_expert`` is ``[local_experts]``, int32, on the rows' device; experts without rows are allowed and
-        get zero gradients. Where a dtype or width allows it the product is torch's ``grouped_mm``, else a loop.
+        get zero gradients. ``weights`` is ``[rows]``: routing weights to multiply the outputs by, which costs nothing
+        here. ``sizes`` are the ``rows_per_expert`` on the host, where it knows them. Where dtype and width allow it the
+        product is torch's ``grouped_mm``, else one product per expert.
 
         Backward:
-            Plain. With ``etp > 1`` the gradient of ``rows`` is this slice's summand.
+            Plain. With ``etp > 1`` the gradients of ``rows`` and ``weights`` are this slice's summands.
         """
-        hidden = _grouped_linear(rows, self.gate_up_proj, rows_per_expert)
-        if self._parts == 2:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = self._elementwise(gate) * up
-        else:
-            hidden = self._elementwise(hidden)
-        return _grouped_linear(hidden, self.down_proj, rows_per_expert)
+        # Slices are summed, so one of them adds the output bias; elsewhere its gradient is zero, not None.
+        once = None if self.down_bias is None else self.down_bias * (self.groups.etp.index == 0)
+        return grouped_feed_forward(
+            rows,
+            self.gate_up_proj,
+            self.down_proj,
+            rows_per_expert.cumsum(0, dtype=torch.int32),
+            self.activation,
+            weights=weights,
+            gate_up_bias=self.gate_up_bias,
+            down_bias=once,
+            sizes=sizes,
+        )
 
     def extra_repr(self) -> str:
         last = self.first_expert + self.local_experts - 1
         return (
             f"experts {self.first_expert}..{last} of {self.num_experts}, dim={self.dim}, "
-            f"hidden {self.local_hidden} of {self.hidden_dim}, activation={self.activation!r}"
+            f"hidden {self.local_hidden} of {self.hidden_dim}, activation={self.activation!r}, "
+            f"bias={self.down_bias is not None}"
         )
 
     def _gate_up_slice(self, weight: Tensor) -> Tensor:
@@ -167,28 +205,6 @@ def _divides(degree: str, value: int, name: str, total: int) -> None:
         )
 
 
-def _grouped_linear(rows: Tensor, weight: Tensor, rows_per_expert: Tensor) -> Tensor:
-    """``[rows, in] x [experts, out, in] -> [rows, out]``, each row with the weight of its group."""
-    in_features, out_features = weight.shape[-1], weight.shape[-2]
-    aligned = all(width * rows.element_size() % 16 == 0 for width in (in_features, out_features))
-    if rows.dtype in (torch.bfloat16, torch.float16, torch.float32) and aligned:
-        ends = rows_per_expert.cumsum(0, dtype=torch.int32)
-        return _contiguous_gradient(F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends))
-    chunks = rows.split(rows_per_expert.tolist())
-    return torch.cat([F.linear(chunk, matrix) for chunk, matrix in zip(chunks, weight.unbind(), strict=True)])
-
-
-class _ContiguousGradient(Function):
-    """``grouped_mm`` rejects an expanded gradient, such as that of a plain ``.sum()``, even of no rows at all."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous() if grad.numel() else grad.new_empty(grad.shape)
-
-
-def _contiguous_gradient(x: Tensor) -> Tensor:
-    return cast(Tensor, cast(Any, _ContiguousGradient).apply(x))
+def _fits(name: str, bias: Tensor, weight: Tensor) -> None:
+    if bias.shape != weight.shape[:2]:
+        raise ShapeError(f"{name} must be {list(weight.shape[:2])}, a number per output, and is {list(bias.shape)}.")

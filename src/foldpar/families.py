@@ -4,18 +4,19 @@ A family is the one description of a parameter that reduction, norms, clipping a
 decide it, both known where the layer is written: which rows and heads this rank's copy saw, and the state of the
 gradient that arrives there. Never a name, never the layout.
 
-    the copy on a lane, by the gradient that arrives     replicated    partial    sharded lanes
-    -------------------------------------------------    ----------    -------    -------------
-    a TP slice                                           SKIP          (none)     SKIP
-    whole, used on all rows: norms, embeddings           AVERAGE       SUM        SUM
-    whole, inside a TP-sharded region: QK-norm gains     SUM           (none)     SUM
-    whole, used on own rows: a head above split_rows     SUM           SUM        SUM
-    a router of the lane's own tokens                    SUM           SUM        SUM
-    a router of all tokens                               AVERAGE       SUM        -
-    routed experts, etp slices included                  SKIP          SKIP       SKIP
-    an expert's output bias, over etp                    SUM           SUM        SUM
+    the copy on a lane, by the gradient that arrives     replicated    partial    sharded lanes    post-hoc
+    -------------------------------------------------    ----------    -------    -------------    ----------------
+    a TP slice                                           SKIP          (none)     SKIP             (none)
+    whole, used on all rows: norms, embeddings           AVERAGE       SUM        SUM              AVERAGE
+    whole, inside a TP-sharded region: QK-norm gains     SUM           (none)     SUM              (none)
+    whole, used on own rows: a head above split_rows     SUM           SUM        SUM              SUM
+    a router of the lane's own tokens                    SUM           SUM        SUM              AVERAGE
+    a router of all tokens                               AVERAGE       SUM        -                AVERAGE
+    routed experts, etp slices included                  SKIP          SKIP       SKIP             EXPERT_TP_CANCEL
+    an expert's output bias, over etp                    SUM           SUM        SUM              SUM, divided by tp
 
-(none): a partial gradient cannot pass a TP-sharded layer.
+(none): neither a partial gradient nor one that is right only on average over the lanes (post-hoc) can pass a TP-sharded
+layer.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ __all__ = [
     "REPLICATED",
     "REPLICATED_PARTIAL",
     "ROUTED_EXPERT",
+    "ROUTED_EXPERT_POST_HOC",
     "ROUTER_ALL_TOKENS",
     "ROUTER_OWN_TOKENS",
+    "ROUTER_POST_HOC",
     "ParameterFamily",
     "Reduction",
 ]
@@ -170,3 +173,9 @@ ROUTED_EXPERT = ParameterFamily("routed_expert", ("ep", "etp"), ("edp",), Reduct
 
 EXPERT_BIAS = ParameterFamily("expert_bias", ("ep",), ("etp", "edp"), Reduction.SUM)
 """An expert's output bias: every etp rank holds it, and it is added once, so the gradients are parts of a sum."""
+
+ROUTER_POST_HOC = ParameterFamily("router_post_hoc", (), ("tp", "dp_cp"), Reduction.AVERAGE)
+"""A router inside a post-hoc layer, whose exit has multiplied every gradient by ``tp``: of own tokens or of all."""
+
+ROUTED_EXPERT_POST_HOC = ParameterFamily("routed_expert_post_hoc", ("ep", "etp"), ("edp",), Reduction.EXPERT_TP_CANCEL)
+"""Routed experts inside a post-hoc layer; an output bias there is ``EXPERT_BIAS`` with the factor ``1 / tp``."""

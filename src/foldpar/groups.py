@@ -65,8 +65,25 @@ class AxisGroup:
         """How many ranks the group has."""
         return len(self.ranks)
 
+    def in_ascending_order(self) -> AxisGroup:
+        """The same ranks and communicator in ascending order, the one in which torch communicates without permuting.
+
+        For traffic whose order inside the group does not matter.
+        """
+        if self.group_rank_of is None:
+            return self
+        return AxisGroup(self.axis, tuple(sorted(self.ranks)), self.group_rank_of[self.index], self.process_group)
+
     def __deepcopy__(self, memo: object) -> Self:
         return self  # a copied module talks over the same communicators
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, tuple[int, ...], int, None]]:
+        if self.process_group is not None:
+            raise GroupsError(_NOT_PICKLED.format(f"The {self.axis} group"))
+        return type(self), (self.axis, self.ranks, self.index, None)
 
     @classmethod
     def from_process_group(cls, process_group: ProcessGroup, axis: str = "group") -> Self:
@@ -210,6 +227,17 @@ class FoldedGroups:
             mesh_dim_names=_VIEW_AXES[view],
         )
 
+    def twin(self, layout: FoldedLayout | None = None) -> FoldedGroups:
+        """New groups, of this layout or another, with the backend and timeout of these; call it on every rank.
+
+        Their communicators are their own, so traffic on them neither queues behind that on these nor has to come in
+        the same order relative to it on all ranks. Destroy them when done.
+        """
+        factory = self._factory
+        if factory is None:
+            return create_groups(layout or self.layout)
+        return create_groups(layout or self.layout, backend=factory.backend, timeout=factory.timeout)
+
     def destroy(self) -> None:
         """Destroy every communicator that this object made; call it on every rank. Repeating it does nothing."""
         if self._destroyed:
@@ -227,6 +255,12 @@ class FoldedGroups:
     def __deepcopy__(self, memo: object) -> Self:
         return self  # a copied module talks over the same communicators
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise GroupsError(_NOT_PICKLED.format("FoldedGroups"))
+
     def __enter__(self) -> Self:
         return self
 
@@ -238,6 +272,12 @@ class FoldedGroups:
     def __repr__(self) -> str:
         state = "destroyed" if self._destroyed else f"{len(self._communicators)} communicator(s)"
         return f"FoldedGroups(rank {self.rank} of {self.layout!r}, {state})"
+
+
+_NOT_PICKLED = (
+    "{} cannot be pickled: live communicators mean nothing in another process or at another time. Pickle the layout "
+    "(groups.layout) and make groups from it there; of a model that holds groups, save the state_dict."
+)
 
 
 def create_groups(

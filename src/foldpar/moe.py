@@ -9,32 +9,41 @@ The two ends of the layer are a conjugate pair, chosen once from what the lanes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from foldpar.activations import Activation
+from foldpar.capacity import Capacity, limit_capacity
 from foldpar.collectives import all_gather_rows, all_reduce, copy_to_group, even_row_counts, split_rows
-from foldpar.dispatching import Partition, combine, dispatch, plan_dispatch
+from foldpar.counters import LayerCounters
+from foldpar.dispatching import Partition, combine, dispatch, dispatch_weighted, plan_dispatch
 from foldpar.errors import GroupsError, ShapeError
-from foldpar.experts import Activation, GroupedExperts
+from foldpar.experts import GroupedExperts
 from foldpar.families import (
+    EXPERT_BIAS,
     REPLICATED,
     REPLICATED_PARTIAL,
     ROUTED_EXPERT,
+    ROUTED_EXPERT_POST_HOC,
     ROUTER_ALL_TOKENS,
     ROUTER_OWN_TOKENS,
+    ROUTER_POST_HOC,
     ParameterFamily,
 )
-from foldpar.gradients import mark_parameters
+from foldpar.grouped import in_autocast_dtype
 from foldpar.groups import AxisGroup, FoldedGroups
 from foldpar.lane_checks import check_finite_weights, check_lane_gradient
-from foldpar.routing import Router
-
-Lanes = Literal["replicated", "sharded"]
-LaneGradients = Literal["replicated", "partial"]
+from foldpar.lanes import LaneGradients, Lanes, LaneState
+from foldpar.marks import mark_parameters
+from foldpar.randomness import random_region
+from foldpar.route_checks import check_same_routing
+from foldpar.routing import Router, Routing
 
 
 class Experts(Protocol):
@@ -61,12 +70,18 @@ class FoldedMoE(nn.Module):
             lane brings its own tokens (sequence parallelism), in any number.
         lane_grads: for replicated lanes, the state of the gradient that arrives at the output and leaves at the input.
             ``"replicated"``: equal on all lanes. ``"partial"``: the lanes' gradients add up to it; possible only
-            where nothing TP-sharded lies below, since a partial gradient cannot pass such a layer.
+            where nothing TP-sharded lies below, since a partial gradient cannot pass such a layer. ``"post-hoc"``:
+            the lanes' gradients average to it, as those do that are equal on all lanes; the exit sums them, and the
+            surplus factor ``tp`` is divided out of parameter gradients later. For hosts that work like this; exact
+            only with nothing TP-sharded below or inside, and :func:`foldpar.reduce_gradients` refuses the rest.
         partition: how replicated lanes share the work. ``"tokens"``: each routes a slice of the tokens.
             ``"assignments"``: each routes all tokens and takes every ``tp``-th assignment of each expert; the router
             must then decide alike on all lanes.
-        check: compare, in every forward and backward, what this layer takes on trust: routing weights are finite, and
-            arriving gradients are what ``lane_grads`` says. Costs collectives and host synchronisations.
+        capacity: drop assignments that exceed the experts' :class:`Capacity`; ``None`` drops none.
+        counters: where to count what this layer moves, a :class:`LayerCounters`.
+        check: compare, in every forward and backward, what this layer takes on trust: routing weights are finite,
+            lanes that route the same tokens decide alike, and arriving gradients are what ``lane_grads`` says (where
+            that can be seen: not for ``"post-hoc"``). Costs collectives and host synchronisations.
 
     Backward:
         Exact where each gradient arises: router, experts, the input, and the TP-sharded layers below. Parameters get
@@ -90,6 +105,8 @@ class FoldedMoE(nn.Module):
         lanes: Lanes = "replicated",
         lane_grads: LaneGradients = "replicated",
         partition: Partition = "tokens",
+        capacity: Capacity | None = None,
+        counters: LayerCounters | None = None,
         check: bool = False,
     ) -> None:
         super().__init__()
@@ -110,11 +127,16 @@ class FoldedMoE(nn.Module):
             raise ShapeError(f"The router knows {routed} experts, but there are {experts.num_experts}.")
         self.groups = groups
         self.lanes, self.lane_grads, self.partition, self.check = lanes, lane_grads, partition, check
+        self.lane_state = LaneState(groups, lanes, lane_grads, partition)
+        self.capacity, self.counters = capacity, counters
         self._ends = _lane_ends(groups.tp, lanes, lane_grads, partition)
         self.router, self.experts, self.shared = router, experts, shared
         for module, family in self._families():
             if isinstance(module, nn.Module) and not hasattr(module, "_foldpar_family"):
                 mark_parameters(module, family)
+        if lane_grads == "post-hoc" and isinstance(experts, GroupedExperts) and experts.down_bias is not None:
+            cancelled = replace(EXPERT_BIAS, name="expert_bias_post_hoc", factor=Fraction(1, groups.tp.size))
+            mark_parameters(experts, cancelled, names=("down_bias",))
 
     @classmethod
     def from_dense(
@@ -124,25 +146,47 @@ class FoldedMoE(nn.Module):
         down_proj: Tensor,
         groups: FoldedGroups,
         *,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
         activation: Activation = "swiglu",
         **options: Any,
     ) -> FoldedMoE:
         """Fold a layer that holds all its experts: this rank's shares are taken, nothing else is copied.
 
-        The weights are those of :meth:`GroupedExperts.from_dense`; ``router`` is used as it is; ``options`` are the
-        keyword arguments of the class (``shared``, ``lanes``, ...).
+        The weights and biases are those of :meth:`GroupedExperts.from_dense`; ``router`` is used as it is; ``options``
+        are the keyword arguments of the class (``shared``, ``lanes``, ...).
         """
-        experts = GroupedExperts.from_dense(gate_up_proj, down_proj, groups, activation=activation)
+        experts = GroupedExperts.from_dense(
+            gate_up_proj, down_proj, groups, gate_up_bias=gate_up_bias, down_bias=down_bias, activation=activation
+        )
         return cls(router, experts, groups, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., dim]`` to ``[..., dim]``."""
+    def forward(
+        self, x: Tensor, *, ids: Tensor | None = None, padding: Tensor | None = None, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """``[..., dim]`` to ``[..., dim]``; with ``return_routing`` also the :class:`Routing` of the rows routed here.
+
+        ``ids``, ``[..., top_k]``: use these experts instead of the router's choice, with its weights for them. So a
+        routing is replayed, in this layout or another; ``moe.lane_state.gather(routing.ids)`` records it.
+        ``padding``, ``[...]``, bool: true for padding tokens, which reach no expert. Both go to the router as keywords.
+        """
         self._check_input(x)
+        y, routing = self._routed(x, ids, padding)
+        y = y if self.shared is None else y + self.shared(x)
+        return (y, routing) if return_routing else y
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="The shapes of a FoldedMoE follow its routing, so tracing it would compile anew for other routings."
+    )
+    def _routed(self, x: Tensor, ids: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Routing]:
+        """The routed experts' part of the output, and the routing."""
         tokens = x.reshape(-1, x.shape[-1])
         own = self._ends.own(tokens)
-        routing = self.router(own)
+        routing = self._route(own, x, ids, padding)
         if self.check:
             check_finite_weights(routing.weights, self.groups)
+            if not self.lane_state.own_tokens:
+                check_same_routing(routing, self.groups)
         plan = plan_dispatch(
             routing.ids,
             self.groups,
@@ -150,13 +194,18 @@ class FoldedMoE(nn.Module):
             partition=self.partition,
             mask=routing.mask,
         )
-        rows = dispatch(self._ends.enter(own), plan)
-        outputs = self.experts(rows, plan.rows_per_expert)
-        y = self._ends.leave(combine(outputs, self._ends.enter(routing.weights), plan), tokens.shape[0])
-        if self.check and self.lanes == "replicated":
+        if self.counters is not None:
+            self.counters.count(routing, plan, self.lane_state, own.shape[1] * own.element_size())
+        entering, weights = self._ends.enter(in_autocast_dtype(own)), self._ends.enter(routing.weights)
+        if isinstance(self.experts, GroupedExperts):  # they weight the activation, in a pass that is made anyway
+            rows, row_weights = dispatch_weighted(entering, weights, plan)
+            combined = combine(self.experts(rows, plan.rows_per_expert, row_weights, plan.sizes), None, plan)
+        else:
+            combined = combine(self.experts(dispatch(entering, plan), plan.rows_per_expert), weights, plan)
+        y = self._ends.leave(combined, tokens.shape[0])
+        if self.check and self.lanes == "replicated" and self.lane_grads != "post-hoc":
             y = cast(Tensor, cast(Any, _CheckLaneGradient).apply(y, self.groups, self.lane_grads))
-        y = y.view(x.shape)
-        return y if self.shared is None else y + self.shared(x)
+        return y.view(x.shape), routing
 
     def explain(self) -> str:
         """What this layer does on this rank, and why: the path of a row, and how each parameter is reduced."""
@@ -179,6 +228,12 @@ class FoldedMoE(nn.Module):
 
     def _families(self) -> list[tuple[object, ParameterFamily]]:
         """What is known here of each part: which rows its copies see, and the state of the gradient that arrives."""
+        if self.lane_grads == "post-hoc":
+            return [
+                (self.router, ROUTER_POST_HOC),
+                (self.experts, ROUTED_EXPERT_POST_HOC),
+                (self.shared, REPLICATED),
+            ]
         replicated = self.lanes == "replicated" and self.lane_grads == "replicated"
         all_tokens = self.partition == "assignments" and replicated
         return [
@@ -186,6 +241,25 @@ class FoldedMoE(nn.Module):
             (self.experts, ROUTED_EXPERT),
             (self.shared, REPLICATED if replicated else REPLICATED_PARTIAL),
         ]
+
+    def _route(self, own: Tensor, x: Tensor, ids: Tensor | None, padding: Tensor | None) -> Routing:
+        """Let the router decide about this lane's rows, in its region of random numbers and within the capacity."""
+        state, given = self.lane_state, {}
+        if ids is not None:
+            _goes_with("ids", ids.shape[:-1], x)
+            given["ids"] = state.own(ids.reshape(-1, ids.shape[-1]))
+        if padding is not None:
+            _goes_with("padding", padding.shape, x)
+            given["padding"] = state.own(padding.reshape(-1))
+        region: AbstractContextManager[None] = nullcontext()
+        if getattr(self.router, "is_random", False):
+            region = random_region(state.random_region, self.groups.coordinate, device=own.device)
+        with region:
+            routing = self.router(own, **given)
+        if self.capacity is None:
+            return routing
+        counts = even_row_counts(x.numel() // x.shape[-1], self.groups.tp.size) if state.lanes == "replicated" else None
+        return limit_capacity(routing, state, self.capacity, num_experts=self.experts.num_experts, row_counts=counts)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.experts.dim:
@@ -226,20 +300,10 @@ def _lane_ends(tp: AxisGroup, lanes: str, lane_grads: str, partition: str) -> _L
     partial        tokens       all-gather of rows; reduce-scatter       own rows; own rows, zero elsewhere
     partial        assignments  all-reduce; all-reduce                   identity; identity
     =============  ===========  =======================================  ==========================================
+
+    Post-hoc gradients take the ends of partial ones: what averages to the gradient adds up to ``tp`` times it.
     """
-    for name, value, choices in (
-        ("lanes", lanes, ("replicated", "sharded")),
-        ("lane_grads", lane_grads, ("replicated", "partial")),
-        ("partition", partition, ("tokens", "assignments")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
     if lanes == "sharded":
-        if partition == "assignments" or lane_grads == "partial":
-            raise ValueError(
-                f"lanes='sharded' means that every lane brings its own tokens and gets their own gradients, so "
-                f"partition={partition!r} and lane_grads={lane_grads!r} cannot both apply. Leave the defaults."
-            )
         return _LaneEnds(_same, _same, _same_rows, "sharded: every lane brings its own tokens; no split, no gather")
     replicated = lane_grads == "replicated"
     if partition == "tokens":
@@ -260,6 +324,14 @@ def _lane_ends(tp: AxisGroup, lanes: str, lane_grads: str, partition: str) -> _L
         leave=lambda y, tokens: all_reduce(y, tp, backward="identity" if replicated else "sum"),
         why=f"replicated: a lane takes 1/{tp.size} of each expert's assignments, and partial rows are summed",
     )
+
+
+def _goes_with(name: str, shape: torch.Size, x: Tensor) -> None:
+    if shape != x.shape[:-1]:
+        raise ShapeError(
+            f"{name} must go with the tokens of the input, {list(x.shape[:-1])} of {list(x.shape)}; they are for "
+            f"{list(shape)}."
+        )
 
 
 def _same(x: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from foldpar.collectives import all_gather
+from foldpar.dtensors import local_tensor, partial_dimension
 from foldpar.errors import FamilyError
-from foldpar.gradients import local_tensor, partial_dimension, resolve_families
 from foldpar.groups import AxisGroup, FoldedGroups
 from foldpar.layout import Axis
+from foldpar.marks import resolve_parameters
 
 __all__ = ["clip_grad_norm_", "get_total_norm"]
 
@@ -39,20 +40,22 @@ def get_total_norm(model: nn.Module, groups: FoldedGroups, *, norm_type: float =
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type = {norm_type!r} must be a positive number or infinity.")
-    gradients: dict[tuple[Axis, ...], list[Tensor]] = {}
+    folds: dict[FoldedGroups, int] = {groups: 0}
+    gradients: dict[tuple[int, tuple[Axis, ...]], list[Tensor]] = {}
     device, dtype = torch.device("cpu"), torch.float32
-    for place, (name, parameter, family) in enumerate(resolve_families(model, groups)):
-        same_shards = gradients.setdefault(family.shard_axes, [])
+    for place, resolved in enumerate(resolve_parameters(model, groups)):
+        parameter, shard_axes = resolved.parameter, resolved.family.shard_axes
+        same_shards = gradients.setdefault((folds.setdefault(resolved.groups, len(folds)), shard_axes), [])
         device = parameter.device if place == 0 else device
         if parameter.grad is not None and parameter.requires_grad:
-            _check_whole(name, parameter.grad)
+            _check_whole(resolved.name, parameter.grad)
             same_shards.append(local_tensor(parameter.grad))
             dtype = torch.promote_types(dtype, parameter.grad.dtype.to_real())
     with torch.no_grad():
-        per_family = []
-        for shard_axes in sorted(gradients):
-            norm = _norm_of_norms(_norms(gradients[shard_axes], norm_type, device), norm_type)
-            for group in _shard_groups(shard_axes, groups):
+        per_family, groups_of_fold = [], list(folds)
+        for fold, shard_axes in sorted(gradients):
+            norm = _norm_of_norms(_norms(gradients[fold, shard_axes], norm_type, device), norm_type)
+            for group in _shard_groups(shard_axes, groups_of_fold[fold]):
                 norm = _norm_of_norms(all_gather(norm, group), norm_type)
             per_family.append(norm)
         norms = torch.stack(per_family) if per_family else torch.zeros(0, dtype=torch.float64, device=device)

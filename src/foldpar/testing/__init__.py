@@ -10,14 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foldpar.testing.decorators import multi_rank
+    from foldpar.testing.parity import check_against_one_process
     from foldpar.testing.ranks import RankFailure, RanksFailed, live_groups, run_ranks
-    from foldpar.testing.strategies import layouts, routings, row_counts, token_batches
+    from foldpar.testing.report import Comparison, ParityFailed, ParityReport
+    from foldpar.testing.strategies import MaskedRouting, layouts, routings, row_counts, token_batches
 
 __all__ = [
+    "Comparison",
+    "MaskedRouting",
+    "ParityFailed",
+    "ParityReport",
     "RankFailure",
     "RanksFailed",
+    "check_against_one_process",
     "layouts",
     "live_groups",
+    "multi_rank",
     "routings",
     "row_counts",
     "run_ranks",
@@ -25,10 +34,16 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Comparison": "report",
+    "MaskedRouting": "strategies",
+    "ParityFailed": "report",
+    "ParityReport": "report",
     "RankFailure": "ranks",
     "RanksFailed": "ranks",
+    "check_against_one_process": "parity",
     "layouts": "strategies",
     "live_groups": "ranks",
+    "multi_rank": "decorators",
     "routings": "strategies",
     "row_counts": "strategies",
     "run_ranks": "ranks",

@@ -2,7 +2,8 @@
 
 Every thread gets a ``torch.distributed`` of its own (default group, names, counts), and a collective is a meeting of
 threads at which one of them copies all tensors. Put back afterwards: ``distributed_c10d._world``, the isolation mode of
-the group registry, the table of collectives in progress, and the number of torch threads.
+the group registry, the table of collectives in progress, ``sys.excepthook`` (which ``init_process_group`` replaces),
+and the number of torch threads.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _failed(ranks: Sequence[_Rank]) -> bool:
 
 @contextmanager
 def _a_world_per_thread() -> Iterator[None]:
-    world, torch_threads = _c10d._world, torch.get_num_threads()
+    world, torch_threads, excepthook = _c10d._world, torch.get_num_threads(), sys.excepthook
     private: Any = torch._C._distributed_c10d
     _Group.reset()
     private._set_thread_isolation_mode(True)
@@ -84,6 +85,7 @@ def _a_world_per_thread() -> Iterator[None]:
         _Group.group_name = group_name
         del _Group.shutdown
         torch.set_num_threads(torch_threads)
+        sys.excepthook = excepthook
         _c10d._world = world
         private._set_thread_isolation_mode(False)
         _Group.reset()

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import isqrt, lcm
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args, overload
 
 from hypothesis import strategies as st
 
 from foldpar.errors import LayoutError
 from foldpar.layout import ORDERS, FoldedLayout, Order
 
-__all__ = ["Balance", "Bound", "layouts", "routings", "row_counts", "token_batches"]
+__all__ = ["Balance", "Bound", "MaskedRouting", "layouts", "routings", "row_counts", "token_batches"]
 
 Bound: TypeAlias = "int | tuple[int, int] | None"
 Balance = Literal["balanced", "one", "skewed", "random"]
@@ -110,14 +110,42 @@ def token_batches(
     return row_counts(len(places), max_tokens).map(lambda counts: tuple(counts[places[owner]] for owner in owners))
 
 
+class MaskedRouting(NamedTuple):
+    """Expert ids and which of them count, both ``[num_tokens][top_k]``."""
+
+    ids: list[list[int]]
+    mask: list[list[bool]]
+
+
+@overload
 def routings(
-    num_tokens: int, num_experts: int, top_k: int, *, balances: Sequence[Balance] = get_args(Balance)
-) -> st.SearchStrategy[list[list[int]]]:
-    """Expert ids ``[num_tokens][top_k]``, distinct within a token.
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    balances: Sequence[Balance] = ...,
+    masked: Literal[False] = ...,
+) -> st.SearchStrategy[list[list[int]]]: ...
+@overload
+def routings(
+    num_tokens: int, num_experts: int, top_k: int, *, balances: Sequence[Balance] = ..., masked: Literal[True]
+) -> st.SearchStrategy[MaskedRouting]: ...
+def routings(
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    balances: Sequence[Balance] = get_args(Balance),
+    masked: bool = False,
+) -> st.SearchStrategy[list[list[int]]] | st.SearchStrategy[MaskedRouting]:
+    """Expert ids ``[num_tokens][top_k]``, distinct within a token; with ``masked`` also which of them count.
 
     ``balances`` says which kinds are drawn: ``"balanced"`` gives all experts equally many assignments (one more or
     less), ``"one"`` sends all tokens to the same ``top_k`` experts, ``"skewed"`` leaves half of the experts or more
     without any, unless ``top_k`` needs them, and ``"random"`` is anything. Shrinks to the balanced one.
+
+    A mask is ``False`` for the last tokens (padding), beyond a number of assignments per expert (capacity, the first
+    ones stay), or anywhere; all may count, or none. Shrinks to all.
 
     Example:
         >>> from hypothesis import find
@@ -125,6 +153,8 @@ def routings(
         [[0, 1], [2, 3], [0, 1]]
         >>> find(routings(3, 4, 2), lambda ids: all(3 in token for token in ids))
         [[0, 3], [0, 3], [0, 3]]
+        >>> find(routings(3, 4, 2, masked=True), lambda routing: not all(routing.mask[0])).mask
+        [[True, False], [True, True], [True, True]]
 
     Raises:
         ValueError: ``top_k`` is not one of 1 to ``num_experts``.
@@ -151,7 +181,33 @@ def routings(
         "skewed": some.flatmap(each),
         "random": each(every),
     }
-    return st.one_of([kinds[balance] for balance in balances])
+    ids = st.one_of([kinds[balance] for balance in balances])
+    return ids.flatmap(_with_mask) if masked else ids
+
+
+def _with_mask(ids: list[list[int]]) -> st.SearchStrategy[MaskedRouting]:
+    tokens, top_k = len(ids), len(ids[0]) if ids else 0
+
+    def without_padding(kept: int) -> list[list[bool]]:
+        return [[token < kept] * top_k for token in range(tokens)]
+
+    def within(capacity: int) -> list[list[bool]]:
+        taken: Counter[int] = Counter()
+        mask = []
+        for token in ids:
+            mask.append([taken[expert] < capacity for expert in token])
+            taken.update(token)
+        return mask
+
+    everything = st.just(without_padding(tokens))
+    anywhere = st.lists(
+        st.lists(st.sampled_from([True, False]), min_size=top_k, max_size=top_k), min_size=tokens, max_size=tokens
+    )
+    # Numbers shrink to 0, and what is drawn should shrink to all that counts.
+    padding = st.integers(0, tokens).map(lambda dropped: without_padding(tokens - dropped))
+    capacity = st.integers(0, tokens).map(lambda dropped: within(tokens - dropped))
+    masks = st.one_of(everything, anywhere, padding, capacity)
+    return masks.map(lambda mask: MaskedRouting(ids, mask))
 
 
 @st.composite

@@ -1,0 +1,293 @@
+"""Which family every parameter has: marks, and the rules that resolve them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from foldpar.dtensors import MeshAxes, MeshDim, is_dtensor
+from foldpar.errors import FamilyError, GroupsError
+from foldpar.families import DENSE_SHARDED, REPLICATED, ParameterFamily
+from foldpar.groups import FoldedGroups
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = [
+    "ResolvedParameter",
+    "groups_of",
+    "mark_parameters",
+    "parameter_families",
+    "parameter_groups",
+    "resolve_parameters",
+]
+
+_MARK = "_foldpar_family"
+_MARKS_BY_NAME = "_foldpar_family_of_name"
+_Target = TypeVar("_Target", bound="nn.Module | nn.Parameter")
+
+
+def mark_parameters(target: _Target, family: ParameterFamily, *, names: Iterable[str] | None = None) -> _Target:
+    """Declare the family of a parameter, or of all parameters of a module and its children; returns the target.
+
+    The nearest mark wins, in whatever order marks are made: the parameter's own, then that of the module that owns
+    it (by ``names`` before the module's), then of the modules around that. So a mark on the whole model is a default,
+    which the marks inside (those that ``FoldedMoE`` makes, for example) override. A module keeps its marks when it is
+    copied and when its parameters are replaced; a mark on a parameter belongs to that tensor.
+
+    Args:
+        names: mark only these of the module's own parameters, such as ``("sinks",)``.
+
+    Example:
+        >>> from foldpar import families
+        >>> model = mark_parameters(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), families.REPLICATED)
+        >>> head = mark_parameters(model[0], families.REPLICATED_PARTIAL, names=("bias",))
+
+    Raises:
+        FamilyError: the target is no module and no parameter, the family is no ``ParameterFamily``, or the module has
+            no parameter of such a name.
+    """
+    if not isinstance(target, (nn.Module, nn.Parameter)):
+        raise FamilyError(f"mark_parameters marks a torch.nn.Module or a Parameter, not a {type(target).__name__}.")
+    if not isinstance(family, ParameterFamily):
+        raise FamilyError(
+            f"mark_parameters takes a ParameterFamily, not {family!r}: one of foldpar.families, such as "
+            f"families.REPLICATED, or your own."
+        )
+    if names is None:
+        setattr(target, _MARK, family)
+        return target
+    names = (names,) if isinstance(names, str) else tuple(names)
+    own = dict(target.named_parameters(recurse=False)) if isinstance(target, nn.Module) else {}
+    for name in names:
+        if name not in own:
+            raise FamilyError(
+                f"names has {name!r}, but the own parameters of this {type(target).__name__} are "
+                f"{', '.join(own) or 'none'}. For a parameter of a child, mark the child."
+            )
+    setattr(target, _MARKS_BY_NAME, {**getattr(target, _MARKS_BY_NAME, {}), **dict.fromkeys(names, family)})
+    return target
+
+
+def parameter_families(model: nn.Module, groups: FoldedGroups) -> dict[str, ParameterFamily]:
+    """The one family of every parameter, frozen ones included, by name; a tied parameter appears once.
+
+    Decided by, in this order:
+
+    1. *DTensor*: a parameter sharded over tp is ``DENSE_SHARDED``, whatever the default around it says.
+    2. *The nearest mark*, see :func:`mark_parameters`.
+    3. *Without a mark*: ``REPLICATED`` where ``tp = 1``, since there are no lanes to tell apart. Otherwise an error:
+       whether a lane's gradient is whole or a part of a sum cannot be seen, and is never guessed.
+
+    Example:
+        >>> from foldpar.groups import create_groups
+        >>> from foldpar.layout import solve_layout
+        >>> families = parameter_families(nn.Linear(4, 4, bias=False), create_groups(solve_layout(1)))
+        >>> {name: family.name for name, family in families.items()}
+        {'weight': 'replicated'}
+
+    Raises:
+        FamilyError: a parameter has no mark and ``tp > 1``; a tied parameter is marked in two ways; a DTensor's
+            placement contradicts the mark on the parameter or on the module that owns it.
+    """
+    return {resolved.name: resolved.family for resolved in resolve_parameters(model, groups)}
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: one per family, with DTensors apart from plain tensors.
+
+    Fused optimizers fail on a group that mixes plain and DTensor parameters, or DTensors of two meshes. Each group
+    has ``"params"`` (those that require a gradient, a tied one once) and ``"family"``, the family's name by the rules
+    of :func:`parameter_families` as far as they can be told without groups; ``"unmarked"`` where there is no mark.
+    Other options can be added before the optimizer is made.
+
+    Example:
+        >>> from foldpar import families
+        >>> model = nn.Sequential(nn.Linear(4, 4), mark_parameters(nn.LayerNorm(4), families.REPLICATED))
+        >>> [(group["family"], len(group["params"])) for group in parameter_groups(model)]
+        [('unmarked', 2), ('replicated', 2)]
+        >>> import torch
+        >>> optimizer = torch.optim.SGD(parameter_groups(model), lr=0.1)
+    """
+    members: dict[tuple[str, DeviceMesh | None], list[nn.Parameter]] = {}
+    for use in _first_uses(model):
+        if use.parameter.requires_grad:
+            mesh = use.parameter.device_mesh if is_dtensor(use.parameter) else None
+            members.setdefault((_label(use), mesh), []).append(use.parameter)
+    return [{"params": parameters, "family": label} for (label, _), parameters in members.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """A parameter at one of its places in the model."""
+
+    name: str
+    parameter: nn.Parameter
+    explicit: ParameterFamily | None
+    """The mark on the parameter itself or on the module that owns it."""
+    inherited: ParameterFamily | None
+    """The nearest mark on a module further out."""
+    groups: FoldedGroups | None
+    """Those of the nearest module around it that has any, such as ``FoldedMoE``."""
+
+
+def _uses(
+    module: nn.Module,
+    prefix: str = "",
+    inherited: ParameterFamily | None = None,
+    groups: FoldedGroups | None = None,
+) -> Iterator[_Use]:
+    groups = groups_of(module) or groups
+    own: ParameterFamily | None = getattr(module, _MARK, None)
+    by_name: dict[str, ParameterFamily] = getattr(module, _MARKS_BY_NAME, {})
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        explicit = getattr(parameter, _MARK, None) or by_name.get(name) or own
+        yield _Use(prefix + name, parameter, explicit, inherited, groups)
+    for name, child in module.named_children():
+        yield from _uses(child, f"{prefix}{name}.", own or inherited, groups)
+
+
+def groups_of(module: nn.Module) -> FoldedGroups | None:
+    """The groups that a module was built with, if it has any."""
+    groups = getattr(module, "groups", None)
+    return groups if isinstance(groups, FoldedGroups) else None
+
+
+def _first_uses(model: nn.Module) -> list[_Use]:
+    first: dict[int, _Use] = {}
+    for use in _uses(model):
+        first.setdefault(id(use.parameter), use)
+    return list(first.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedParameter:
+    """A parameter, its one family, and the groups whose axes the family names."""
+
+    name: str
+    parameter: nn.Parameter
+    family: ParameterFamily
+    groups: FoldedGroups
+
+
+def resolve_parameters(model: nn.Module, groups: FoldedGroups) -> list[ResolvedParameter]:
+    """Every parameter of the model once, in the order of the model; see :func:`parameter_families`.
+
+    Layers of one model may fold their experts differently: an expert family is one of the groups of the nearest module
+    around the parameter that has groups, a dense family is one of ``groups``.
+    """
+    _check_one_dense_view(model, groups)
+    axes_of = MeshAxes()
+    uses_of: dict[int, list[_Use]] = {}
+    for use in _uses(model):
+        uses_of.setdefault(id(use.parameter), []).append(use)
+    resolved, unmarked = [], []
+    for uses in uses_of.values():
+        found = [(use, family) for use in uses if (family := _family_of(use, axes_of, groups)) is not None]
+        if not found:
+            unmarked.append(uses[0].name)
+            continue
+        first, family = found[0]
+        for use, other in found[1:]:
+            if replace(other, name="") != replace(family, name=""):
+                raise FamilyError(_two_families(first, family, use, other))
+            if family.view == "expert" and use.groups is not first.groups:
+                raise FamilyError(_two_folds(first, use))
+        own = first.groups if family.view == "expert" and first.groups is not None else groups
+        resolved.append(ResolvedParameter(uses[0].name, uses[0].parameter, family, own))
+    if unmarked:
+        raise FamilyError(_no_family(unmarked, groups.layout.tp))
+    return resolved
+
+
+def _check_one_dense_view(model: nn.Module, groups: FoldedGroups) -> None:
+    """Refuse layers whose lanes and data ranks are others than those of ``groups``."""
+    given = groups.layout
+    for name, module in model.named_modules():
+        own = groups_of(module)
+        if own is not None and own is not groups:
+            layout = own.layout
+            if (layout.world, layout.tp, layout.pp) != (given.world, given.tp, given.pp):
+                raise GroupsError(
+                    f"{name or 'The model'} was built with groups of world = {layout.world}, tp = {layout.tp}, pp = "
+                    f"{layout.pp}, and these groups have world = {given.world}, tp = {given.tp}, pp = {given.pp}. "
+                    f"Layers of one model may fold their experts differently (ep, etp, order), but the lanes and the "
+                    f"data ranks over which dense gradients meet are one set. Solve all layouts with the same tp and "
+                    f"pp."
+                )
+
+
+def _family_of(use: _Use, axes_of: MeshAxes, groups: FoldedGroups) -> ParameterFamily | None:
+    family = use.explicit or use.inherited or (REPLICATED if groups.layout.tp == 1 else None)
+    if not is_dtensor(use.parameter):
+        return family
+    dims = axes_of.dims(use.parameter, use.groups or groups)
+    shards_over_tp = any("tp" in dim.axes and dim.placement.is_shard() for dim in dims)
+    overridable = family is None or (family.view == "dense" and "tp" not in family.shard_axes)
+    if shards_over_tp and overridable and use.explicit is None:
+        family = DENSE_SHARDED
+    if family is not None:
+        _check_placements(use.name, family, dims)
+    return family
+
+
+def _check_placements(name: str, family: ParameterFamily, dims: list[MeshDim]) -> None:
+    shard_axes = set(family.shard_axes) | ({"ep_etp"} if {"ep", "etp"} <= set(family.shard_axes) else set())
+    for dim in dims:
+        if dim.placement.is_shard() and not shard_axes & dim.axes:
+            raise FamilyError(
+                f"{name} is a DTensor sharded over {dim}, but its family {family.name!r} has the shard axes "
+                f"{family.shard_axes}. One of the two is wrong, and reducing by either would be a guess. Remove the "
+                f"mark, or mark it with the family of its placement (families.DENSE_SHARDED over tp). Where a wrapper "
+                f"such as FSDP2 shards a parameter over data-parallel ranks, it reduces the gradient too: do not "
+                f"reduce it again."
+            )
+        if dim.placement.is_replicate() and "tp" in dim.axes and "tp" in family.shard_axes:
+            raise FamilyError(
+                f"{name} is a DTensor replicated over {dim}, but its family {family.name!r} shards over tp: its norm "
+                f"would be counted once per lane. Mark the parameter itself, for example mark_parameters(parameter, "
+                f"families.REPLICATED), which is right for the bias of a row-wise sharded layer."
+            )
+
+
+def _label(use: _Use) -> str:
+    if use.explicit is None and is_dtensor(use.parameter):
+        names = use.parameter.device_mesh.mesh_dim_names or ()
+        if any(name == "tp" and dim.is_shard() for name, dim in zip(names, use.parameter.placements, strict=False)):
+            return DENSE_SHARDED.name
+    family = use.explicit or use.inherited
+    return family.name if family is not None else "unmarked"
+
+
+def _two_families(first: _Use, first_family: ParameterFamily, second: _Use, second_family: ParameterFamily) -> str:
+    return (
+        f"One parameter has two families: as {first.name} it is {first_family.name!r}, as {second.name} it is "
+        f"{second_family.name!r}. Its gradient is one sum of both uses, so no single reduction fits two states. Bring "
+        f"both uses to one state (copy_to_group(weight) at the use whose gradient is partial), then mark the "
+        f"parameter itself, which goes for both names: mark_parameters(parameter, families.REPLICATED)."
+    )
+
+
+def _two_folds(first: _Use, second: _Use) -> str:
+    return (
+        f"One expert parameter lies in two layers of different groups, as {first.name} and as {second.name}: its "
+        f"gradient is one sum of both uses, and has no single set of replicas to meet. Build both layers with the "
+        f"groups of one create_groups call."
+    )
+
+
+def _no_family(names: list[str], tp: int) -> str:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    subject = "1 parameter has" if len(names) == 1 else f"{len(names)} parameters have"
+    return (
+        f"{subject} no family: {shown}. With tp = {tp}, a lane's gradient of such a parameter can be whole, a part "
+        f"of a sum, or that of other elements. Nothing in the numbers shows which, and the wrong reduction silently "
+        f"trains another model, so it is not guessed. Say it in one line, for the model as a default or for a module "
+        f"inside:\n"
+        f"    mark_parameters(model, families.REPLICATED)            whole: used on all rows (norms, embeddings)\n"
+        f"    mark_parameters(module, families.REPLICATED_PARTIAL)   a part: own rows or own heads, sharded lanes\n"
+        f"    mark_parameters(module, families.DENSE_SHARDED)        other elements: a TP slice"
+    )

@@ -1,0 +1,120 @@
+"""Which part of a whole tensor a rank holds: told apart by kind of parameter, not by the code that folds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from foldpar.dtensors import is_dtensor
+from foldpar.errors import ShapeError
+from foldpar.experts import GroupedExperts
+from foldpar.groups import FoldedGroups
+from foldpar.marks import resolve_parameters
+
+__all__ = ["Share", "Shares", "Whole", "placed"]
+
+Share: TypeAlias = Callable[[str, Tensor, FoldedGroups], "Tensor | None"]
+Whole: TypeAlias = Callable[[str, Mapping[str, Tensor]], Tensor]
+
+
+class Shares:
+    """Which part of the reference's tensors each parameter of a folded module holds on this rank."""
+
+    def __init__(
+        self, module: nn.Module, groups: FoldedGroups, *, whole: Whole | None = None, share: Share | None = None
+    ) -> None:
+        self._groups, self._whole_of, self._share_of = groups, whole, share
+        self.parameters = dict(module.named_parameters())
+        resolved = resolve_parameters(module, groups)
+        self.families = {each.name: each.family for each in resolved}
+        self.groups_of = {each.name: each.groups for each in resolved}
+        self._experts = {
+            f"{path}.{name}" if path else name: (experts, name)
+            for path, experts in module.named_modules()
+            if isinstance(experts, GroupedExperts)
+            for name, _ in experts.named_parameters(recurse=False)
+        }
+
+    def family(self, name: str) -> str:
+        """The name of a parameter's family."""
+        return self.families[name].name
+
+    def of(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """This rank's share of every tensor, in the order of the folded module's parameters."""
+        looked_up = _LookUp(tensors)
+        shares = [self._share(name, self._whole(name, looked_up)) for name in self.parameters]
+        if forgotten := [name for name in tensors if name not in looked_up.seen]:
+            raise ShapeError(
+                f"The reference has parameters that no parameter of the folded module is a share of: "
+                f"{', '.join(forgotten[:5])}. They would go unchecked. Name or stack them with whole(name, tensors)."
+            )
+        return shares
+
+    def _whole(self, name: str, tensors: _LookUp) -> Tensor:
+        if self._whole_of is not None:
+            return self._whole_of(name, tensors)
+        if name not in tensors:
+            raise ShapeError(
+                f"The folded module has a parameter {name!r} that the reference has not; it has "
+                f"{', '.join(list(tensors)[:8])}. Say what it is a share of with whole(name, tensors of the reference)."
+            )
+        return tensors[name]
+
+    def _share(self, name: str, whole: Tensor) -> Tensor:
+        given = self._share_of(name, whole, self._groups) if self._share_of is not None else None
+        parameter = self.parameters[name]
+        if given is not None:
+            return given
+        if is_dtensor(parameter):
+            return placed(whole, parameter)
+        if name in self._experts:
+            return _share_of_experts(whole, *self._experts[name])
+        sharded = "tp" in self.families[name].shard_axes and whole.dim() == parameter.dim()
+        differing = [dim for dim in range(whole.dim()) if sharded and whole.shape[dim] != parameter.shape[dim]]
+        if len(differing) == 1:
+            return whole.tensor_split(self._groups.tp.size, dim=differing[0])[self._groups.tp.index]
+        return whole
+
+
+class _LookUp(Mapping[str, Tensor]):
+    """Tensors by name that remembers which were asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.seen.add(name)
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def _share_of_experts(whole: Tensor, experts: GroupedExperts, name: str) -> Tensor:
+    """By global expert, then by hidden unit; on its own, not with the slices that the experts were made by.
+
+    A gate_up weight is ``[experts, parts * hidden, ...]`` and a down weight ``[experts, dim, hidden]``.
+    """
+    groups = experts.groups
+    here = experts.num_experts // groups.ep.size
+    mine = whole[groups.ep.index * here : (groups.ep.index + 1) * here]
+    hidden = experts.hidden_dim // groups.etp.size
+    units = slice(groups.etp.index * hidden, (groups.etp.index + 1) * hidden)
+    if name.startswith("gate_up"):
+        return torch.cat([part[:, units] for part in mine.split(experts.hidden_dim, dim=1)], dim=1)
+    return mine[:, :, units] if mine.dim() == 3 else mine
+
+
+def placed(whole: Tensor, like: Tensor) -> Tensor:
+    """The local part of a whole tensor that is placed like a DTensor."""
+    from torch.distributed.tensor import distribute_tensor
+
+    assert is_dtensor(like)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
