@@ -237,7 +237,7 @@ def one_rank_with_a_wide_gradient() -> None:
 
 
 def test_ranks_need_not_have_gradients_of_one_dtype() -> None:
-    run_ranks(one_rank_with_a_wide_gradient, 2, backend="threads")
+    run_ranks(one_rank_with_a_wide_gradient, 2)
 
 
 def test_a_rank_without_a_backward_takes_part_with_zeros() -> None:

@@ -209,7 +209,7 @@ def gradient_norms(plain: Model, layout: foldpar.FoldedLayout, options: dict[str
             foldpar.reduce_gradients(model, groups)
             norms.append(
                 {
-                    "router": float(foldpar.get_total_norm(moe.router, groups)),
+                    "router": float(moe.router.weight.grad.norm()),
                     "LayerNorm": float(model.norm.weight.grad.norm()),
                     "experts": float(foldpar.get_total_norm(moe.experts, groups)),
                     "all": float(foldpar.clip_grad_norm_(model, 0.5, groups)),

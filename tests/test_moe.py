@@ -357,3 +357,42 @@ def test_an_arriving_gradient_that_is_not_what_was_declared_names_the_remedy() -
     for text in run_ranks(wrong_lane_gradient, 4, "partial", "same"):
         assert "is equal on the lanes" in text
         assert "Use lane_grads='replicated'" in text
+
+
+def reused_children() -> tuple[str, ...]:
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4)) as groups:
+        one = layer(groups, partition="tokens")
+        two = foldpar.FoldedMoE(one.router, one.experts, groups, partition="assignments")
+        own = foldpar.mark_parameters(foldpar.TopKRouter(DIM, EXPERTS, TOP_K), families.REPLICATED_PARTIAL)
+        three = foldpar.FoldedMoE(own, one.experts, groups, partition="assignments")
+        return tuple(foldpar.parameter_families(moe, groups)["router.weight"].name for moe in (one, two, three))
+
+
+def test_a_child_takes_no_mark_from_one_layer_into_another() -> None:
+    assert run_ranks(reused_children, 4)[0] == ("router_own_tokens", "router_all_tokens", "replicated_partial")
+
+
+def test_weights_of_a_wrong_shape_are_refused() -> None:
+    moe = layer(ONE)
+
+    class TooManyWeights(nn.Module):
+        def forward(self, x: Tensor) -> foldpar.Routing:
+            routing = moe.router(x)
+            return foldpar.Routing(routing.ids, torch.cat([routing.weights, routing.weights], dim=1))
+
+    wrong = foldpar.FoldedMoE(TooManyWeights(), moe.experts, ONE)
+    with pytest.raises(ShapeError, match=r"Routing weights must be \[tokens, top_k\] = \[3, 2\], and are \[3, 4\]"):
+        wrong(torch.zeros(3, DIM, dtype=torch.float64))
+
+
+def nothing_takes_bits_for_numbers() -> None:
+    with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+        moe = layer(groups).bfloat16()
+        x = torch.linspace(-3, 3, 64 * DIM).view(64, DIM).bfloat16().requires_grad_()
+        with torch.autograd.detect_anomaly(check_nan=True):
+            moe(x).sum().backward()
+
+
+def test_anomaly_detection_finds_nothing_in_a_sound_layer() -> None:
+    with pytest.warns(UserWarning, match="Anomaly Detection has been enabled"):
+        run_ranks(nothing_takes_bits_for_numbers, 2, backend="threads")

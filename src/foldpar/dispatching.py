@@ -16,10 +16,12 @@ once, not once per slice.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from foldpar.collectives import (
     all_gather,
@@ -35,13 +37,15 @@ from foldpar.permutation import (
     collect,
     count_rows,
     ordinal_in_expert,
-    pack_rows,
+    pack,
+    pack_sums,
     packs,
     pick,
     place_experts,
     place_rows,
     spread,
-    unpack_rows,
+    sum_packed,
+    unpack,
     wide,
 )
 
@@ -193,11 +197,7 @@ def dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
     Raises:
         ShapeError: ``x`` is not ``[plan.num_tokens, dim]``.
     """
-    if x.dim() != 2 or x.shape[0] != plan.num_tokens:
-        raise ShapeError(
-            f"dispatch takes [tokens, dim] with the {plan.num_tokens} token(s) that were planned, and got "
-            f"{list(x.shape)}."
-        )
+    _check_tokens(x, plan)
     return spread(_to_experts(x, plan), plan.row_of_assignment, plan.assignment_of_slot)
 
 
@@ -212,11 +212,7 @@ def dispatch_weights(weights: Tensor, plan: DispatchPlan) -> Tensor:
     Raises:
         ShapeError: ``weights`` does not have the shape that was planned.
     """
-    if weights.shape != (plan.num_tokens, plan.top_k):
-        raise ShapeError(
-            f"Routing weights must be [tokens, top_k] = [{plan.num_tokens}, {plan.top_k}], and are "
-            f"{list(weights.shape)}."
-        )
+    _check_weights(weights, plan)
     return pick(_to_experts(weights, plan), plan.slot_of_assignment, plan.assignment_of_slot)
 
 
@@ -228,9 +224,30 @@ def dispatch_weighted(x: Tensor, weights: Tensor, plan: DispatchPlan) -> tuple[T
     """
     if plan.etp.size > 1 or not packs(x, weights):
         return dispatch(x, plan), dispatch_weights(weights, plan)
-    payload = pack_rows(x, weights, plan.token_of_sent, plan.sent_of_token)
-    received = all_to_all_rows(payload, plan.send_rows, plan.receive_rows, plan.ep)
-    return unpack_rows(received, plan.slot_of_assignment, plan.assignment_of_slot, x.shape[1])
+    _check_tokens(x, plan)
+    _check_weights(weights, plan)
+    return cast("tuple[Tensor, Tensor]", cast(Any, _CarryRows).apply(x, weights, plan))
+
+
+class _CarryRows(Function):
+    """Rows with their weights to the experts, and their gradients back: packed, as bytes, so that no check for NaN
+    and no sum on the way takes a weight's bits for numbers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.dim = plan, x.shape[1]
+        payload = pack(x.contiguous(), weights.contiguous(), plan.token_of_sent)
+        received = exchange_rows(payload.view(torch.uint8), plan.send_rows, plan.receive_rows, plan.ep)
+        return unpack(received.view(x.dtype), plan.slot_of_assignment, x.shape[1], plan.top_k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
+        plan = ctx.plan
+        payload = pack_sums(grad_rows.contiguous(), grad_weights.contiguous(), plan.assignment_of_slot)
+        returned = exchange_rows(payload.view(torch.uint8), plan.receive_rows, plan.send_rows, plan.ep)
+        return *sum_packed(returned.view(grad_rows.dtype), plan.sent_of_token, ctx.dim, plan.top_k), None
 
 
 def combine(rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Tensor:
@@ -266,6 +283,22 @@ def _to_experts(x: Tensor, plan: DispatchPlan) -> Tensor:
     sent = spread(x, plan.token_of_sent, plan.sent_of_token)
     received = all_to_all_rows(sent, plan.send_rows, plan.receive_rows, plan.ep)
     return all_gather_rows(received, plan.etp, row_counts=plan.rows_per_etp, backward="reduce_scatter")
+
+
+def _check_tokens(x: Tensor, plan: DispatchPlan) -> None:
+    if x.dim() != 2 or x.shape[0] != plan.num_tokens:
+        raise ShapeError(
+            f"dispatch takes [tokens, dim] with the {plan.num_tokens} token(s) that were planned, and got "
+            f"{list(x.shape)}."
+        )
+
+
+def _check_weights(weights: Tensor, plan: DispatchPlan) -> None:
+    if weights.shape != (plan.num_tokens, plan.top_k):
+        raise ShapeError(
+            f"Routing weights must be [tokens, top_k] = [{plan.num_tokens}, {plan.top_k}], and are "
+            f"{list(weights.shape)}."
+        )
 
 
 def _check_routing(expert_ids: Tensor, groups: FoldedGroups, num_experts: int, mask: Tensor | None) -> None:

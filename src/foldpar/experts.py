@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foldpar.activations import ELEMENTWISE, GATED, Activation
 from foldpar.errors import ShapeError
-from foldpar.families import EXPERT_BIAS
+from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT
 from foldpar.grouped import grouped_feed_forward
 from foldpar.groups import FoldedGroups
 from foldpar.marks import mark_parameters
@@ -69,6 +69,7 @@ class GroupedExperts(nn.Module):
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate_up_proj = nn.Parameter(torch.empty(self.local_experts, self._parts * self.local_hidden, dim, **like))
         self.down_proj = nn.Parameter(torch.empty(self.local_experts, dim, self.local_hidden, **like))
+        mark_parameters(self, ROUTED_EXPERT)
         self.gate_up_bias: nn.Parameter | None = None
         self.down_bias: nn.Parameter | None = None
         if bias:

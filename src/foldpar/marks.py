@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +27,7 @@ __all__ = [
 
 _MARK = "_foldpar_family"
 _MARKS_BY_NAME = "_foldpar_family_of_name"
+_MARKS_OF_CHILDREN = "_foldpar_family_of_child"
 _Target = TypeVar("_Target", bound="nn.Module | nn.Parameter")
 
 
@@ -70,6 +71,15 @@ def mark_parameters(target: _Target, family: ParameterFamily, *, names: Iterable
             )
     setattr(target, _MARKS_BY_NAME, {**getattr(target, _MARKS_BY_NAME, {}), **dict.fromkeys(names, family)})
     return target
+
+
+def mark_children(module: nn.Module, families: Mapping[str, ParameterFamily]) -> None:
+    """Say what the children's parameters are *in this place*: weaker than a child's own mark, nearer than any other.
+
+    For a layer that knows what its arguments make of its children. A child that is used in two layers, or copied into
+    another one, takes no mark with it.
+    """
+    setattr(module, _MARKS_OF_CHILDREN, dict(families))
 
 
 def parameter_families(model: nn.Module, groups: FoldedGroups) -> dict[str, ParameterFamily]:
@@ -146,8 +156,9 @@ def _uses(
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         explicit = getattr(parameter, _MARK, None) or by_name.get(name) or own
         yield _Use(prefix + name, parameter, explicit, inherited, groups)
+    of_children: dict[str, ParameterFamily] = getattr(module, _MARKS_OF_CHILDREN, {})
     for name, child in module.named_children():
-        yield from _uses(child, f"{prefix}{name}.", own or inherited, groups)
+        yield from _uses(child, f"{prefix}{name}.", of_children.get(name) or own or inherited, groups)
 
 
 def groups_of(module: nn.Module) -> FoldedGroups | None:

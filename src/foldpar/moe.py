@@ -40,7 +40,7 @@ from foldpar.grouped import in_autocast_dtype
 from foldpar.groups import AxisGroup, FoldedGroups
 from foldpar.lane_checks import check_finite_weights, check_lane_gradient
 from foldpar.lanes import LaneGradients, Lanes, LaneState
-from foldpar.marks import mark_parameters
+from foldpar.marks import mark_children, mark_parameters
 from foldpar.randomness import random_region
 from foldpar.route_checks import check_same_routing
 from foldpar.routing import Router, Routing
@@ -131,9 +131,10 @@ class FoldedMoE(nn.Module):
         self.capacity, self.counters = capacity, counters
         self._ends = _lane_ends(groups.tp, lanes, lane_grads, partition)
         self.router, self.experts, self.shared = router, experts, shared
-        for module, family in self._families():
-            if isinstance(module, nn.Module) and not hasattr(module, "_foldpar_family"):
-                mark_parameters(module, family)
+        names = ("router", "experts", "shared")
+        mark_children(self, {name: family for name, (_, family) in zip(names, self._families(), strict=True)})
+        if lane_grads == "post-hoc" and isinstance(experts, GroupedExperts):
+            mark_parameters(experts, ROUTED_EXPERT_POST_HOC)
         if lane_grads == "post-hoc" and isinstance(experts, GroupedExperts) and experts.down_bias is not None:
             cancelled = replace(EXPERT_BIAS, name="expert_bias_post_hoc", factor=Fraction(1, groups.tp.size))
             mark_parameters(experts, cancelled, names=("down_bias",))

@@ -113,51 +113,8 @@ def sum_copies(rows: Tensor, copies: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows and their routing weights in one payload, [row | weights]: the weights' bits travel behind the row as elements of
-# the row's dtype. Only for journeys that move bits and add nothing.
-
-
-def pack_rows(x: Tensor, weights: Tensor, source: Tensor, copies: Tensor) -> Tensor:
-    """:func:`spread` of rows ``[tokens, dim]`` and weights ``[tokens, top_k]``; the backward sums the copies."""
-    return cast(Tensor, cast(Any, _PackRows).apply(x, weights, source, copies))
-
-
-def unpack_rows(
-    payload: Tensor, slot_of_assignment: Tensor, assignment_of_slot: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
-    """The row and the weight of each assignment: ``[assignments, dim]`` and ``[assignments]``."""
-    return cast(
-        "tuple[Tensor, Tensor]", cast(Any, _UnpackRows).apply(payload, slot_of_assignment, assignment_of_slot, dim)
-    )
-
-
-class _PackRows(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, source: Tensor, copies: Tensor) -> Tensor:
-        ctx.save_for_backward(copies)
-        ctx.dim, ctx.top_k = x.shape[1], weights.shape[1]
-        return pack(x.contiguous(), weights.contiguous(), source)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (copies,) = ctx.saved_tensors
-        return *sum_packed(grad.contiguous(), copies, ctx.dim, ctx.top_k), None, None
-
-
-class _UnpackRows(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, payload: Tensor, slot_of_assignment: Tensor, assignment_of_slot: Tensor, dim: int
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(assignment_of_slot)
-        return unpack(payload, slot_of_assignment, dim, assignment_of_slot.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
-        (assignment_of_slot,) = ctx.saved_tensors
-        return pack_sums(grad_rows.contiguous(), grad_weights.contiguous(), assignment_of_slot), None, None, None
+# Rows and their routing weights in one payload, [row | weights]: the weights' bits behind the row, as elements of the
+# row's dtype. They are bits and no numbers: a payload travels as bytes, and nothing may be computed with it.
 
 
 def packs(x: Tensor, weights: Tensor) -> bool:
