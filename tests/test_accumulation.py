@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 from toys import Model, fold, gradient_errors, loss_of, plain_gradients, plain_model, relative, tokens_of, worst
@@ -270,6 +270,28 @@ def sharded_by_dtensor() -> float:
 
 def test_hooked_reduction_of_dtensors_equals_that_by_hand() -> None:
     assert max(run_ranks(sharded_by_dtensor, 4)) < 1e-14
+
+
+def placed_elsewhere() -> None:
+    """A gradient whose shards lie elsewhere is placed in finish, where no backward waits for these lanes."""
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=2)) as groups:
+        layer = nn.Linear(8, 16, bias=False)
+        parallelize_module(layer, groups.mesh("dense")["tp"], ColwiseParallel())
+
+        def gather(weight: Tensor) -> None:
+            weight.grad = weight.grad.redistribute(placements=[Replicate()])
+
+        layer.weight.register_post_accumulate_grad_hook(gather)
+        with GradientReducer(layer, groups) as reducer:
+            layer(torch.full((1, 8), 1.0 + groups.dp.index)).sum().backward()
+            assert not reducer._travelling
+            reducer.finish()
+        assert layer.weight.grad.placements == (Shard(0),)
+        assert torch.equal(layer.weight.grad.to_local(), torch.full((8, 8), 1.5))
+
+
+def test_a_gradient_to_be_placed_anew_waits_for_finish() -> None:
+    run_ranks(placed_elsewhere, 4)
 
 
 def stages_with_other_folds() -> list[tuple[str, ...]]:
