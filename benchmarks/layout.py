@@ -1,7 +1,7 @@
 """How long rank tables take, beside Megatron-Core's RankGenerator in the same run.
 
-    .venv/bin/python -m pip install --no-deps --target /tmp/megatron megatron-core
-    PYTHONPATH=/tmp/megatron .venv/bin/python benchmarks/layout.py
+    .venv/bin/python -m pip install --no-deps --target build/megatron megatron-core
+    PYTHONPATH=build/megatron .venv/bin/python benchmarks/layout.py
 
 Without Megatron-Core only foldpar's own times are printed. The exit code is 1 where foldpar took longer than
 Megatron-Core for a table, or where the two tables of the same order differ.

@@ -1,6 +1,6 @@
 """A rank that never comes to a collective, over NCCL: torch's watchdog must end the process that waits.
 
-torchrun --nproc-per-node 2 tests/gpu_stuck.py
+    torchrun --nproc-per-node 2 tests/gpu_stuck.py
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ import torch
 
 import foldpar
 
-torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-groups = foldpar.create_groups(foldpar.solve_layout(2, ep=2), backend="nccl", timeout=timedelta(seconds=5))
-foldpar.all_reduce(torch.ones(1, device="cuda"), groups.ep, backward="sum")
-torch.cuda.synchronize()
-print("both ranks came to the first one", flush=True)
-if groups.rank == 1:
-    time.sleep(600)
-foldpar.all_reduce(torch.ones(1, device="cuda"), groups.ep, backward="sum")
-torch.cuda.synchronize()
-print("the second one ended", flush=True)
+
+def main() -> None:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    groups = foldpar.create_groups(foldpar.solve_layout(2, ep=2), backend="nccl", timeout=timedelta(seconds=5))
+    foldpar.all_reduce(torch.ones(1, device="cuda"), groups.ep, backward="sum")
+    torch.cuda.synchronize()
+    print("both ranks came to the first one", flush=True)
+    if groups.rank == 1:
+        time.sleep(600)
+    foldpar.all_reduce(torch.ones(1, device="cuda"), groups.ep, backward="sum")
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
