@@ -1,6 +1,6 @@
 """A rank that never comes to a collective, over NCCL: torch's watchdog must end the process that waits.
 
-    torchrun --nproc-per-node 2 tests/gpu_stuck.py
+torchrun --nproc-per-node 2 tests/gpu_stuck.py
 """
 
 from __future__ import annotations
