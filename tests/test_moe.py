@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -389,10 +390,11 @@ def nothing_takes_bits_for_numbers() -> None:
     with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
         moe = layer(groups).bfloat16()
         x = torch.linspace(-3, 3, 64 * DIM).view(64, DIM).bfloat16().requires_grad_()
-        with torch.autograd.detect_anomaly(check_nan=True):
-            moe(x).sum().backward()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")
+            with torch.autograd.detect_anomaly(check_nan=True):
+                moe(x).sum().backward()
 
 
 def test_anomaly_detection_finds_nothing_in_a_sound_layer() -> None:
-    with pytest.warns(UserWarning, match="Anomaly Detection has been enabled"):
-        run_ranks(nothing_takes_bits_for_numbers, 2, backend="threads")
+    run_ranks(nothing_takes_bits_for_numbers, 2)  # on processes: the mode belongs to a process, not to a thread

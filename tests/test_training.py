@@ -85,6 +85,7 @@ def test_token_counts_that_tp_does_not_divide(case: Case) -> None:
     assert_equal_to_one_process(case)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="DTensor before torch 2.13 cannot view a batch of no tokens")
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_data_rank_without_tokens_still_steps(order: str) -> None:
     assert_equal_to_one_process(Case(4, 2, 4, order=order, empty=(1,)))
