@@ -42,7 +42,7 @@ FLOORS = (
     ("buckets", "marks", "dtensors"),
     ("grouped", "activations", "permutation", "kernels"),
     ("collectives", "groups"),
-    ("layout", "show", "factors", "families", "errors"),
+    ("layout", "config", "foreign_configs", "show", "factors", "families", "integers", "errors"),
 )
 INTEGERS_ONLY = {*FLOORS[-1], "__init__", "__main__", "cli"}
 MAY_COMMUNICATE = {"collectives", "groups", "testing"}
@@ -61,6 +61,7 @@ def test_the_exported_names_are_these():
         "FoldedGroups",
         "FoldedLayout",
         "FoldedMoE",
+        "FoldingConfig",
         "FoldingError",
         "GradientReducer",
         "GroupLimit",

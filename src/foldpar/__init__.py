@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         scale_gradient,
         split_rows,
     )
+    from foldpar.config import FoldingConfig
     from foldpar.correction_bias import update_correction_bias
     from foldpar.counters import CounterValues, LayerCounters
     from foldpar.dispatching import DispatchPlan, combine, dispatch, plan_dispatch
@@ -67,6 +68,7 @@ __all__ = [
     "FoldedGroups",
     "FoldedLayout",
     "FoldedMoE",
+    "FoldingConfig",
     "FoldingError",
     "GradientReducer",
     "GroupLimit",
@@ -125,6 +127,7 @@ _NAMES_OF_MODULE = {
         "scale_gradient",
         "split_rows",
     ),
+    "config": ("FoldingConfig",),
     "correction_bias": ("update_correction_bias",),
     "counters": ("CounterValues", "LayerCounters"),
     "dispatching": ("DispatchPlan", "combine", "dispatch", "plan_dispatch"),

@@ -33,14 +33,14 @@ The expert groups of some folds, cross-lane ones included, in both orders:
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain
-from math import isqrt, lcm
+from math import lcm
 from typing import Literal, NamedTuple, get_args
 
 from foldpar.errors import LayoutError
+from foldpar.integers import as_integer, divisors, listed
 
 __all__ = ["AXES", "ORDERS", "Axis", "Coordinate", "FoldedLayout", "Order", "Span", "View", "solve_layout"]
 
@@ -165,14 +165,14 @@ class FoldedLayout:
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("world", *_DEGREES)}
-        sizes = {name: _integer(value) for name, value in given.items()}
+        sizes = {name: as_integer(value) for name, value in given.items()}
         for name, size in sizes.items():
             if size is None or size < 1:
                 usable = {other: size if size and size > 0 else 1 for other, size in sizes.items()}
                 raise LayoutError(_not_an_integer(name, given[name], "a positive integer") + _advice(name, usable))
             object.__setattr__(self, name, size)
         if self.order not in ORDERS:
-            raise LayoutError(f"order = {self.order!r} is unknown: it can be {_listed(ORDERS)}.")
+            raise LayoutError(f"order = {self.order!r} is unknown: it can be {listed(ORDERS)}.")
         _check_divisions({name: getattr(self, name) for name in given})
 
     @property
@@ -219,7 +219,7 @@ class FoldedLayout:
                 return Span("expert", self.edp, self.etp * self.ep)
             case "ep_etp":
                 return Span("expert", self.ep * self.etp, 1)
-        raise LayoutError(f"{axis!r} is not an axis: it can be {_listed(AXES)}.")
+        raise LayoutError(f"{axis!r} is not an axis: it can be {listed(AXES)}.")
 
     def size(self, axis: Axis) -> int:
         """Ranks in each group of ``axis``.
@@ -350,7 +350,7 @@ class FoldedLayout:
 
     def _permutes(self, view: View) -> bool:
         if view not in get_args(View):
-            raise LayoutError(f"{view!r} is not a view: it can be {_listed(get_args(View))}.")
+            raise LayoutError(f"{view!r} is not a view: it can be {listed(get_args(View))}.")
         return view == "expert" and self.order == "tp-lane-major"
 
     def _rank_at_coordinate(self, view: View, coordinate: Mapping[Axis, int]) -> int:
@@ -391,7 +391,7 @@ def _check_divisions(sizes: Mapping[str, int]) -> None:
     if world % pp:
         raise LayoutError(
             f"pp = {pp} does not divide world = {world}, so the stages would not be of one size."
-            + (_advice("pp", sizes) or f" It must divide the world: {_listed(_divisors(world))}.")
+            + (_advice("pp", sizes) or f" It must divide the world: {listed(divisors(world))}.")
         )
     stage = world // pp
     for first, second, rest in (("tp", "cp", "dp"), ("ep", "etp", "edp")):
@@ -402,7 +402,7 @@ def _check_divisions(sizes: Mapping[str, int]) -> None:
             raise LayoutError(
                 f"{first} * {second} = {sizes[first]} * {sizes[second]} = {product} does not divide "
                 f"stage_size = {stage}{made_of}, so {rest} would not be whole."
-                + (advice or f" Each must divide it: {_listed(_divisors(stage))}.")
+                + (advice or f" Each must divide it: {listed(divisors(stage))}.")
             )
 
 
@@ -418,30 +418,7 @@ def _advice(name: str, sizes: Mapping[str, int]) -> str:
         given, whole, taken = f"{other} = {sizes[other]}", world // pp if world % pp == 0 else 0, sizes[other]
     if whole == 0 or whole % taken:
         return ""
-    return f" With {given}, {name} can be {_listed(_divisors(whole // taken))}."
-
-
-def _divisors(number: int) -> list[int]:
-    small = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
-    return small + [number // divisor for divisor in reversed(small) if divisor * divisor != number]
-
-
-def _listed(values: Sequence[object]) -> str:
-    """``1``, ``1 or 2``, ``1, 2 or 4``; the middle of a long list is left out."""
-    words = [repr(value) for value in values]
-    if len(words) > 24:
-        words[12:-4] = ["..."]
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _integer(value: object) -> int | None:
-    """``value`` as an int where it is one (numpy's and the like too); None for booleans and all else."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
+    return f" With {given}, {name} can be {listed(divisors(whole // taken))}."
 
 
 def _not_an_integer(name: str, value: object, wanted: str) -> str:
@@ -451,7 +428,7 @@ def _not_an_integer(name: str, value: object, wanted: str) -> str:
 
 def _index(name: str, value: object, size: int, whole: str) -> int:
     """``value`` as an index below ``size``; ``whole`` says what has that size."""
-    index = _integer(value)
+    index = as_integer(value)
     if index is None:
         raise LayoutError(_not_an_integer(name, value, f"an integer from 0 to {size - 1}"))
     if not 0 <= index < size:
