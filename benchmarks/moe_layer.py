@@ -1,6 +1,6 @@
 """One MoE layer, forward and backward: foldpar's variants, peers, and the floor, on the same GPUs in the same run.
 
-    python benchmarks/moe_layer.py --gpus 4 --tp 2 --ep 4
+    python benchmarks/moe_layer.py --gpus 4 --tp 2 --ep 4 --ways messages one-sided graph
     python benchmarks/moe_layer.py --gpus 4 --device cpu --shapes tiny            # a rehearsal
     python benchmarks/moe_layer.py --gpus 4 --peer "titan=torchrun --nproc-per-node 4 titan_layer.py"
 
@@ -9,6 +9,8 @@ both turns, of the slowest rank, with its spread. A peer is any command that tak
 --experts --topk`` (tokens of one TP group) and prints one line of JSON with ``fwdbwd_ms`` and ``peak_gib``. foldpar's
 values and expert gradients are checked against a plain expert loop before anything is timed.
 
+Rows travel in messages or one-sided (``--ways``); ``graph`` is one-sided, captured in a CUDA graph and replayed.
+
 The floor is serial: the GEMM at the rate of a large product measured here, plus each row's bytes once per destination
 rank at the rate of a large all-to-all measured here.
 """
@@ -16,6 +18,7 @@ rank at the rate of a large all-to-all measured here.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import foldpar
+from foldpar.onesided import check_room
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,12 @@ class SkewedRouter(foldpar.TopKRouter):
 
 
 def build_layer(
-    shape: Shape, groups: foldpar.FoldedGroups, lanes: str, routing: str, like: dict[str, Any]
+    shape: Shape,
+    groups: foldpar.FoldedGroups,
+    lanes: str,
+    routing: str,
+    like: dict[str, Any],
+    one_sided: foldpar.OneSided | None,
 ) -> nn.Module:
     experts = foldpar.GroupedExperts(shape.experts, shape.dim, shape.hidden, groups, device="meta", dtype=like["dtype"])
     mine = range(experts.first_expert, experts.first_expert + experts.local_experts)
@@ -89,7 +98,7 @@ def build_layer(
     torch.manual_seed(0)
     kind = SkewedRouter if routing == "zipf" else foldpar.TopKRouter
     router = kind(shape.dim, shape.experts, shape.top_k, **like)
-    return foldpar.FoldedMoE(router, experts, groups, lanes=lanes)
+    return foldpar.FoldedMoE(router, experts, groups, lanes=lanes, one_sided=one_sided)
 
 
 def own_input(tokens: int, shape: Shape, groups: foldpar.FoldedGroups, lanes: str, like: dict[str, Any]) -> Tensor:
@@ -157,6 +166,22 @@ def timed(step: Any, device: str) -> list[float]:
     return slowest.tolist()
 
 
+def captured(step: Any) -> Any:
+    """The step as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def host_synchronisations(step: Any) -> int:
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
@@ -188,19 +213,21 @@ def rank_main(options: argparse.Namespace) -> None:
         for name in options.shapes:
             shape = SHAPES[name]
             for routing in options.routing:
-                for lanes in options.lanes:
-                    layer: Any = build_layer(shape, groups, lanes, routing, like)
+                for lanes, way, tokens in itertools.product(options.lanes, options.ways, options.tokens):
+                    one_sided = None if way == "messages" else foldpar.OneSided(tokens, slack=options.slack)
+                    layer: Any = build_layer(shape, groups, lanes, routing, like, one_sided)
                     error = check(layer, shape, groups, lanes, like) if layout.edp * layout.etp == 1 else None
-                    for tokens in options.tokens:
-                        report = measure(layer, shape, tokens, groups, lanes, like, (flops, link))
-                        report |= {
-                            "shape": name,
-                            "tokens": tokens,
-                            "entry": f"foldpar {lanes} {routing}",
-                            "error": error,
-                        }
-                        if groups.rank == 0:
-                            print(json.dumps(report), flush=True)
+                    report = measure(layer, shape, tokens, groups, lanes, like, (flops, link), way == "graph")
+                    report |= {
+                        "shape": name,
+                        "tokens": tokens,
+                        "entry": f"foldpar {lanes} {way} {routing}",
+                        "error": error,
+                    }
+                    if groups.rank == 0:
+                        print(json.dumps(report), flush=True)
+                    check_room(groups)
+                    groups.kept.clear()
                     del layer
 
 
@@ -212,6 +239,7 @@ def measure(
     lanes: str,
     like: dict[str, Any],
     rates: tuple[float, float],
+    replay: bool,
 ) -> dict[str, Any]:
     x = own_input(tokens, shape, groups, lanes, like).requires_grad_()
     grad, wanted = torch.randn_like(x), [x, *layer.parameters()]
@@ -227,7 +255,7 @@ def measure(
     gpu = like["device"] == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    times = timed(step, like["device"])
+    times = timed(captured(step) if replay else step, like["device"])
     peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else float("nan")
     with torch.no_grad():
         own = x.detach()[:tokens] if lanes == "replicated" else x.detach()
@@ -311,7 +339,7 @@ def summary(key: tuple[str, int, str], lines: list[dict[str, Any]]) -> dict[str,
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "shape     tokens  entry                        fwd     fwd+bwd ms (min..max)     "
+        "shape     tokens  entry                                 fwd     fwd+bwd ms (min..max)     "
         "x floor  x best   GiB   MiB sent  syncs  error"
     ]
     for row in rows:
@@ -321,8 +349,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         low, high = row["spread"]
         error = "" if row.get("error") is None else f"{row['error']:.1e}"
         lines.append(
-            f"{row['shape']:<9} {row['tokens']:<7} {row['entry']:<27} {row.get('fwd_ms', 0):>7.2f} {row['ms']:>8.2f} "
-            f"({low:.2f}..{high:.2f})".ljust(79)
+            f"{row['shape']:<9} {row['tokens']:<7} {row['entry']:<36} {row.get('fwd_ms', 0):>7.2f} {row['ms']:>8.2f} "
+            f"({low:.2f}..{high:.2f})".ljust(88)
             + f"{row['ms'] / floor:>6.2f}  {row['ms'] / best:>6.2f} "
             f"{row['peak_gib']:>6.2f} {row.get('wire_mib') or 0:>8.0f}  {row.get('syncs') or '':>5}  {error}"
         )
@@ -364,6 +392,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["qwen3", "mixtral"], choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 1024], help="unique tokens per rank")
     parser.add_argument("--lanes", nargs="+", default=["replicated", "sharded"], choices=["replicated", "sharded"])
+    parser.add_argument(
+        "--ways", nargs="+", default=["messages"], choices=["messages", "one-sided", "graph"], help="how rows travel"
+    )
+    parser.add_argument("--slack", type=float, default=2.0, help="room for one-sided rows, times the balanced number")
     parser.add_argument("--routing", nargs="+", default=["uniform"], choices=["uniform", "zipf"])
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--turns", type=int, default=2, choices=[1, 2])

@@ -180,7 +180,7 @@ def ids_out_of_range() -> str:
         ids = torch.full((2, 2), 99 if dist.get_rank() == 1 else 0)
         with pytest.raises(ShapeError) as refused:
             foldpar.plan_dispatch(ids, groups, num_experts=8)
-        with pytest.raises(ShapeError, match=r"ep = 4 does not divide num_experts = 6.* ep can be 1, 2, 3, 6"):
+        with pytest.raises(ShapeError, match=r"ep = 4 does not divide num_experts = 6.* ep can be 1, 2, 3 or 6"):
             foldpar.plan_dispatch(ids, groups, num_experts=6)
         return str(refused.value)
 

@@ -208,6 +208,16 @@ def test_one_rank_needs_no_process_group_at_all() -> None:
     assert not dist.is_initialized()
 
 
+def one_rank_of_torchrun() -> tuple[tuple[str, ...] | None, bool]:
+    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
+        names = groups.mesh("dense").mesh_dim_names
+    return names, dist.is_initialized()
+
+
+def test_one_rank_of_torchrun_has_meshes_as_many_have() -> None:
+    assert run_ranks(one_rank_of_torchrun, 1, init=False) == [(("pp", "dp", "cp", "tp"), False)]
+
+
 def test_axis_groups_check_themselves() -> None:
     with pytest.raises(GroupsError, match=r"index 2 is outside the tp group of 1 rank\(s\)"):
         foldpar.AxisGroup("tp", (0,), 2, None)

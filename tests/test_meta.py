@@ -21,7 +21,8 @@ import foldpar.collectives
 import foldpar.dispatching
 import foldpar.experts
 import foldpar.gradients
-import foldpar.moe
+import foldpar.journey
+import foldpar.lane_ends
 import foldpar.norms
 import foldpar.permutation
 from foldpar import FoldedGroups, ParameterFamily, Reduction, families, solve_layout
@@ -77,39 +78,39 @@ def always(function: Callable[..., Any], **forced: Any) -> Callable[..., Any]:
 
 @fault("the exit sums equal copies: a factor tp that nothing cancels", FOLDED, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.moe, "all_gather_rows", always(foldpar.all_gather_rows, backward="reduce_scatter"))
+    patch.setattr(foldpar.lane_ends, "all_gather_rows", always(foldpar.all_gather_rows, backward="reduce_scatter"))
 
 
 @fault("the exit slices gradients that are partial", PARTIAL, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.moe, "all_gather_rows", always(foldpar.all_gather_rows, backward="slice"))
+    patch.setattr(foldpar.lane_ends, "all_gather_rows", always(foldpar.all_gather_rows, backward="slice"))
 
 
 @fault("the exit of assignments sums equal copies", ASSIGNMENTS, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.moe, "all_reduce", always(foldpar.all_reduce, backward="sum"))
+    patch.setattr(foldpar.lane_ends, "all_reduce", always(foldpar.all_reduce, backward="sum"))
 
 
 @fault("the enter hands on a lane's part", ASSIGNMENTS, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.moe, "copy_to_group", lambda x, group: x)
+    patch.setattr(foldpar.lane_ends, "copy_to_group", lambda x, group: x)
 
 
 @fault("the weights bypass the enter", ASSIGNMENTS, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
     enter = foldpar.copy_to_group
-    patch.setattr(foldpar.moe, "copy_to_group", lambda x, group: enter(x, group) if x.shape[-1] == DIM else x)
+    patch.setattr(foldpar.lane_ends, "copy_to_group", lambda x, group: enter(x, group) if x.shape[-1] == DIM else x)
 
 
 @fault("own rows are padded with zeros where gradients are replicated", FOLDED, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.moe, "split_rows", always(foldpar.split_rows, backward="zero_pad"))
+    patch.setattr(foldpar.lane_ends, "split_rows", always(foldpar.split_rows, backward="zero_pad"))
 
 
 @fault("a gradient is converted twice", ASSIGNMENTS, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
     enter = foldpar.copy_to_group
-    patch.setattr(foldpar.moe, "copy_to_group", lambda x, group: enter(enter(x, group), group))
+    patch.setattr(foldpar.lane_ends, "copy_to_group", lambda x, group: enter(enter(x, group), group))
 
 
 @fault("a lane takes another lane's slice", EVEN, "output")
@@ -143,7 +144,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("a dropped assignment is computed", replace(FOLDED, masked=True), "output")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.moe, "plan_dispatch", always(foldpar.plan_dispatch, mask=None))
+    patch.setattr(foldpar.journey, "plan_dispatch", always(foldpar.plan_dispatch, mask=None))
 
 
 @fault("a stale plan", replace(FOLDED, tokens=((4, 4),) * 4), "output")
@@ -155,7 +156,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
             plans[groups.rank] = foldpar.plan_dispatch(ids, groups, **options)
         return plans[groups.rank]
 
-    patch.setattr(foldpar.moe, "plan_dispatch", plan_once)
+    patch.setattr(foldpar.journey, "plan_dispatch", plan_once)
 
 
 @fault("weights are applied twice", FOLDED, "output")

@@ -307,7 +307,7 @@ def test_wrong_use_is_refused_with_the_rule_and_the_numbers() -> None:
 
 def indivisible() -> str:
     with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=2, etp=2)) as groups:
-        with pytest.raises(ShapeError, match=r"etp = 2 does not divide hidden_dim = 9.* etp can be 1, 3, 9"):
+        with pytest.raises(ShapeError, match=r"etp = 2 does not divide hidden_dim = 9.* etp can be 1, 3 or 9"):
             foldpar.GroupedExperts(8, DIM, 9, groups)
         with pytest.raises(ShapeError) as refused:
             foldpar.GroupedExperts(7, DIM, HIDDEN, groups)
@@ -316,7 +316,7 @@ def indivisible() -> str:
 
 def test_degrees_that_do_not_divide() -> None:
     text = run_ranks(indivisible, 4)[0]
-    assert "ep = 2 does not divide num_experts = 7. With num_experts = 7, ep can be 1, 7." in text
+    assert "ep = 2 does not divide num_experts = 7. With num_experts = 7, ep can be 1 or 7." in text
 
 
 def nan_weights() -> str:

@@ -388,7 +388,7 @@ def test_lanes_that_route_the_same_tokens_differently_are_named_when_checked() -
         (
             {"group_limit": GroupLimit(3, 1)},
             ShapeError,
-            "num_groups = 3 does not divide num_experts = 8. With 8 experts, num_groups can be 1, 2, 4, 8.",
+            "num_groups = 3 does not divide num_experts = 8. With num_experts = 8, num_groups can be 1, 2, 4 or 8.",
         ),
         (
             {"group_limit": GroupLimit(8, 1)},

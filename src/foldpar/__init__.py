@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 from foldpar import families as families
 
 if TYPE_CHECKING:
+    from foldpar.activations import ClampedSwiGLU
     from foldpar.auxiliary import load_balancing_loss, router_z_loss
     from foldpar.balanced_router import BalancedRouter
     from foldpar.capacity import Capacity, limit_capacity
+    from foldpar.checkpoint import CheckpointInfo, PendingSave, latest_checkpoint, load_checkpoint, save_checkpoint
     from foldpar.checks import assert_same_on_group, check_replicas
     from foldpar.collectives import (
         all_gather_rows,
@@ -32,27 +34,39 @@ if TYPE_CHECKING:
     from foldpar.counters import CounterValues, LayerCounters
     from foldpar.dispatching import DispatchPlan, combine, dispatch, plan_dispatch
     from foldpar.errors import (
+        CheckpointError,
         CollectiveError,
         FamilyError,
         FoldingError,
         GroupsError,
         LayoutError,
+        ModelError,
         ReplicaError,
         ShapeError,
+        ShardingError,
     )
     from foldpar.experts import GroupedExperts
     from foldpar.families import ParameterFamily, Reduction
+    from foldpar.folded_experts import FoldedExperts
+    from foldpar.folding import fold_model
     from foldpar.gradients import reduce_gradients
     from foldpar.groups import AxisGroup, FoldedGroups, create_groups
     from foldpar.lanes import LaneState
     from foldpar.layout import Coordinate, FoldedLayout, solve_layout
     from foldpar.marks import mark_parameters, parameter_families, parameter_groups
+    from foldpar.memory import LocalParameter, RankMemory, planned_parameters, predict_memory
+    from foldpar.models import ExpertWeights, MoEAdapter
     from foldpar.moe import FoldedMoE
     from foldpar.norms import clip_grad_norm_, get_total_norm
+    from foldpar.onesided import OneSided
+    from foldpar.placements import Placement, mark_placement, parameter_placements
+    from foldpar.planner import FoldPlan, FoldPlanRow, plan_fold
     from foldpar.randomness import random_region, region_generator
     from foldpar.reducer import GradientReducer
     from foldpar.routing import Router, Routing, TopKRouter
     from foldpar.selection import GroupLimit
+    from foldpar.sharding import accumulate, shard_model
+    from foldpar.storage import ExpertStorage
 
 __version__ = "0.1.0"
 
@@ -60,11 +74,19 @@ __all__ = [
     "AxisGroup",
     "BalancedRouter",
     "Capacity",
+    "CheckpointError",
+    "CheckpointInfo",
+    "ClampedSwiGLU",
     "CollectiveError",
     "Coordinate",
     "CounterValues",
     "DispatchPlan",
+    "ExpertStorage",
+    "ExpertWeights",
     "FamilyError",
+    "FoldPlan",
+    "FoldPlanRow",
+    "FoldedExperts",
     "FoldedGroups",
     "FoldedLayout",
     "FoldedMoE",
@@ -77,13 +99,22 @@ __all__ = [
     "LaneState",
     "LayerCounters",
     "LayoutError",
+    "LocalParameter",
+    "MoEAdapter",
+    "ModelError",
+    "OneSided",
     "ParameterFamily",
+    "PendingSave",
+    "Placement",
+    "RankMemory",
     "Reduction",
     "ReplicaError",
     "Router",
     "Routing",
     "ShapeError",
+    "ShardingError",
     "TopKRouter",
+    "accumulate",
     "all_gather_rows",
     "all_reduce",
     "all_to_all_rows",
@@ -94,19 +125,29 @@ __all__ = [
     "copy_to_group",
     "create_groups",
     "dispatch",
+    "fold_model",
     "get_total_norm",
+    "latest_checkpoint",
     "limit_capacity",
     "load_balancing_loss",
+    "load_checkpoint",
     "mark_parameters",
+    "mark_placement",
     "parameter_families",
     "parameter_groups",
+    "parameter_placements",
     "plan_dispatch",
+    "plan_fold",
+    "planned_parameters",
+    "predict_memory",
     "random_region",
     "reduce_gradients",
     "reduce_scatter_rows",
     "region_generator",
     "router_z_loss",
+    "save_checkpoint",
     "scale_gradient",
+    "shard_model",
     "solve_layout",
     "split_rows",
     "update_correction_bias",
@@ -114,9 +155,11 @@ __all__ = [
 
 # No public name may be the name of a module: importing the module would shadow it. tests/test_public_names.py holds it.
 _NAMES_OF_MODULE = {
+    "activations": ("ClampedSwiGLU",),
     "auxiliary": ("load_balancing_loss", "router_z_loss"),
     "balanced_router": ("BalancedRouter",),
     "capacity": ("Capacity", "limit_capacity"),
+    "checkpoint": ("CheckpointInfo", "PendingSave", "latest_checkpoint", "load_checkpoint", "save_checkpoint"),
     "checks": ("assert_same_on_group", "check_replicas"),
     "collectives": (
         "all_gather_rows",
@@ -132,27 +175,39 @@ _NAMES_OF_MODULE = {
     "counters": ("CounterValues", "LayerCounters"),
     "dispatching": ("DispatchPlan", "combine", "dispatch", "plan_dispatch"),
     "errors": (
+        "CheckpointError",
         "CollectiveError",
         "FamilyError",
         "FoldingError",
         "GroupsError",
         "LayoutError",
+        "ModelError",
         "ReplicaError",
         "ShapeError",
+        "ShardingError",
     ),
     "experts": ("GroupedExperts",),
     "families": ("ParameterFamily", "Reduction"),
+    "folded_experts": ("FoldedExperts",),
+    "folding": ("fold_model",),
     "gradients": ("reduce_gradients",),
     "groups": ("AxisGroup", "FoldedGroups", "create_groups"),
     "lanes": ("LaneState",),
     "layout": ("Coordinate", "FoldedLayout", "solve_layout"),
     "marks": ("mark_parameters", "parameter_families", "parameter_groups"),
+    "memory": ("LocalParameter", "RankMemory", "planned_parameters", "predict_memory"),
+    "models": ("ExpertWeights", "MoEAdapter"),
     "moe": ("FoldedMoE",),
     "norms": ("clip_grad_norm_", "get_total_norm"),
+    "onesided": ("OneSided",),
+    "placements": ("Placement", "mark_placement", "parameter_placements"),
+    "planner": ("FoldPlan", "FoldPlanRow", "plan_fold"),
     "randomness": ("random_region", "region_generator"),
     "reducer": ("GradientReducer",),
     "routing": ("Router", "Routing", "TopKRouter"),
     "selection": ("GroupLimit",),
+    "sharding": ("accumulate", "shard_model"),
+    "storage": ("ExpertStorage",),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
 

@@ -2,12 +2,14 @@
 
 For a gated expert ``gate_up`` is ``[rows, 2 * hidden]``, gate first, and the value ``f(gate) * up``; for a plain one it
 is ``[rows, hidden]`` and the value ``f(x)``. Either way it is multiplied by the row's routing weight, once, in float32
-or wider. On GPUs SwiGLU is one Triton kernel each way; the torch code here is its twin.
+or wider. Where a model stores gate and up interleaved, they are every other column. On GPUs SwiGLU (gate first) is one
+Triton kernel each way; the torch code here is its twin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,8 +17,39 @@ from torch import Tensor
 
 from foldpar.permutation import runs_on_triton, wide
 
-Activation = Literal["swiglu", "geglu", "silu", "gelu", "relu"]
-GATED = ("swiglu", "geglu")
+
+@dataclass(frozen=True, slots=True)
+class ClampedSwiGLU:
+    """``(up + 1) * gate * sigmoid(alpha * gate)``, with gate clamped from above and up on both sides.
+
+    Beyond the limits the gradient is zero.
+
+    Example:
+        >>> ClampedSwiGLU()
+        ClampedSwiGLU(alpha=1.702, limit=7.0)
+
+    Source: the experts of gpt-oss (OpenAI 2025, model card, section 2).
+    """
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
+Activation = Literal["swiglu", "geglu", "silu", "gelu", "relu"] | ClampedSwiGLU
+_GATED = ("swiglu", "geglu")
+
+
+def is_gated(activation: Activation) -> bool:
+    """Whether the first product has two columns for each hidden unit, a gate and a value."""
+    return isinstance(activation, ClampedSwiGLU) or activation in _GATED
+
+
+def check_activation(activation: object) -> None:
+    """Raise a ``ValueError`` for what is no activation."""
+    if not isinstance(activation, ClampedSwiGLU) and activation not in ELEMENTWISE:
+        raise ValueError(
+            f"activation is {activation!r}; choose one of {', '.join(map(repr, ELEMENTWISE))}, or a ClampedSwiGLU."
+        )
 
 
 def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,15 +77,28 @@ ELEMENTWISE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
-def forward(gate_up: Tensor, weights: Tensor | None, activation: Activation) -> Tensor:
-    """The weighted value, ``[rows, hidden]``, in the dtype of ``gate_up``."""
-    if activation == "swiglu" and runs_on_triton(gate_up):
+def forward(
+    gate_up: Tensor,
+    weights: Tensor | None,
+    activation: Activation,
+    *,
+    interleaved: bool = False,
+    end: Tensor | None = None,
+) -> Tensor:
+    """The weighted value, ``[rows, hidden]``, in the dtype of ``gate_up``.
+
+    Rows from ``end`` on (``[1]``, on the device) hold nothing, and nothing need be computed for them.
+    """
+    if activation == "swiglu" and not interleaved and runs_on_triton(gate_up):
         from foldpar import kernels
 
-        return kernels.swiglu_forward(gate_up, weights)
+        return kernels.swiglu_forward(gate_up, weights, end)
     x = gate_up.to(wide(gate_up.dtype))
-    if activation in GATED:
-        gate, up = x.chunk(2, dim=-1)
+    if isinstance(activation, ClampedSwiGLU):
+        gated, up = _clamped(activation, *_halves(x, interleaved))[:2]
+        value = gated * up
+    elif is_gated(activation):
+        gate, up = _halves(x, interleaved)
         value = ELEMENTWISE[activation](gate)[0] * up
     else:
         value = ELEMENTWISE[activation](x)[0]
@@ -60,25 +106,56 @@ def forward(gate_up: Tensor, weights: Tensor | None, activation: Activation) -> 
 
 
 def backward(
-    grad: Tensor, gate_up: Tensor, weights: Tensor | None, activation: Activation
+    grad: Tensor,
+    gate_up: Tensor,
+    weights: Tensor | None,
+    activation: Activation,
+    *,
+    interleaved: bool = False,
+    end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The weighted value once more, the gradient of ``gate_up``, and that of the weights.
 
     Computing the value again costs one pass over ``gate_up``, which is read anyway; keeping it would cost memory.
     """
-    if activation == "swiglu" and runs_on_triton(gate_up):
+    if activation == "swiglu" and not interleaved and runs_on_triton(gate_up):
         from foldpar import kernels
 
-        return kernels.swiglu_backward(grad, gate_up, weights)
+        return kernels.swiglu_backward(grad, gate_up, weights, end)
     x, arriving = gate_up.to(wide(gate_up.dtype)), grad.to(wide(grad.dtype))
     scale: Tensor | float = 1.0 if weights is None else weights.to(x.dtype)[:, None]
-    if activation in GATED:
-        gate, up = x.chunk(2, dim=-1)
+    if isinstance(activation, ClampedSwiGLU):
+        value, up, slope, inside = _clamped(activation, *_halves(x, interleaved))
+        grad_x = _joined(arriving * scale * up * slope, arriving * scale * value * inside, interleaved)
+        value = value * up
+    elif is_gated(activation):
+        gate, up = _halves(x, interleaved)
         value, slope = ELEMENTWISE[activation](gate)
-        grad_x = torch.cat([arriving * scale * up * slope, arriving * scale * value], dim=-1)
+        grad_x = _joined(arriving * scale * up * slope, arriving * scale * value, interleaved)
         value = value * up
     else:
         value, slope = ELEMENTWISE[activation](x)
         grad_x = arriving * scale * slope
     grad_weights = None if weights is None else (arriving * value).sum(-1).to(weights.dtype)
     return (value * scale).to(gate_up.dtype), grad_x.to(gate_up.dtype), grad_weights
+
+
+def _clamped(activation: ClampedSwiGLU, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gated factor and the other one, the slope of the first and that of the second (zero beyond the limits)."""
+    limit, alpha = activation.limit, activation.alpha
+    below, inside = gate <= limit, up.abs() <= limit
+    gate = gate.clamp(max=limit)
+    share = (alpha * gate).sigmoid()
+    slope = share * (1 + alpha * gate * (1 - share)) * below
+    return gate * share, up.clamp(-limit, limit) + 1, slope, inside
+
+
+def _halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    if interleaved:
+        return x[..., ::2], x[..., 1::2]
+    gate, up = x.chunk(2, dim=-1)
+    return gate, up
+
+
+def _joined(gate: Tensor, up: Tensor, interleaved: bool) -> Tensor:
+    return torch.stack([gate, up], dim=-1).flatten(-2) if interleaved else torch.cat([gate, up], dim=-1)

@@ -35,7 +35,9 @@ class Piece:
     lane: AxisGroup | None
     """The group of the lane reduction; None where there is none."""
     data: AxisGroup
+    """The group of the sum over the data axis; this rank alone where FSDP2 has summed already."""
     dtype: torch.dtype
+    device: torch.device
     fold: int
     """The number of the groups that lane and data belong to, where layers fold differently."""
 
@@ -45,9 +47,9 @@ class Piece:
         return self.lane is not None or self.data.size > 1
 
     @property
-    def kind(self) -> tuple[str, int, str, str]:
+    def kind(self) -> tuple[str, int, int, str, str]:
         """What the pieces of one bucket have in common; sorts equally on all ranks."""
-        return (self.data.axis, self.fold, str(self.dtype), str(self.values.device))
+        return (self.data.axis, self.data.size, self.fold, str(self.dtype), str(self.device))
 
 
 class PieceCutter:
@@ -93,6 +95,7 @@ class PieceCutter:
 
     def _piece(self, resolved: ResolvedParameter, family: ParameterFamily, grad: Tensor | None) -> Piece:
         groups = resolved.groups
+        data = groups.axis(family.data_axis)
         return Piece(
             resolved.name,
             resolved.parameter,
@@ -100,8 +103,9 @@ class PieceCutter:
             gradient=None if grad is None else local_tensor(grad),
             factor=float(gradient_factor(family, groups.layout, self._loss)),
             lane=_lane_of(family, groups),
-            data=groups.axis(family.data_axis),
+            data=AxisGroup(data.axis, (groups.rank,), 0, None) if resolved.sharded else data,
             dtype=self._reduce_dtype or _gradient_dtype(resolved.parameter),
+            device=resolved.communication_device,
             fold=self._folds.setdefault(groups, len(self._folds)),
         )
 
@@ -124,8 +128,9 @@ class PieceCutter:
 
     def _family_over_lanes(self, resolved: ResolvedParameter) -> ParameterFamily:
         over_lanes = any(is_lane for _, is_lane in self._placements(resolved))
-        if over_lanes and resolved.family.reduction is Reduction.SKIP:
-            # A rank without a gradient cannot know whether it is partial elsewhere, so such copies always meet.
+        if over_lanes and (resolved.family.reduction is Reduction.SKIP or resolved.sharded):
+            # A rank without a gradient cannot know whether it is partial elsewhere, so such copies always meet. And a
+            # partial gradient that came to FSDP2 was placed like its parameter there, so it is whole already.
             return replace(resolved.family, reduction=Reduction.AVERAGE)
         return resolved.family
 
@@ -170,7 +175,7 @@ class PackedBucket:
         sizes = [piece.values.numel() for piece in pieces]
         end_of_lanes = sum(sizes[: len(lanes)]) + len(lanes)
         sizes.insert(len(lanes), len(pieces))
-        self.flat = torch.zeros(sum(sizes), dtype=pieces[0].dtype, device=pieces[0].values.device)
+        self.flat = torch.zeros(sum(sizes), dtype=pieces[0].dtype, device=pieces[0].device)
         self.over_lanes = self.flat[:end_of_lanes]
         self.lane, self.data = (lanes[0] if lanes else None), pieces[0].data
         chunks = list(torch.split(self.flat, sizes))

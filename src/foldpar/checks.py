@@ -41,16 +41,16 @@ def check_replicas(model: nn.Module, groups: FoldedGroups) -> None:
             the first member of their group. FamilyError: see :func:`~foldpar.gradients.parameter_families`.
     """
     entries = sorted(resolve_parameters(model, groups), key=lambda entry: entry.name)
-    device = entries[0].parameter.device if entries else torch.device("cpu")
+    device = entries[0].communication_device if entries else torch.device("cpu")
     # The next collectives would hang on ranks with different parameters, so it is agreed first what is compared.
-    inventory = _checksum(f"{entry.name} {entry.family.replica_axes} {entry.groups.layout}" for entry in entries)
+    inventory = _checksum(f"{entry.name} {entry.replica_axes} {entry.groups.layout}" for entry in entries)
     everywhere = [(groups.tp, [0]), (groups.dp_cp, [0])]
     mask = _differs(torch.tensor([inventory], device=device), everywhere)
     _raise_together(mask, groups, _inventory_text)
 
     places: dict[tuple[Axis, FoldedGroups], list[int]] = {(axis, groups): [] for axis in _REPLICA_AXES}
     for place, entry in enumerate(entries):
-        for axis in entry.family.replica_axes:
+        for axis in entry.replica_axes:
             places.setdefault((axis, entry.groups), []).append(place)
     replicas = [(of_axis.axis(axis), found) for (axis, of_axis), found in places.items()]
     digests = [_digest(entry.parameter).to(device) for entry in entries]

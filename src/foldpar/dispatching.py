@@ -33,6 +33,7 @@ from foldpar.collectives import (
 )
 from foldpar.errors import ShapeError
 from foldpar.groups import AxisGroup, FoldedGroups
+from foldpar.integers import not_dividing
 from foldpar.permutation import (
     collect,
     count_rows,
@@ -135,11 +136,7 @@ def plan_dispatch(
     if partition not in ("tokens", "assignments"):
         raise ValueError(f"partition is {partition!r}; choose 'tokens' or 'assignments'.")
     ids = expert_ids.contiguous()
-    if partition == "assignments":
-        legal = (ids >= 0) & (ids < num_experts)
-        ordinal = ordinal_in_expert(ids.long(), legal if mask is None else legal & mask, num_experts)
-        own = (ordinal % groups.tp.size == groups.tp.index) | ~legal  # an illegal id stays, to be reported
-        mask = own if mask is None else own & mask
+    mask = own_assignments(ids, mask, groups, num_experts, partition)
     mask = None if mask is None else mask.contiguous()
 
     # How much each destination gets; then everybody's numbers in one exchange, while the tables are made.
@@ -185,6 +182,18 @@ def plan_dispatch(
         rows_per_expert=torch.diff(ends, prepend=ends.new_zeros(1)),
         sizes=sizes or None,
     )
+
+
+def own_assignments(
+    ids: Tensor, mask: Tensor | None, groups: FoldedGroups, num_experts: int, partition: Partition
+) -> Tensor | None:
+    """Which assignments this lane takes, of those that the mask leaves; ``None`` for all. Illegal ids stay."""
+    if partition == "tokens":
+        return mask
+    legal = (ids >= 0) & (ids < num_experts)
+    ordinal = ordinal_in_expert(ids.long(), legal if mask is None else legal & mask, num_experts)
+    own = (ordinal % groups.tp.size == groups.tp.index) | ~legal  # an illegal id stays, to be reported
+    return own if mask is None else own & mask
 
 
 def dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
@@ -302,12 +311,10 @@ def _check_weights(weights: Tensor, plan: DispatchPlan) -> None:
 
 
 def _check_routing(expert_ids: Tensor, groups: FoldedGroups, num_experts: int, mask: Tensor | None) -> None:
-    if num_experts % groups.ep.size:
-        valid = [ep for ep in range(1, num_experts + 1) if num_experts % ep == 0]
-        raise ShapeError(
-            f"ep = {groups.ep.size} does not divide num_experts = {num_experts}, so ranks would hold different numbers "
-            f"of experts. With {num_experts} experts, ep can be {', '.join(map(str, valid))}."
-        )
+    why = "so ranks would hold different numbers of experts"
+    uneven = not_dividing("ep", groups.ep.size, "num_experts", num_experts, why)
+    if uneven is not None:
+        raise ShapeError(uneven)
     if expert_ids.dim() != 2 or expert_ids.shape[1] == 0:
         raise ShapeError(
             f"expert_ids must be [tokens, top_k] with top_k of 1 or more, and is {list(expert_ids.shape)}."

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
     from typing_extensions import TypeIs
 
-__all__ = ["MeshAxes", "MeshDim", "is_dtensor", "local_tensor", "partial_dimension"]
+__all__ = ["MeshAxes", "MeshDim", "communication_device", "is_dtensor", "local_tensor", "partial_dimension"]
 
 
 def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
@@ -33,6 +33,15 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
     with torch.no_grad():
         return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def communication_device(shard: Tensor) -> torch.device:
+    """Where collectives over a shard of ``shard_model`` run: its own device, or its mesh's where it is offloaded to the
+    host."""
+    if is_dtensor(shard) and shard.device_mesh.device_type != shard.device.type:
+        kind = shard.device_mesh.device_type
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+    return shard.device
 
 
 def partial_dimension(tensor: Tensor) -> str | None:

@@ -1,13 +1,16 @@
 """The exceptions of foldpar: one small tree, each also a subclass of the built-in one that callers expect."""
 
 __all__ = [
+    "CheckpointError",
     "CollectiveError",
     "FamilyError",
     "FoldingError",
     "GroupsError",
     "LayoutError",
+    "ModelError",
     "ReplicaError",
     "ShapeError",
+    "ShardingError",
 ]
 
 
@@ -37,3 +40,15 @@ class CollectiveError(FoldingError, RuntimeError):
 
 class ReplicaError(FoldingError, RuntimeError):
     """Values that must be equal on several ranks differ, or a lane gradient is not what was declared."""
+
+
+class ShardingError(FoldingError, RuntimeError):
+    """A model that cannot be sharded as asked, or whose shards are not in the state that a call needs."""
+
+
+class CheckpointError(FoldingError, RuntimeError):
+    """A checkpoint that cannot be written or read: incomplete, damaged, of another model, or the disk failed."""
+
+
+class ModelError(FoldingError, ValueError):
+    """A model that cannot be folded as it is: an unknown block or tensor-parallel style, or folded already."""

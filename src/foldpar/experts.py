@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from foldpar.activations import ELEMENTWISE, GATED, Activation
+from foldpar.activations import Activation, check_activation, is_gated
 from foldpar.errors import ShapeError
 from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT
 from foldpar.grouped import grouped_feed_forward
 from foldpar.groups import FoldedGroups
+from foldpar.integers import not_dividing
 from foldpar.marks import mark_parameters
+from foldpar.storage import ExpertStorage
 
 
 class GroupedExperts(nn.Module):
@@ -31,6 +33,9 @@ class GroupedExperts(nn.Module):
     A gated expert is sliced so that gate and up of one hidden unit stay on one rank. With ``etp > 1`` the output is a
     partial sum over the slices; :func:`foldpar.combine` adds them up, so ``down_bias`` is added on one etp rank, and
     its family is ``EXPERT_BIAS``. Biases are inside the expert: the routing weight multiplies them too.
+
+    ``storage``, an :class:`~foldpar.storage.ExpertStorage`, keeps the layout and the bias names of a model that stores
+    its experts in another way: transposed, or with gate and up interleaved.
 
     Values are drawn per *global* expert from ``seed``, so one seed gives the same model in every layout. ``seed=None``
     takes one number from torch's default generator: equal on all ranks after equal ``torch.manual_seed``.
@@ -50,33 +55,42 @@ class GroupedExperts(nn.Module):
         *,
         activation: Activation = "swiglu",
         bias: bool = False,
+        storage: ExpertStorage | None = None,
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ELEMENTWISE:
-            raise ValueError(f"activation is {activation!r}; choose one of {', '.join(map(repr, ELEMENTWISE))}.")
+        check_activation(activation)
         _divides("ep", groups.ep.size, "num_experts", num_experts)
         _divides("etp", groups.etp.size, "hidden_dim", hidden_dim)
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
-        self.groups, self.activation = groups, activation
+        self.groups, self.activation, self.storage = groups, activation, storage or ExpertStorage()
         self.local_experts = num_experts // groups.ep.size
         self.local_hidden = hidden_dim // groups.etp.size
         self.first_expert = groups.ep.index * self.local_experts
-        self._parts = 2 if activation in GATED else 1
+        self._parts = 2 if is_gated(activation) else 1
         self._units = slice(groups.etp.index * self.local_hidden, (groups.etp.index + 1) * self.local_hidden)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.gate_up_proj = nn.Parameter(torch.empty(self.local_experts, self._parts * self.local_hidden, dim, **like))
-        self.down_proj = nn.Parameter(torch.empty(self.local_experts, dim, self.local_hidden, **like))
+        columns = self._parts * self.local_hidden
+        gate_up_shape = self.storage.gate_up_shape(self.local_experts, dim, columns)
+        down_shape = self.storage.down_shape(self.local_experts, dim, self.local_hidden)
+        self.gate_up_proj = nn.Parameter(torch.empty(gate_up_shape, **like))
+        self.down_proj = nn.Parameter(torch.empty(down_shape, **like))
         mark_parameters(self, ROUTED_EXPERT)
-        self.gate_up_bias: nn.Parameter | None = None
-        self.down_bias: nn.Parameter | None = None
+        gate_up_bias = nn.Parameter(torch.empty(self.local_experts, columns, **like)) if bias else None
+        down_bias = nn.Parameter(torch.empty(self.local_experts, dim, **like)) if bias else None
+        self.register_parameter(self.storage.gate_up_bias, gate_up_bias)
+        self.register_parameter(self.storage.down_bias, down_bias)
         if bias:
-            self.gate_up_bias = nn.Parameter(torch.empty(self.gate_up_proj.shape[:2], **like))
-            self.down_bias = nn.Parameter(torch.empty(self.down_proj.shape[:2], **like))
-            mark_parameters(self, EXPERT_BIAS, names=("down_bias",))
+            mark_parameters(self, EXPERT_BIAS, names=(self.storage.down_bias,))
         self.reset_parameters(seed)
+
+    @property
+    def biases(self) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """The biases of the two products, by whatever names they are stored; ``None`` without."""
+        gate_up, down = getattr(self, self.storage.gate_up_bias), getattr(self, self.storage.down_bias)
+        return None if gate_up is None else (gate_up, down)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
@@ -90,14 +104,16 @@ class GroupedExperts(nn.Module):
             gate_up.uniform_(-(self.dim**-0.5), self.dim**-0.5, generator=generator)
             down = torch.empty(self.dim, self.hidden_dim)
             down.uniform_(-(self.hidden_dim**-0.5), self.hidden_dim**-0.5, generator=generator)
-            self.gate_up_proj[local].copy_(self._gate_up_slice(gate_up))
-            self.down_proj[local].copy_(self._down_slice(down))
-            if self.gate_up_bias is not None and self.down_bias is not None:
+            stored = self.storage.from_concatenated(gate_up[None], parts=self._parts)
+            self.gate_up_proj[local].copy_(self._gate_up_slice(stored)[0])
+            self.down_proj[local].copy_(self._down_slice(down.T[None] if self.storage.transposed else down[None])[0])
+            if self.biases is not None:
                 gate_up_bias, down_bias = torch.empty(len(gate_up)), torch.empty(self.dim)
                 gate_up_bias.uniform_(-(self.dim**-0.5), self.dim**-0.5, generator=generator)
                 down_bias.uniform_(-(self.hidden_dim**-0.5), self.hidden_dim**-0.5, generator=generator)
-                self.gate_up_bias[local].copy_(self._gate_up_slice(gate_up_bias[:, None])[:, 0])
-                self.down_bias[local].copy_(down_bias)
+                stored = self.storage.from_concatenated(gate_up_bias[None], parts=self._parts)
+                self.biases[0][local].copy_(self._gate_up_bias_slice(stored)[0])
+                self.biases[1][local].copy_(down_bias)
 
     @classmethod
     def from_dense(
@@ -109,39 +125,46 @@ class GroupedExperts(nn.Module):
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
         activation: Activation = "swiglu",
-    ) -> GroupedExperts:
+        storage: ExpertStorage | None = None,
+        **options: Any,
+    ) -> Self:
         """Take this rank's share of all experts' weights; nothing else is copied.
 
         ``gate_up_proj`` is ``[num_experts, 2 * hidden_dim, dim]`` (``[num_experts, hidden_dim, dim]`` for a plain
-        activation) and ``down_proj`` is ``[num_experts, dim, hidden_dim]``; biases, both or none, have the shapes of
-        their weights without the last dimension. Device and dtype carry over.
+        activation) and ``down_proj`` is ``[num_experts, dim, hidden_dim]``, or as ``storage`` says; biases, both or
+        none, are ``[num_experts, 2 * hidden_dim]`` (or ``hidden_dim``) and ``[num_experts, dim]``. Device and dtype
+        carry over. ``options`` are keywords of the class.
 
         Raises:
             ShapeError: they do not fit each other or the layout, or one bias comes without the other.
         """
-        parts = 2 if activation in GATED else 1
+        check_activation(activation)
+        storage = storage or ExpertStorage()
+        parts = 2 if is_gated(activation) else 1
         if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
             raise ShapeError("gate_up_proj and down_proj must have three dimensions, experts first.")
-        num_experts, dim, hidden_dim = down_proj.shape
-        if gate_up_proj.shape != (num_experts, parts * hidden_dim, dim):
+        num_experts, dim, hidden_dim = storage.for_product(down_proj).shape
+        fitting = storage.gate_up_shape(num_experts, dim, parts * hidden_dim)
+        if gate_up_proj.shape != fitting:
             raise ShapeError(
                 f"down_proj {list(down_proj.shape)} means num_experts = {num_experts}, dim = {dim}, hidden_dim = "
-                f"{hidden_dim}; then gate_up_proj must be {[num_experts, parts * hidden_dim, dim]} for "
+                f"{hidden_dim}; then gate_up_proj must be {list(fitting)} for "
                 f"{activation!r}, and is {list(gate_up_proj.shape)}."
             )
         if (gate_up_bias is None) != (down_bias is None):
             given, missing = ("down_bias", "gate_up_bias") if gate_up_bias is None else ("gate_up_bias", "down_bias")
             raise ShapeError(f"{given} is given without {missing}. Give both, or neither; zeros where a model has one.")
-        bias = gate_up_bias is not None
-        experts = cls(num_experts, dim, hidden_dim, groups, activation=activation, bias=bias, seed=0, device="meta")
+        options.update(activation=activation, bias=gate_up_bias is not None, storage=storage, seed=0, device="meta")
+        experts = cls(num_experts, dim, hidden_dim, groups, **options)
         mine = slice(experts.first_expert, experts.first_expert + experts.local_experts)
-        experts.gate_up_proj = nn.Parameter(_own(experts._gate_up_slice(gate_up_proj[mine])))
-        experts.down_proj = nn.Parameter(_own(experts._down_slice(down_proj[mine])))
+        experts.gate_up_proj = _own(experts._gate_up_slice(gate_up_proj[mine]), gate_up_proj)
+        experts.down_proj = _own(experts._down_slice(down_proj[mine]), down_proj)
         if gate_up_bias is not None and down_bias is not None:
-            _fits("gate_up_bias", gate_up_bias, gate_up_proj)
-            _fits("down_bias", down_bias, down_proj)
-            experts.gate_up_bias = nn.Parameter(_own(experts._gate_up_slice(gate_up_bias[mine, :, None])[..., 0]))
-            experts.down_bias = nn.Parameter(_own(down_bias[mine]))
+            _fits("gate_up_bias", gate_up_bias, (num_experts, parts * hidden_dim))
+            _fits("down_bias", down_bias, (num_experts, dim))
+            own = _own(experts._gate_up_bias_slice(gate_up_bias[mine]), gate_up_bias)
+            experts.register_parameter(storage.gate_up_bias, own)
+            experts.register_parameter(storage.down_bias, _own(down_bias[mine], down_bias))
         return experts
 
     def forward(
@@ -161,18 +184,26 @@ class GroupedExperts(nn.Module):
         Backward:
             Plain. With ``etp > 1`` the gradients of ``rows`` and ``weights`` are this slice's summands.
         """
+        return self.compute(rows, rows_per_expert, weights, sizes)
+
+    def compute(
+        self, rows: Tensor, rows_per_expert: Tensor, weights: Tensor | None, sizes: tuple[int, ...] | None
+    ) -> Tensor:
+        """What :meth:`forward` does, for subclasses that are called in another way."""
+        gate_up_bias, down_bias = (None, None) if self.biases is None else self.biases
         # Slices are summed, so one of them adds the output bias; elsewhere its gradient is zero, not None.
-        once = None if self.down_bias is None else self.down_bias * (self.groups.etp.index == 0)
+        once = None if down_bias is None else down_bias * (self.groups.etp.index == 0)
         return grouped_feed_forward(
             rows,
-            self.gate_up_proj,
-            self.down_proj,
+            self.storage.for_product(self.gate_up_proj),
+            self.storage.for_product(self.down_proj),
             rows_per_expert.cumsum(0, dtype=torch.int32),
             self.activation,
             weights=weights,
-            gate_up_bias=self.gate_up_bias,
+            gate_up_bias=gate_up_bias,
             down_bias=once,
             sizes=sizes,
+            interleaved=self.storage.interleaved,
         )
 
     def extra_repr(self) -> str:
@@ -180,32 +211,32 @@ class GroupedExperts(nn.Module):
         return (
             f"experts {self.first_expert}..{last} of {self.num_experts}, dim={self.dim}, "
             f"hidden {self.local_hidden} of {self.hidden_dim}, activation={self.activation!r}, "
-            f"bias={self.down_bias is not None}"
+            f"bias={self.biases is not None}"
         )
 
-    def _gate_up_slice(self, weight: Tensor) -> Tensor:
-        """This rank's hidden units, of the gate and of the up projection: ``[..., parts * hidden_dim, dim]``."""
-        parts = rearrange(weight, "... (part hidden) dim -> ... part hidden dim", part=self._parts)
-        return rearrange(parts[..., self._units, :], "... part hidden dim -> ... (part hidden) dim")
+    def _gate_up_slice(self, stored: Tensor) -> Tensor:
+        """This rank's hidden units of a ``gate_up`` weight, of the gate and of the up projection."""
+        return self.storage.own_gate_up(stored, parts=self._parts, units=self._units)
 
-    def _down_slice(self, weight: Tensor) -> Tensor:
-        return weight[..., self._units]
+    def _gate_up_bias_slice(self, stored: Tensor) -> Tensor:
+        return self.storage.own_gate_up(stored, parts=self._parts, units=self._units)
+
+    def _down_slice(self, stored: Tensor) -> Tensor:
+        return self.storage.own_down(stored, units=self._units)
 
 
-def _own(view: Tensor) -> Tensor:
+def _own(view: Tensor, whole: Tensor) -> nn.Parameter:
     """A copy that shares nothing with the full weight, so that the full weight can be freed."""
-    return view.detach().clone(memory_format=torch.contiguous_format)
+    frozen = isinstance(whole, nn.Parameter) and not whole.requires_grad
+    return nn.Parameter(view.detach().clone(memory_format=torch.contiguous_format), requires_grad=not frozen)
 
 
 def _divides(degree: str, value: int, name: str, total: int) -> None:
-    if total % value:
-        valid = [candidate for candidate in range(1, total + 1) if total % candidate == 0]
-        raise ShapeError(
-            f"{degree} = {value} does not divide {name} = {total}. With {name} = {total}, {degree} can be "
-            f"{', '.join(map(str, valid))}."
-        )
+    uneven = not_dividing(degree, value, name, total)
+    if uneven is not None:
+        raise ShapeError(uneven)
 
 
-def _fits(name: str, bias: Tensor, weight: Tensor) -> None:
-    if bias.shape != weight.shape[:2]:
-        raise ShapeError(f"{name} must be {list(weight.shape[:2])}, a number per output, and is {list(bias.shape)}.")
+def _fits(name: str, bias: Tensor, shape: tuple[int, int]) -> None:
+    if bias.shape != shape:
+        raise ShapeError(f"{name} must be {list(shape)}, a number per output, and is {list(bias.shape)}.")

@@ -14,8 +14,10 @@ from foldpar.collectives import all_reduce_
 from foldpar.errors import FamilyError
 from foldpar.groups import FoldedGroups
 from foldpar.marks import ResolvedParameter, groups_of, resolve_parameters
+from foldpar.onesided import check_room
+from foldpar.sharded import refuse_unreduced
 
-__all__ = ["BUCKET_BYTES", "parameters_to_reduce", "reduce_gradients"]
+__all__ = ["BUCKET_BYTES", "check_rooms", "parameters_to_reduce", "reduce_gradients"]
 
 BUCKET_BYTES = 64 * 2**20
 """A bucket is closed before it would exceed this size; a larger gradient has a bucket of its own."""
@@ -33,6 +35,9 @@ def reduce_gradients(
     Over the lanes by family (summed, averaged or left), then summed over the data axis (``dp_cp``, or ``edp`` for
     experts), times the factor of ``loss``. Under gradient accumulation call it at the boundary only, when gradients
     are complete: a second call on the same gradients reduces them twice.
+
+    A model that :func:`foldpar.shard_model` has sharded is called just so: FSDP2 has summed its gradients over the data
+    axis then, unscaled, and what remains, over the lanes and the factor, is done here on the shards.
 
     Args:
         model: frozen parameters are skipped. A parameter without a gradient here takes part with zeros and receives
@@ -55,12 +60,16 @@ def reduce_gradients(
     Raises:
         FamilyError: a family is unknown or contradicted, see :func:`foldpar.parameter_families`; or a post-hoc layer
             meets a TP-sharded parameter. GroupsError: a layer has groups of other lanes or stages.
-        ShapeError: a gradient is sparse. ValueError: ``loss`` is neither ``"mean"`` nor ``"sum"``.
+        ShardingError: the last backward of a sharded model ran inside :func:`foldpar.accumulate`.
+        ShapeError: a gradient is sparse, or rows that travelled one-sided found no room. ValueError: ``loss`` is
+            neither ``"mean"`` nor ``"sum"``.
 
     Source: the tables of :mod:`foldpar.families` and :func:`foldpar.factors.loss_factor`.
     """
     cutter = PieceCutter(loss, reduce_dtype, groups)
-    pieces = [cutter.piece(resolved) for resolved in parameters_to_reduce(model, groups)]
+    parameters = parameters_to_reduce(model, groups)
+    check_rooms(parameters)
+    pieces = [cutter.piece(resolved) for resolved in parameters]
     with torch.no_grad():
         scale([(piece.gradient, piece.factor) for piece in pieces if not piece.travels])
         travellers = sorted((piece for piece in pieces if piece.travels), key=lambda piece: (piece.kind, piece.name))
@@ -71,8 +80,15 @@ def reduce_gradients(
             settle(piece.parameter)
 
 
+def check_rooms(parameters: list[ResolvedParameter]) -> None:
+    """Refuse gradients of a step in which rows were left out, on all ranks."""
+    for groups in dict.fromkeys(entry.groups for entry in parameters):
+        check_room(groups)
+
+
 def parameters_to_reduce(model: nn.Module, groups: FoldedGroups) -> list[ResolvedParameter]:
     """The parameters that require a gradient, after a look at what no reduction can make right."""
+    refuse_unreduced(model)
     resolved = resolve_parameters(model, groups)
     sharded = [entry.name for entry in resolved if "tp" in entry.family.shard_axes]
     if groups.layout.tp > 1 and sharded:

@@ -1,6 +1,7 @@
 """Grouped products, and the feed-forward network of many experts as one autograd function.
 
-Rows are grouped by expert; ``ends`` (int32, on the device) are the ends of the groups, which may be empty. The product
+Rows are grouped by expert; ``ends`` (int32, on the device) are the ends of the groups, which may be empty. Rows behind
+the last end hold nothing: they are neither computed nor read. The product
 is torch's ``grouped_mm`` where dtype and widths allow it, else one product per expert; also where groups are few and
 large and the host knows their sizes, since a plain product is faster there (``benchmarks/NOTES.md``).
 """
@@ -31,12 +32,14 @@ def grouped_feed_forward(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     sizes: tuple[int, ...] | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     """``weight * down(activation(gate_up(row)))`` with the parameters of each row's group: ``[rows, dim]`` to the same.
 
     ``sizes`` are the groups' sizes, where the host knows them. ``weights`` is ``[rows]``; it is applied to the
-    activation, and to the output bias where there is one. Keeps the rows and the first product for the backward,
-    nothing else: the activation is computed again.
+    activation, and to the output bias where there is one. ``interleaved``: gate and up are every other column of the
+    first product. Keeps the rows and the first product for the backward, nothing else: the activation is computed
+    again.
 
     Backward:
         Of the rows, all parameters, and the routing weights (from the side of the activation, where they were applied).
@@ -46,7 +49,8 @@ def grouped_feed_forward(
         for parameter in (gate_up_proj, down_proj, gate_up_bias, down_bias)
     )
     rows = in_autocast_dtype(rows)
-    return cast(Tensor, cast(Any, _FeedForward).apply(rows, weights, *parameters, Groups(ends, sizes), activation))
+    groups = Groups(ends, sizes)
+    return cast(Tensor, cast(Any, _FeedForward).apply(rows, weights, *parameters, groups, activation, interleaved))
 
 
 def in_autocast_dtype(tensor: Tensor) -> Tensor:
@@ -69,14 +73,16 @@ class _FeedForward(Function):
         down_bias: Tensor | None,
         groups: Groups,
         activation: Activation,
+        interleaved: bool,
     ) -> Tensor:
         ends = groups.ends
         gate_up = grouped_linear(rows, gate_up_proj, groups)
         if gate_up_bias is not None:
             gate_up = torch.addmm(gate_up, _membership(ends, gate_up), gate_up_bias)
         ctx.save_for_backward(rows, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, ends, gate_up)
-        ctx.activation, ctx.sizes = activation, groups.sizes
-        outputs = grouped_linear(activations.forward(gate_up, weights, activation), down_proj, groups)
+        ctx.activation, ctx.interleaved, ctx.sizes = activation, interleaved, groups.sizes
+        hidden = activations.forward(gate_up, weights, activation, interleaved=interleaved, end=ends[-1:])
+        outputs = grouped_linear(hidden, down_proj, groups)
         if down_bias is not None:
             outputs = torch.addmm(outputs, _membership(ends, outputs, weights), down_bias)
         return outputs
@@ -88,7 +94,9 @@ class _FeedForward(Function):
         of_rows, _, of_gate_up, of_down = ctx.needs_input_grad[:4]
         grad, groups = _contiguous(grad), Groups(ends, ctx.sizes)
         grad_hidden = grouped_input_gradient(grad, down_proj, groups)
-        hidden, grad_gate_up, grad_weights = activations.backward(grad_hidden, gate_up, weights, ctx.activation)
+        hidden, grad_gate_up, grad_weights = activations.backward(
+            grad_hidden, gate_up, weights, ctx.activation, interleaved=ctx.interleaved, end=ends[-1:]
+        )
         del grad_hidden
         grad_gate_up_bias = grad_down_bias = None
         if gate_up_bias is not None:
@@ -104,6 +112,7 @@ class _FeedForward(Function):
             grouped_weight_gradient(grad, hidden, down_proj, groups) if of_down else None,
             grad_gate_up_bias,
             grad_down_bias,
+            None,
             None,
             None,
         )
@@ -156,16 +165,22 @@ def grouped_weight_gradient(grad: Tensor, rows: Tensor, weight: Tensor, groups: 
     if _grouped_mm_takes(grad, weight, groups):
         return F.grouped_mm(grad.T, rows, offs=groups.ends)
     sizes, out = groups.on_host(), torch.empty_like(weight)
-    for part, chunk, place in zip(grad.split(sizes), rows.split(sizes), out.unbind(), strict=True):
+    for part, chunk, place in zip(_parts(grad, sizes), _parts(rows, sizes), out.unbind(), strict=True):
         torch.mm(part.T, chunk, out=place)
     return out
 
 
 def _per_expert(rows: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
     sizes, out = groups.on_host(), rows.new_empty((rows.shape[0], matrices.shape[-1]))
-    for chunk, matrix, place in zip(rows.split(sizes), matrices.unbind(), out.split(sizes), strict=True):
+    for chunk, matrix, place in zip(_parts(rows, sizes), matrices.unbind(), _parts(out, sizes), strict=True):
         torch.mm(chunk, matrix, out=place)
     return out
+
+
+def _parts(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Of each group; behind the last group there may be rows that hold nothing."""
+    parts: tuple[Tensor, ...] = rows[: sum(sizes)].split(sizes)
+    return parts
 
 
 def _grouped_mm_takes(rows: Tensor, weight: Tensor, groups: Groups) -> bool:

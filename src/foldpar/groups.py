@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -109,10 +109,11 @@ class FoldedGroups:
         edp, ep, etp: data parallelism of the experts, expert parallelism, tensor parallelism inside an expert.
         dp_cp: all ranks of one lane, over which dense gradients are averaged.
         ep_etp: the ranks that together hold every routed expert once.
+        kept: what was made once for these groups and is freed with them, such as memory that ranks share.
     """
 
     __slots__ = (*AXES, "_communicators", "_destroyed", "_factory", "_meshes", "_owns_default", "coordinate", "layout")
-    __slots__ += ("rank",)
+    __slots__ += ("kept", "rank")
 
     layout: FoldedLayout
     rank: int
@@ -142,6 +143,7 @@ class FoldedGroups:
         self._owns_default = owns_default
         self._destroyed = False
         self._meshes: dict[str, DeviceMesh] = {}
+        self.kept: dict[Hashable, Any] = {}
         # An axis has the same size on every rank, and whether two axes have equal rank sets does not depend on the
         # rank either (a tested law of layouts), so all ranks make the same groups in the same order.
         self._communicators: dict[tuple[str, tuple[int, ...]], ProcessGroup] = {}
@@ -195,6 +197,44 @@ class FoldedGroups:
             self._meshes[view] = self._make_mesh(view)
         return self._meshes[view]
 
+    def data_mesh(self, axis: Literal["dp_cp", "edp"]) -> DeviceMesh:
+        """The one-dimensional mesh of a data axis, over which FSDP2 shards; its dimension is named like the axis.
+
+        It lists its ranks in ascending order, as torch communicates. So for ``edp`` a rank's place on the mesh can
+        differ from its coordinate: in world 4 with tp 2 and ep 1, the edp group is ``(0, 2, 1, 3)`` and this mesh is
+        ``(0, 1, 2, 3)``. What is sharded over it lies by the mesh's own order. It exists for every layout, groups of
+        one rank included, and is made once. Call it on every rank.
+
+        Raises:
+            LayoutError: another axis. GroupsError: without torch.distributed.
+        """
+        if axis not in ("dp_cp", "edp"):
+            raise LayoutError(f"The data axes are 'dp_cp' and 'edp', not {axis!r}.")
+        if axis not in self._meshes:
+            self._meshes[axis] = self._make_data_mesh(axis)
+        return self._meshes[axis]
+
+    def _make_data_mesh(self, axis: str) -> DeviceMesh:
+        if self._factory is None:
+            raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
+        device_type = self._factory.device_type
+        if axis == "edp":
+            return DeviceMesh.from_group(self._process_group_of(axis), device_type, mesh_dim_names=(axis,))
+        # FSDP2 puts this mesh and that of tp side by side, so both count the ranks of the whole world.
+        names = ("pp", "dp_cp", "tp")
+        shape = [self.layout.size(name) for name in names]  # type: ignore[arg-type]
+        whole = DeviceMesh.from_group(
+            [self._process_group_of(name) for name in names],
+            device_type,
+            mesh=torch.arange(self.layout.world).reshape(shape),
+            mesh_dim_names=names,
+        )
+        return whole[axis]
+
+    def _process_group_of(self, axis: str) -> ProcessGroup:
+        """Of an axis of one rank, the group that all such axes share: a mesh needs one for every dimension."""
+        return self.axis(axis).process_group or self._communicator(axis, (self.rank,), separate=False)
+
     def _make_mesh(self, view: str) -> DeviceMesh:
         layout = self.layout
         for axis in _VIEW_AXES[view]:
@@ -209,12 +249,7 @@ class FoldedGroups:
         factory = self._factory
         if factory is None:
             raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
-        groups = []
-        for name in _VIEW_AXES[view]:
-            process_group = self.axis(name).process_group
-            if process_group is None:  # a mesh needs a group for every dimension; singletons share one
-                process_group = self._communicator(name, (self.rank,), separate=False)
-            groups.append(process_group)
+        groups = [self._process_group_of(name) for name in _VIEW_AXES[view]]
         if view == "dense":
             ranks_of_mesh = torch.arange(layout.world)
         else:
@@ -244,6 +279,7 @@ class FoldedGroups:
             return
         self._destroyed = True
         self._meshes.clear()
+        self.kept.clear()
         for axis in AXES:
             delattr(self, axis)
         for process_group in self.communicators:
@@ -290,7 +326,8 @@ def create_groups(
     """Make the process groups of a layout; call it once on every rank with the same arguments.
 
     Works with a default process group that the caller initialised, or straight under ``torchrun``, where it
-    initialises one (and :meth:`FoldedGroups.destroy` then removes it). A layout of one rank needs neither.
+    initialises one (and :meth:`FoldedGroups.destroy` then removes it). A layout of one rank needs neither, but then
+    has no meshes.
 
     Axes with the same ranks share one communicator; an axis named in ``separate`` gets its own, so that, for
     example, gradient traffic over ``"edp"`` need not queue behind the all-to-all. A rank makes only the groups that
@@ -311,7 +348,8 @@ def create_groups(
         if name not in AXES:
             raise LayoutError(f"separate names the axis {name!r}, which does not exist. Axes are {', '.join(AXES)}.")
     chosen = frozenset(names)
-    owns_default = not dist.is_initialized() and layout.world > 1
+    under_torchrun = os.environ.get("WORLD_SIZE") == "1" and "RANK" in os.environ
+    owns_default = not dist.is_initialized() and (layout.world > 1 or under_torchrun)
     if owns_default:
         _initialise_from_environment(layout, backend, timeout)
     if not dist.is_initialized():
@@ -408,7 +446,8 @@ class _GroupFactory:
     def of_default_group(cls, backend: str | None, timeout: timedelta | None, generation: int, nonce: int) -> Self:
         default = distributed_c10d._get_default_group()
         config = backend or dist.get_backend_config()
-        device_type = "cuda" if ("nccl" in config or "cuda" in config) and torch.cuda.is_available() else "cpu"
+        # Gloo registers itself for GPUs too, but whoever chose it alone works on the CPU.
+        device_type = "cuda" if "nccl" in config and torch.cuda.is_available() else "cpu"
         own_backend = backend or distributed_c10d._world.pg_map[default][0]
         return cls(own_backend, timeout or _default_timeout(device_type), generation, nonce, device_type)
 

@@ -195,10 +195,14 @@ def _sizes(dim: int, width: int, top_k: int) -> dict[str, int]:
 
 
 @triton.jit
-def _swiglu_forward_kernel(gate_up, weights, out, hidden, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_forward_kernel(
+    gate_up, weights, end, out, hidden, WEIGHTED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < hidden
+    if BOUNDED:
+        inside = inside & (row < tl.load(end))
     gate = tl.load(gate_up + row * 2 * hidden + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * hidden + hidden + columns, mask=inside, other=0.0).to(tl.float32)
     value = gate * tl.sigmoid(gate) * up
@@ -209,9 +213,13 @@ def _swiglu_forward_kernel(gate_up, weights, out, hidden, WEIGHTED: tl.constexpr
 
 @triton.jit
 def _swiglu_backward_kernel(
-    grad, gate_up, weights, out, grad_gate_up, grad_weights, hidden, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
-):
+    grad, gate_up, weights, end, out, grad_gate_up, grad_weights, hidden,
+    WEIGHTED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if BOUNDED:  # noqa: SIM102
+        if row >= tl.load(end):
+            return
     weight = 1.0
     if WEIGHTED:
         weight = tl.load(weights + row).to(tl.float32)
@@ -234,20 +242,26 @@ def _swiglu_backward_kernel(
         tl.store(grad_weights + row, tl.sum(product, axis=0))
 
 
-def swiglu_forward(gate_up: Tensor, weights: Tensor | None) -> Tensor:
-    """``silu(gate) * up * weight`` per row. Twin: ``activations.forward``."""
+def swiglu_forward(gate_up: Tensor, weights: Tensor | None, end: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up * weight`` per row, of the rows before ``end``. Twin: ``activations.forward``."""
     rows, hidden = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((rows, hidden))
     if out.numel():
         block = _block(hidden)
         _swiglu_forward_kernel[(rows, triton.cdiv(hidden, block))](
-            gate_up, weights, out, hidden, WEIGHTED=weights is not None, BLOCK=block, num_warps=4
-        )
+            gate_up, weights, end, out, hidden,
+            WEIGHTED=weights is not None, BOUNDED=end is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return out
 
 
-def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The activation again, the gradient of ``gate_up``, and that of the weights. Twin: ``activations.backward``."""
+def swiglu_backward(
+    grad: Tensor, gate_up: Tensor, weights: Tensor | None, end: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The activation again, the gradient of ``gate_up``, and that of the weights, of the rows before ``end``.
+
+    Twin: ``activations.backward``.
+    """
     rows, hidden = grad.shape
     out, grad_gate_up = torch.empty_like(grad), torch.empty_like(gate_up)
     grad_weights = None if weights is None else torch.empty_like(weights)
@@ -256,11 +270,13 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tu
             grad,
             gate_up,
             weights,
+            end,
             out,
             grad_gate_up,
             grad_weights,
             hidden,
             WEIGHTED=weights is not None,
+            BOUNDED=end is not None,
             BLOCK=min(1024, triton.next_power_of_2(hidden)),
             num_warps=4,
         )

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import nn
 
-from foldpar.dtensors import MeshAxes, MeshDim, is_dtensor
-from foldpar.errors import FamilyError, GroupsError
+from foldpar.dtensors import MeshAxes, MeshDim, communication_device, is_dtensor
+from foldpar.errors import FamilyError, GroupsError, ShardingError
 from foldpar.families import DENSE_SHARDED, REPLICATED, ParameterFamily
 from foldpar.groups import FoldedGroups
+from foldpar.layout import Axis
+from foldpar.sharded import bring_back_shards, is_sharded_over, sharded_module
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -62,7 +65,7 @@ def mark_parameters(target: _Target, family: ParameterFamily, *, names: Iterable
         setattr(target, _MARK, family)
         return target
     names = (names,) if isinstance(names, str) else tuple(names)
-    own = dict(target.named_parameters(recurse=False)) if isinstance(target, nn.Module) else {}
+    own = dict(target.named_parameters(recurse=False, remove_duplicate=False)) if isinstance(target, nn.Module) else {}
     for name in names:
         if name not in own:
             raise FamilyError(
@@ -80,6 +83,25 @@ def mark_children(module: nn.Module, families: Mapping[str, ParameterFamily]) ->
     another one, takes no mark with it.
     """
     setattr(module, _MARKS_OF_CHILDREN, dict(families))
+
+
+def tie_marks_to_names(model: nn.Module) -> None:
+    """Turn marks on parameters into marks of the modules that own them, which outlive the tensors."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            family: ParameterFamily | None = getattr(parameter, _MARK, None)
+            if family is not None:
+                mark_parameters(module, family, names=(name,))
+
+
+def nearest_marks(model: nn.Module) -> list[tuple[str, nn.Parameter, ParameterFamily | None, FoldedGroups | None]]:
+    """Every parameter once: its name, the mark that it has or inherits, and the groups of its layer."""
+    return [(use.name, use.parameter, use.explicit or use.inherited, use.groups) for use in _first_uses(model)]
+
+
+def explicitly_marked(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters with a mark of their own, or on the module that owns them."""
+    return {use.parameter for use in _uses(model) if use.explicit is not None}
 
 
 def parameter_families(model: nn.Module, groups: FoldedGroups) -> dict[str, ParameterFamily]:
@@ -109,10 +131,11 @@ def parameter_families(model: nn.Module, groups: FoldedGroups) -> dict[str, Para
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: one per family, with DTensors apart from plain tensors.
 
-    Fused optimizers fail on a group that mixes plain and DTensor parameters, or DTensors of two meshes. Each group
-    has ``"params"`` (those that require a gradient, a tied one once) and ``"family"``, the family's name by the rules
-    of :func:`parameter_families` as far as they can be told without groups; ``"unmarked"`` where there is no mark.
-    Other options can be added before the optimizer is made.
+    Call it after :func:`foldpar.shard_model`, which replaces parameters. Fused optimizers fail on a group that mixes
+    plain and DTensor parameters, or DTensors of two meshes. Each group has ``"params"`` (those that require a gradient,
+    a tied one once) and ``"family"``, the family's name by the rules of :func:`parameter_families` as far as they can
+    be told without groups; ``"unmarked"`` where there is no mark. Other options can be added before the optimizer is
+    made.
 
     Example:
         >>> from foldpar import families
@@ -122,6 +145,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         >>> import torch
         >>> optimizer = torch.optim.SGD(parameter_groups(model), lr=0.1)
     """
+    bring_back_shards(model)
     members: dict[tuple[str, DeviceMesh | None], list[nn.Parameter]] = {}
     for use in _first_uses(model):
         if use.parameter.requires_grad:
@@ -142,6 +166,8 @@ class _Use:
     """The nearest mark on a module further out."""
     groups: FoldedGroups | None
     """Those of the nearest module around it that has any, such as ``FoldedMoE``."""
+    sharded: bool
+    """Whether ``shard_model`` has sharded it over its data axis."""
 
 
 def _uses(
@@ -153,9 +179,10 @@ def _uses(
     groups = groups_of(module) or groups
     own: ParameterFamily | None = getattr(module, _MARK, None)
     by_name: dict[str, ParameterFamily] = getattr(module, _MARKS_BY_NAME, {})
+    record = sharded_module(module)
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         explicit = getattr(parameter, _MARK, None) or by_name.get(name) or own
-        yield _Use(prefix + name, parameter, explicit, inherited, groups)
+        yield _Use(prefix + name, parameter, explicit, inherited, groups, record is not None and name in record.names)
     of_children: dict[str, ParameterFamily] = getattr(module, _MARKS_OF_CHILDREN, {})
     for name, child in module.named_children():
         yield from _uses(child, f"{prefix}{name}.", of_children.get(name) or own or inherited, groups)
@@ -182,6 +209,23 @@ class ResolvedParameter:
     parameter: nn.Parameter
     family: ParameterFamily
     groups: FoldedGroups
+    sharded: bool = False
+    """Whether FSDP2 shards it over its data axis, and so has summed its gradient there already."""
+
+    @property
+    def shard_axes(self) -> tuple[Axis, ...]:
+        """Those of the family, and the data axis where the parameter is sharded over it."""
+        return (*self.family.shard_axes, self.family.data_axis) if self.sharded else self.family.shard_axes
+
+    @property
+    def communication_device(self) -> torch.device:
+        """The parameter's device; of an offloaded shard the one on which it is gathered."""
+        return communication_device(self.parameter) if self.sharded else self.parameter.device
+
+    @property
+    def replica_axes(self) -> tuple[Axis, ...]:
+        """Those of the family, without the data axis where the parameter is sharded over it."""
+        return tuple(axis for axis in self.family.replica_axes if axis not in self.shard_axes)
 
 
 def resolve_parameters(model: nn.Module, groups: FoldedGroups) -> list[ResolvedParameter]:
@@ -191,6 +235,7 @@ def resolve_parameters(model: nn.Module, groups: FoldedGroups) -> list[ResolvedP
     around the parameter that has groups, a dense family is one of ``groups``.
     """
     _check_one_dense_view(model, groups)
+    bring_back_shards(model)
     axes_of = MeshAxes()
     uses_of: dict[int, list[_Use]] = {}
     for use in _uses(model):
@@ -208,7 +253,8 @@ def resolve_parameters(model: nn.Module, groups: FoldedGroups) -> list[ResolvedP
             if family.view == "expert" and use.groups is not first.groups:
                 raise FamilyError(_two_folds(first, use))
         own = first.groups if family.view == "expert" and first.groups is not None else groups
-        resolved.append(ResolvedParameter(uses[0].name, uses[0].parameter, family, own))
+        _check_is_shard(first, family)
+        resolved.append(ResolvedParameter(uses[0].name, uses[0].parameter, family, own, first.sharded))
     if unmarked:
         raise FamilyError(_no_family(unmarked, groups.layout.tp))
     return resolved
@@ -241,20 +287,32 @@ def _family_of(use: _Use, axes_of: MeshAxes, groups: FoldedGroups) -> ParameterF
     if shards_over_tp and overridable and use.explicit is None:
         family = DENSE_SHARDED
     if family is not None:
-        _check_placements(use.name, family, dims)
+        _check_placements(use, family, dims)
     return family
 
 
-def _check_placements(name: str, family: ParameterFamily, dims: list[MeshDim]) -> None:
-    shard_axes = set(family.shard_axes) | ({"ep_etp"} if {"ep", "etp"} <= set(family.shard_axes) else set())
+def _check_is_shard(use: _Use, family: ParameterFamily) -> None:
+    if use.sharded and not is_sharded_over(use.parameter, family.data_axis):
+        raise ShardingError(
+            f"{use.name} was sharded over its data axis by shard_model, but is not a shard over {family.data_axis} "
+            f"now. Either a forward has left it whole, and this call got a part of the model only, which cannot bring "
+            f"the shards back: call it with the model that shard_model got. Or its family was changed to "
+            f"{family.name!r} afterwards: mark parameters before shard_model."
+        )
+
+
+def _check_placements(use: _Use, family: ParameterFamily, dims: list[MeshDim]) -> None:
+    name, shard_axes = use.name, set(family.shard_axes)
+    shard_axes |= {"ep_etp"} if {"ep", "etp"} <= shard_axes else set()
+    shard_axes |= {"dp_cp", "edp"} if use.sharded else set()
     for dim in dims:
         if dim.placement.is_shard() and not shard_axes & dim.axes:
             raise FamilyError(
                 f"{name} is a DTensor sharded over {dim}, but its family {family.name!r} has the shard axes "
                 f"{family.shard_axes}. One of the two is wrong, and reducing by either would be a guess. Remove the "
                 f"mark, or mark it with the family of its placement (families.DENSE_SHARDED over tp). Where a wrapper "
-                f"such as FSDP2 shards a parameter over data-parallel ranks, it reduces the gradient too: do not "
-                f"reduce it again."
+                f"such as FSDP2 shards a parameter over data-parallel ranks, it reduces the gradient too, in a way "
+                f"that is not known here: let foldpar.shard_model apply FSDP2."
             )
         if dim.placement.is_replicate() and "tp" in dim.axes and "tp" in family.shard_axes:
             raise FamilyError(

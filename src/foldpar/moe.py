@@ -3,26 +3,24 @@
     x -> own rows -> route -> plan -> dispatch -> experts -> combine -> exit -> y      (+ shared experts on x)
 
 The two ends of the layer are a conjugate pair, chosen once from what the lanes hold and from what gradient arrives
-(:func:`_lane_ends`); everything between them is the same for every layout.
+(:func:`~foldpar.lane_ends.lane_ends`); everything between them is the same for every layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from foldpar.activations import Activation
 from foldpar.capacity import Capacity, limit_capacity
-from foldpar.collectives import all_gather_rows, all_reduce, copy_to_group, even_row_counts, split_rows
+from foldpar.collectives import even_row_counts
 from foldpar.counters import LayerCounters
-from foldpar.dispatching import Partition, combine, dispatch, dispatch_weighted, plan_dispatch
+from foldpar.dispatching import Partition
 from foldpar.errors import GroupsError, ShapeError
 from foldpar.experts import GroupedExperts
 from foldpar.families import (
@@ -36,23 +34,18 @@ from foldpar.families import (
     ROUTER_POST_HOC,
     ParameterFamily,
 )
-from foldpar.grouped import in_autocast_dtype
-from foldpar.groups import AxisGroup, FoldedGroups
-from foldpar.lane_checks import check_finite_weights, check_lane_gradient
+from foldpar.folded_experts import FoldedExperts, check_device_and_dtype, checked_lane_gradient
+from foldpar.groups import FoldedGroups
+from foldpar.integers import not_dividing
+from foldpar.journey import Experts, Journey
+from foldpar.lane_checks import check_finite_weights
+from foldpar.lane_ends import lane_ends
 from foldpar.lanes import LaneGradients, Lanes, LaneState
 from foldpar.marks import mark_children, mark_parameters
+from foldpar.onesided import OneSided
 from foldpar.randomness import random_region
 from foldpar.route_checks import check_same_routing
 from foldpar.routing import Router, Routing
-
-
-class Experts(Protocol):
-    """Anything that computes expert-major rows, such as :class:`GroupedExperts`."""
-
-    num_experts: int
-    dim: int
-
-    def __call__(self, rows: Tensor, rows_per_expert: Tensor, /) -> Tensor: ...
 
 
 class FoldedMoE(nn.Module):
@@ -79,6 +72,7 @@ class FoldedMoE(nn.Module):
             must then decide alike on all lanes.
         capacity: drop assignments that exceed the experts' :class:`Capacity`; ``None`` drops none.
         counters: where to count what this layer moves, a :class:`LayerCounters`.
+        one_sided: let rows travel through shared memory where that is possible, see :class:`OneSided`.
         check: compare, in every forward and backward, what this layer takes on trust: routing weights are finite,
             lanes that route the same tokens decide alike, and arriving gradients are what ``lane_grads`` says (where
             that can be seen: not for ``"post-hoc"``). Costs collectives and host synchronisations.
@@ -107,6 +101,7 @@ class FoldedMoE(nn.Module):
         partition: Partition = "tokens",
         capacity: Capacity | None = None,
         counters: LayerCounters | None = None,
+        one_sided: OneSided | None = None,
         check: bool = False,
     ) -> None:
         super().__init__()
@@ -116,28 +111,26 @@ class FoldedMoE(nn.Module):
                 f"The experts were made for other groups than this layer's: {made_for!r} and {groups!r}. Build both "
                 f"with the groups of one create_groups call."
             )
-        if experts.num_experts % groups.ep.size:
-            valid = [ep for ep in range(1, experts.num_experts + 1) if experts.num_experts % ep == 0]
-            raise ShapeError(
-                f"ep = {groups.ep.size} does not divide num_experts = {experts.num_experts}. With "
-                f"{experts.num_experts} experts, ep can be {', '.join(map(str, valid))}."
-            )
+        uneven = not_dividing("ep", groups.ep.size, "num_experts", experts.num_experts)
+        if uneven is not None:
+            raise ShapeError(uneven)
         routed = getattr(router, "num_experts", experts.num_experts)
         if routed != experts.num_experts:
             raise ShapeError(f"The router knows {routed} experts, but there are {experts.num_experts}.")
         self.groups = groups
         self.lanes, self.lane_grads, self.partition, self.check = lanes, lane_grads, partition, check
         self.lane_state = LaneState(groups, lanes, lane_grads, partition)
-        self.capacity, self.counters = capacity, counters
-        self._ends = _lane_ends(groups.tp, lanes, lane_grads, partition)
+        self.capacity = capacity
+        self._ends = lane_ends(groups.tp, lanes, lane_grads, partition)
+        self.journey = Journey(self.lane_state, self._ends, counters, one_sided)
         self.router, self.experts, self.shared = router, experts, shared
         names = ("router", "experts", "shared")
         mark_children(self, {name: family for name, (_, family) in zip(names, self._families(), strict=True)})
         if lane_grads == "post-hoc" and isinstance(experts, GroupedExperts):
             mark_parameters(experts, ROUTED_EXPERT_POST_HOC)
-        if lane_grads == "post-hoc" and isinstance(experts, GroupedExperts) and experts.down_bias is not None:
+        if lane_grads == "post-hoc" and isinstance(experts, GroupedExperts) and experts.biases is not None:
             cancelled = replace(EXPERT_BIAS, name="expert_bias_post_hoc", factor=Fraction(1, groups.tp.size))
-            mark_parameters(experts, cancelled, names=("down_bias",))
+            mark_parameters(experts, cancelled, names=(experts.storage.down_bias,))
 
     @classmethod
     def from_dense(
@@ -188,24 +181,10 @@ class FoldedMoE(nn.Module):
             check_finite_weights(routing.weights, self.groups)
             if not self.lane_state.own_tokens:
                 check_same_routing(routing, self.groups)
-        plan = plan_dispatch(
-            routing.ids,
-            self.groups,
-            num_experts=self.experts.num_experts,
-            partition=self.partition,
-            mask=routing.mask,
-        )
-        if self.counters is not None:
-            self.counters.count(routing, plan, self.lane_state, own.shape[1] * own.element_size())
-        entering, weights = self._ends.enter(in_autocast_dtype(own)), self._ends.enter(routing.weights)
-        if isinstance(self.experts, GroupedExperts):  # they weight the activation, in a pass that is made anyway
-            rows, row_weights = dispatch_weighted(entering, weights, plan)
-            combined = combine(self.experts(rows, plan.rows_per_expert, row_weights, plan.sizes), None, plan)
-        else:
-            combined = combine(self.experts(dispatch(entering, plan), plan.rows_per_expert), weights, plan)
-        y = self._ends.leave(combined, tokens.shape[0])
+        compute = self.experts.compute if isinstance(self.experts, FoldedExperts) else None
+        y = self.journey(self.experts, own, routing, tokens=tokens.shape[0], compute=compute)
         if self.check and self.lanes == "replicated" and self.lane_grads != "post-hoc":
-            y = cast(Tensor, cast(Any, _CheckLaneGradient).apply(y, self.groups, self.lane_grads))
+            y = checked_lane_gradient(y, self.groups, self.lane_grads)
         return y.view(x.shape), routing
 
     def explain(self) -> str:
@@ -214,8 +193,10 @@ class FoldedMoE(nn.Module):
         lines = [
             f"FoldedMoE on rank {self.groups.rank}: tp={layout.tp} ep={layout.ep} etp={layout.etp} edp={layout.edp}",
             f"  lanes      {ends.why}",
-            f"  rows       sent once per EP rank over {self.groups.ep.ranks}"
-            + (f", then shared inside the ETP group {self.groups.etp.ranks}" if layout.etp > 1 else ""),
+            *(
+                f"  {'rows' if place == 0 else '':<10} {line}"
+                for place, line in enumerate(self.journey.explain(self.experts))
+            ),
         ]
         for name, (module, family) in zip(("router", "experts", "shared"), self._families(), strict=True):
             if module is not None:
@@ -223,6 +204,11 @@ class FoldedMoE(nn.Module):
                     f"  {name:<10} {family.name}: {family.reduction.name} over {family.lane_axis or 'no lanes'}"
                 )
         return "\n".join(lines)
+
+    @property
+    def counters(self) -> LayerCounters | None:
+        """Where this layer counts what it moves."""
+        return self.journey.counters
 
     def extra_repr(self) -> str:
         return f"lanes={self.lanes!r}, lane_grads={self.lane_grads!r}, partition={self.partition!r}"
@@ -265,66 +251,7 @@ class FoldedMoE(nn.Module):
     def _check_input(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.experts.dim:
             raise ShapeError(f"FoldedMoE takes [..., dim] with dim = {self.experts.dim}, and got {list(x.shape)}.")
-        weight = next(cast(nn.Module, self.experts).parameters(), None) if isinstance(self.experts, nn.Module) else None
-        if weight is None:
-            return
-        if x.device != weight.device:
-            raise ShapeError(f"The input is on {x.device} and the experts on {weight.device}; put them on one device.")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ShapeError(
-                f"The input is {x.dtype} and the experts are {weight.dtype}; convert one, or use torch.autocast."
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class _LaneEnds:
-    """How replicated lanes share a layer's work: three maps that are each other's conjugates.
-
-    ``own``: all tokens to those that this lane routes. ``enter``: what goes to the experts, rows and weights alike.
-    ``leave``: the combined rows, back to all tokens (whose number is the second argument).
-    """
-
-    own: Callable[[Tensor], Tensor]
-    enter: Callable[[Tensor], Tensor]
-    leave: Callable[[Tensor, int], Tensor]
-    why: str
-
-
-def _lane_ends(tp: AxisGroup, lanes: str, lane_grads: str, partition: str) -> _LaneEnds:
-    """The pair of ends for a state of the lanes and of the gradient that arrives at the output.
-
-    =============  ===========  =======================================  ==========================================
-    gradient       partition    leave: forward; backward                 enter: forward; backward
-    =============  ===========  =======================================  ==========================================
-    replicated     tokens       all-gather of rows; own rows             own rows; all-gather
-    replicated     assignments  all-reduce; identity                     identity; all-reduce
-    partial        tokens       all-gather of rows; reduce-scatter       own rows; own rows, zero elsewhere
-    partial        assignments  all-reduce; all-reduce                   identity; identity
-    =============  ===========  =======================================  ==========================================
-
-    Post-hoc gradients take the ends of partial ones: what averages to the gradient adds up to ``tp`` times it.
-    """
-    if lanes == "sharded":
-        return _LaneEnds(_same, _same, _same_rows, "sharded: every lane brings its own tokens; no split, no gather")
-    replicated = lane_grads == "replicated"
-    if partition == "tokens":
-        return _LaneEnds(
-            own=lambda x: split_rows(x, tp, backward="all_gather" if replicated else "zero_pad"),
-            enter=_same,
-            leave=lambda y, tokens: all_gather_rows(
-                y,
-                tp,
-                row_counts=even_row_counts(tokens, tp.size),
-                backward="slice" if replicated else "reduce_scatter",
-            ),
-            why=f"replicated: a lane takes 1/{tp.size} of the tokens, and rows are gathered after combining",
-        )
-    return _LaneEnds(
-        own=_same,
-        enter=lambda x: copy_to_group(x, tp) if replicated else x,
-        leave=lambda y, tokens: all_reduce(y, tp, backward="identity" if replicated else "sum"),
-        why=f"replicated: a lane takes 1/{tp.size} of each expert's assignments, and partial rows are summed",
-    )
+        check_device_and_dtype(x, self.experts)
 
 
 def _goes_with(name: str, shape: torch.Size, x: Tensor) -> None:
@@ -333,23 +260,3 @@ def _goes_with(name: str, shape: torch.Size, x: Tensor) -> None:
             f"{name} must go with the tokens of the input, {list(x.shape[:-1])} of {list(x.shape)}; they are for "
             f"{list(shape)}."
         )
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def _same_rows(y: Tensor, tokens: int) -> Tensor:
-    return y
-
-
-class _CheckLaneGradient(Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, groups: FoldedGroups, declared: LaneGradients) -> Tensor:
-        ctx.groups, ctx.declared = groups, declared
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        check_lane_gradient(grad, ctx.groups, ctx.declared)
-        return grad, None, None

@@ -20,7 +20,8 @@ __all__ = ["clip_grad_norm_", "get_total_norm"]
 def get_total_norm(model: nn.Module, groups: FoldedGroups, *, norm_type: float = 2.0) -> Tensor:
     """The norm of all gradients of the whole model, as one process would compute it; the same bits on every rank.
 
-    Shards count on each of their ranks, replicas once, pipeline stages all. Call it on every rank, after
+    Shards, those of :func:`~foldpar.shard_model` included, count on each of their ranks, replicas once, pipeline stages
+    all. Call it on every rank, after
     :func:`~foldpar.gradients.reduce_gradients`. Returns a scalar, float32, or float64 where a gradient is.
 
     A norm of norms is a norm, so every step is the same: of the gradients here, over the axes of the shards, over the
@@ -44,9 +45,9 @@ def get_total_norm(model: nn.Module, groups: FoldedGroups, *, norm_type: float =
     gradients: dict[tuple[int, tuple[Axis, ...]], list[Tensor]] = {}
     device, dtype = torch.device("cpu"), torch.float32
     for place, resolved in enumerate(resolve_parameters(model, groups)):
-        parameter, shard_axes = resolved.parameter, resolved.family.shard_axes
+        parameter, shard_axes = resolved.parameter, resolved.shard_axes
         same_shards = gradients.setdefault((folds.setdefault(resolved.groups, len(folds)), shard_axes), [])
-        device = parameter.device if place == 0 else device
+        device = resolved.communication_device if place == 0 else device
         if parameter.grad is not None and parameter.requires_grad:
             _check_whole(resolved.name, parameter.grad)
             same_shards.append(local_tensor(parameter.grad))
@@ -125,7 +126,8 @@ def _check_whole(name: str, gradient: Tensor) -> None:
 def _shard_groups(shard_axes: tuple[Axis, ...], groups: FoldedGroups) -> list[AxisGroup]:
     """The groups that hold the shards, an ep and etp pair as one; those of one rank have nothing to add."""
     both = {"ep", "etp"} <= set(shard_axes)
-    found = [groups.ep_etp] if both else [groups.axis(axis) for axis in shard_axes]
+    alone = [axis for axis in shard_axes if not (both and axis in ("ep", "etp"))]
+    found = [*([groups.ep_etp] if both else []), *(groups.axis(axis) for axis in alone)]
     return [group for group in found if group.size > 1]
 
 

@@ -23,8 +23,8 @@ from typing_extensions import Self
 
 from foldpar.buckets import PackedBucket, Piece, PieceCutter, scale, settle
 from foldpar.collectives import all_gather, start_all_reduce
-from foldpar.errors import FamilyError
-from foldpar.gradients import BUCKET_BYTES, parameters_to_reduce
+from foldpar.errors import FamilyError, ShardingError
+from foldpar.gradients import BUCKET_BYTES, check_rooms, parameters_to_reduce
 from foldpar.groups import FoldedGroups
 from foldpar.layout import FoldedLayout, Order, solve_layout
 from foldpar.marks import ResolvedParameter
@@ -63,8 +63,8 @@ class GradientReducer:
         bucket_bytes: a bucket is closed before it would exceed this size.
 
     Raises:
-        FamilyError, GroupsError, ValueError: when it is made, see :func:`foldpar.reduce_gradients`. RuntimeError: in
-            backward, see :meth:`no_sync`.
+        FamilyError, GroupsError, ValueError: when it is made, see :func:`foldpar.reduce_gradients`. ShardingError: the
+            model is sharded. RuntimeError: in backward, see :meth:`no_sync`.
     """
 
     def __init__(
@@ -79,7 +79,9 @@ class GradientReducer:
         self._model = model
         self._cutter = PieceCutter(loss, reduce_dtype, groups)
         parameters = parameters_to_reduce(model, groups)
+        _refuse_shards(parameters)
         device = parameters[0].parameter.device if parameters else torch.device("cpu")
+        self._given = parameters  # with the groups of the layers, where rows travel
         self._own_groups = _twins(groups, [entry.groups for entry in parameters], device)
         self._parameters = [
             ResolvedParameter(entry.name, entry.parameter, entry.family, self._own_groups[entry.groups.layout])
@@ -119,6 +121,8 @@ class GradientReducer:
 
         Raises:
             FamilyError: a parameter that requires a gradient was not there, or was frozen, when this was made.
+            ShapeError: rows that travelled one-sided found no room; no gradient is touched then, and the next step
+                starts anew.
         """
         self._check_parameters()
         while len(self._travelling) < len(self._buckets):
@@ -130,14 +134,17 @@ class GradientReducer:
                 wait()
                 wait = start_all_reduce(packed.flat, packed.data)
             waits.append(wait)
-        for (packed, _), wait in zip(self._travelling, waits, strict=True):
+        travelled = [packed for packed, _ in self._travelling]
+        for wait in waits:
             wait()
+        self._start_over()
+        check_rooms(self._given)
+        for packed in travelled:
             packed.unpack()
         at_home = [self._cutter.piece(entry) for entry in self._at_home]
         scale([(piece.gradient, piece.factor) for piece in at_home])
         for entry in self._parameters:
             settle(entry.parameter)
-        self._start_over()
 
     def close(self) -> None:
         """Take the hooks off and destroy the communicators; call it on every rank. Repeating it does nothing."""
@@ -198,6 +205,16 @@ class GradientReducer:
                     f"made, so its gradient would not be reduced. Close the reducer and make a new one after changing "
                     f"which parameters are trained."
                 )
+
+
+def _refuse_shards(parameters: list[ResolvedParameter]) -> None:
+    shards = [entry.name for entry in parameters if entry.sharded]
+    if shards:
+        raise ShardingError(
+            f"{shards[0]} and {len(shards) - 1} other parameter(s) were sharded by shard_model, and FSDP2 sums their "
+            f"gradients while backward runs: a GradientReducer would sum them again. Call reduce_gradients after "
+            f"backward, which does what remains, and accumulate(model) for micro-batches."
+        )
 
 
 def _cut(pieces: list[tuple[ResolvedParameter, Piece]], bucket_bytes: int) -> list[list[ResolvedParameter]]:

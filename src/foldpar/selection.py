@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foldpar.errors import ShapeError
+from foldpar.integers import divisors, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,9 @@ def check_group_limit(limit: GroupLimit, num_experts: int, top_k: int) -> None:
     """Refuse groups that do not fit the experts, and too few of them for ``top_k``."""
     groups = limit.num_groups
     if groups < 1 or num_experts % groups:
-        valid = [count for count in range(1, num_experts + 1) if num_experts % count == 0]
         raise ShapeError(
-            f"num_groups = {groups} does not divide num_experts = {num_experts}. With {num_experts} experts, "
-            f"num_groups can be {', '.join(map(str, valid))}."
+            f"num_groups = {groups} does not divide num_experts = {num_experts}. With num_experts = {num_experts}, "
+            f"num_groups can be {listed(divisors(num_experts))}."
         )
     per_group = num_experts // groups
     fewest = -(-top_k // per_group)

@@ -1,0 +1,539 @@
+"""Checkpoints that load in any layout, and that a crash cannot damage.
+
+A checkpoint is one directory of ``torch.distributed.checkpoint`` plus ``foldpar.json``. Every tensor in it is global
+and has a name; which rank wrote which part leaves no trace in what is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from foldpar import __version__
+from foldpar.checkpoint_dcp import StoredTensors, Writing, write_blocks
+from foldpar.checkpoint_files import (
+    begin,
+    check_sizes,
+    damaged_sums,
+    discard,
+    failed_write,
+    latest_checkpoint,
+    publish,
+    read_manifest,
+    unfinished,
+    wrong_sums,
+)
+from foldpar.checkpoint_manifest import Manifest, OptimizerRecord
+from foldpar.checkpoint_matching import Match, left_over, match_model, match_optimizer
+from foldpar.checkpoint_ranks import Ranks, attempt, separate_world
+from foldpar.checkpoint_state import (
+    Block,
+    ModelState,
+    OptimizerState,
+    model_state,
+    optimizer_state,
+    random_state,
+    restore_random_state,
+)
+from foldpar.errors import CheckpointError
+from foldpar.groups import FoldedGroups
+from foldpar.layout import FoldedLayout
+
+__all__ = ["CheckpointInfo", "PendingSave", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+
+_PENDING = "_foldpar_pending_save"
+_SHOWN = 8
+
+
+@overload
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    groups: FoldedGroups,
+    *,
+    step: int | None = ...,
+    extra: Any = ...,
+    asynchronous: Literal[False] = ...,
+    piece_bytes: int = ...,
+) -> None: ...
+@overload
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    groups: FoldedGroups,
+    *,
+    step: int | None = ...,
+    extra: Any = ...,
+    asynchronous: bool,
+    piece_bytes: int = ...,
+) -> PendingSave | None: ...
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    groups: FoldedGroups,
+    *,
+    step: int | None = None,
+    extra: Any = None,
+    asynchronous: bool = False,
+    piece_bytes: int = 2**26,
+) -> PendingSave | None:
+    """Save everything that training needs to go on, for any layout to load; call it on every rank.
+
+    Saved are the parameters and persistent buffers, the states and options of the optimizer by parameter name, the
+    random state of every rank, ``step`` and ``extra``. Every rank writes its own part of what several hold, and
+    nothing is gathered. Extra states of modules (``get_extra_state``) are not saved.
+
+    The checkpoint appears at ``path`` in one atomic step, when all of it is on the disk. Until then it is
+    ``path.incomplete``, which loading refuses and the next save to this path replaces. So a save that is killed at any
+    moment leaves the checkpoints before it as they were.
+
+    Args:
+        path: where all ranks can write. What is there must not be a complete checkpoint.
+        optimizer: any ``torch.optim.Optimizer`` whose states have the shapes of their parameters or are single
+            numbers; ``None`` saves the model alone.
+        step: the number of the step.
+        extra: whatever JSON can hold, the same on all ranks: a scheduler's ``state_dict()``, the place in the data.
+            It comes back as JSON makes it, with tuples as lists.
+        asynchronous: copy this rank's part to the CPU, write it in a thread, and return a :class:`PendingSave`. What
+            training changes afterwards does not change what is saved. Errors come from its ``wait()``, or else from
+            the next save of this model, which waits for this one first. Call ``wait()`` before the process groups end.
+        piece_bytes: no piece of a file is larger. Loading in another layout holds one such piece at a time.
+
+    Example::
+
+        save_checkpoint(f"runs/step-{step}", model, optimizer, groups, step=step)
+
+    Raises:
+        CheckpointError: on every rank: there is a complete checkpoint or something else at the path; ranks passed
+            different arguments; a state cannot be placed; writing failed on some rank, such as a full disk. Also where
+            another rank ended: then after the timeout of the process group at most.
+        FamilyError: see :func:`~foldpar.placements.parameter_placements`.
+    """
+    path = Path(os.path.abspath(path))
+    ranks = Ranks.of(groups, f"Saving {path}")
+    _settle_pending(model)
+    part = ranks.together(partial(_describe, model, optimizer, groups, step, extra, piece_bytes))
+    given = {"path": path, "step": step, "extra": part.extra, "asynchronous": asynchronous}
+    _check_same_arguments(ranks, optimizer=optimizer is not None, **given)
+    _check_same_model(ranks, part)
+    manifest = _begin(ranks, path, part, groups, step)
+    if not asynchronous:
+        _write(ranks, path, manifest, part.blocks, part.values, background=False)
+        return None
+    blocks = ranks.together(lambda: [replace(block, tensor=_snapshot(block.tensor)) for block in part.blocks])
+    own = separate_world(groups)
+    background = Ranks.of(groups, f"Saving {path}", None if own is None else own.tp.process_group)
+    pending = PendingSave(partial(_write, background, path, manifest, blocks, part.values, background=True), own)
+    setattr(model, _PENDING, pending)
+    return pending
+
+
+class PendingSave:
+    """A save that is being written in the background; :meth:`wait` for it."""
+
+    def __init__(self, work: Callable[[], None], groups: FoldedGroups | None) -> None:
+        self._groups = groups
+        self._error: Exception | None = None
+        self._told = False
+        self._thread = threading.Thread(target=self._run, args=(work,), name="foldpar-save")
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when the checkpoint is complete; call it on every rank.
+
+        Raises:
+            CheckpointError: the save failed; the text says on which rank and why. Earlier checkpoints are untouched.
+        """
+        self._thread.join()
+        if self._groups is not None:
+            self._groups.destroy()
+            self._groups = None
+        self._told, error = True, self._error
+        if error is not None:
+            raise error
+
+    def _run(self, work: Callable[[], None]) -> None:
+        _, self._error = attempt(work)
+
+    # A model remembers its pending save. A copy of the model has none of its own, and a pickled one has none.
+
+    def __deepcopy__(self, memo: object) -> PendingSave:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """What :func:`load_checkpoint` found beside tensors."""
+
+    path: Path
+    step: int | None
+    extra: Any
+    layout: FoldedLayout
+    """That of the run which saved it."""
+    random_state: Literal["restored", "other layout"]
+    """Random states are of ranks, so they are put back only where the layout is the same."""
+    optimizer: str | None
+    """The class of the optimizer in the checkpoint, loaded or not."""
+    foldpar: str
+    torch: str
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    groups: FoldedGroups,
+    *,
+    cast: bool = False,
+    verify: bool = False,
+    staged: bool = False,
+) -> CheckpointInfo:
+    """Load a checkpoint of any layout into this one; call it on every rank.
+
+    The model is built, folded and sharded as for training, and the optimizer is made from it. Every rank reads its own
+    part: parameters and buffers in place, states of the optimizer into the tensors that it has or new ones. Options of
+    the optimizer (``lr``, ``betas``, ...) become those of the checkpoint, except how it computes (``fused``,
+    ``foreach``, ``capturable``, ``differentiable``).
+
+    Everything that does not fit is found before the first write, on all ranks together, and named in one error. A file
+    that turns out unreadable later leaves model and optimizer half loaded, unless ``staged``. Load only what you trust:
+    torch keeps its metadata as a pickle.
+
+    Args:
+        optimizer: ``None`` loads the model alone.
+        cast: convert parameters and buffers of another dtype, and states with them.
+        verify: compare the SHA-256 sums of all files first, which reads them once more. Sizes are always compared.
+        staged: read into new tensors and copy at the end: twice the memory of this rank's part.
+
+    Example::
+
+        info = load_checkpoint(latest_checkpoint("runs"), model, optimizer, groups)
+        first_step = info.step + 1
+
+    Raises:
+        CheckpointError: on every rank: no complete checkpoint, files of another size or sum, a newer format, another
+            model, shape, dtype or optimizer; with nothing written. Or reading failed on some rank.
+        FamilyError: see :func:`~foldpar.placements.parameter_placements`.
+    """
+    path = Path(os.path.abspath(path))
+    ranks = Ranks.of(groups, f"Loading {path}")
+    given = {"path": path, "cast": cast, "verify": verify, "staged": staged}
+    _check_same_arguments(ranks, optimizer=optimizer is not None, **given)
+    manifest = ranks.together(partial(_open, path, ranks))
+    if verify:
+        _verify(ranks, path, manifest)
+    with torch.no_grad():
+        match = ranks.together(partial(_match, manifest, model, optimizer, groups, cast, staged))
+        _raise_problems(ranks, path, manifest, match, groups, optimizer is not None)
+        same_layout = manifest.layout == groups.layout
+        value = _read(ranks, path, match, groups.rank if same_layout else None, staged)
+        for target, fresh in match.copies:
+            target.copy_(fresh)
+    if optimizer is not None:
+        _install(optimizer, match)
+    if value is not None:
+        restore_random_state(value)
+    return CheckpointInfo(
+        path,
+        manifest.step,
+        manifest.extra,
+        manifest.layout,
+        "restored" if same_layout else "other layout",
+        None if manifest.optimizer is None else manifest.optimizer.kind,
+        manifest.foldpar,
+        manifest.torch,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """What one rank brings to a checkpoint."""
+
+    stage: int
+    state: ModelState
+    optimizer: OptimizerState | None
+    blocks: list[Block]
+    values: Mapping[str, Any]
+    extra: str
+
+
+def _describe(
+    model: nn.Module, optimizer: Optimizer | None, groups: FoldedGroups, step: int | None, extra: Any, piece_bytes: int
+) -> _Part:
+    if piece_bytes < 1:
+        raise ValueError(f"piece_bytes = {piece_bytes} must be positive: the size of the largest piece in bytes.")
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
+        raise CheckpointError(f"step = {step!r} is not an integer. Other things to remember go into extra.")
+    try:
+        text = json.dumps(extra, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"extra cannot be written as JSON: {error}. It can hold numbers, strings, booleans, None, and lists and "
+            f"dictionaries of them."
+        ) from None
+    state = model_state(model, groups)
+    of_optimizer = None if optimizer is None else optimizer_state(optimizer, state, groups)
+    entries = [*state.entries.values(), *(of_optimizer.entries if of_optimizer is not None else ())]
+    blocks = [block for entry in entries for block in entry.blocks(piece_bytes)]
+    values = {f"random.{groups.rank}": random_state()}
+    return _Part(groups.coordinate.pp, state, of_optimizer, blocks, values, text)
+
+
+def _check_same_arguments(ranks: Ranks, **given: object) -> None:
+    """Every rank looks at the same list, so that all raise if any differs."""
+    first, *others = ranks.all_gather({name: str(value) for name, value in given.items()})
+    for rank, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise CheckpointError(
+                    f"{ranks.doing}: ranks were given different arguments: {name} differs between rank 0 and rank "
+                    f"{rank}. There is one of it for the whole checkpoint, so every rank must pass the same."
+                )
+
+
+def _check_same_model(ranks: Ranks, part: _Part) -> None:
+    """Compare names and shapes among the ranks of each stage."""
+    record = None if part.optimizer is None else part.optimizer.record
+    held = {"parameters": part.state.parameters, "buffers": part.state.buffers, "optimizer's states": record}
+    sums = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in held.items()}
+    of_stage: dict[int, tuple[int, dict[str, str]]] = {}
+    for rank, (stage, found) in enumerate(ranks.all_gather((part.stage, sums))):
+        first, of_first = of_stage.setdefault(stage, (rank, found))
+        differing = [name for name in sums if of_first[name] != found[name]]
+        if differing:
+            raise CheckpointError(
+                f"Rank {first} and rank {rank} of one pipeline stage have different {differing[0]}, by name, global "
+                f"shape, dtype or family, so that no whole model can be saved. Build the same model and the same "
+                f"optimizer on every rank of a stage, and let them take the same steps."
+            )
+
+
+def _begin(ranks: Ranks, path: Path, part: _Part, groups: FoldedGroups, step: int | None) -> Manifest | None:
+    """Make the unfinished directory, and on rank 0 the manifest; an error is raised on every rank."""
+    first_of_stage = groups.rank % groups.layout.stage_size == 0
+    of_optimizer = None if part.optimizer is None else part.optimizer.record
+    record = (part.state.parameters, part.state.buffers, of_optimizer) if first_of_stage else None
+    records = ranks.gather(record)
+    manifest, error = None, None
+    if ranks.rank == 0:
+
+        def prepare() -> Manifest:
+            stages = [record for record in records if record is not None]
+            _check_names(stages)
+            found = Manifest(
+                foldpar=__version__,
+                torch=str(torch.__version__),
+                time=time.time(),
+                step=step,
+                extra=json.loads(part.extra),
+                layout=groups.layout,
+                parameters={name: tensor for parameters, _, _ in stages for name, tensor in parameters.items()},
+                buffers={name: tensor for _, buffers, _ in stages for name, tensor in buffers.items()},
+                optimizer=_joined([optimizer for _, _, optimizer in stages if optimizer is not None]),
+                files={},
+            )
+            begin(path)
+            return found
+
+        manifest, error = attempt(prepare)
+    _raise_on_all(ranks, error)
+    return manifest
+
+
+def _check_names(stages: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Any]]) -> None:
+    seen: dict[str, int] = {}
+    for stage, (parameters, buffers, _) in enumerate(stages):
+        for name in (*parameters, *buffers):
+            if name in seen:
+                raise CheckpointError(
+                    f"{name} is in pipeline stage {seen[name]} and in stage {stage}. A checkpoint knows tensors by "
+                    f"name, so that one name must mean one tensor of the whole model. Give the modules of a stage the "
+                    f"names that they have in the whole model (blocks.7 and not blocks.0)."
+                )
+            seen[name] = stage
+
+
+def _joined(records: Sequence[OptimizerRecord]) -> OptimizerRecord | None:
+    if not records:
+        return None
+    return OptimizerRecord(
+        records[0].kind,
+        {name: options for record in records for name, options in record.options.items()},
+        {name: state for record in records for name, state in record.state.items()},
+    )
+
+
+def _snapshot(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that nothing else refers to."""
+    if tensor.device.type == "cpu":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.to("cpu")
+
+
+def _write(
+    ranks: Ranks,
+    path: Path,
+    manifest: Manifest | None,
+    blocks: Sequence[Block],
+    values: Mapping[str, Any],
+    *,
+    background: bool,
+) -> None:
+    try:
+        writing = Writing(unfinished(path), blocks, values, background)
+        results, records = write_blocks(writing, ranks)
+        error = None
+        if manifest is not None:
+            whole = manifest
+
+            def finish() -> None:
+                # The metadata is written by this rank too, so its records are complete only then.
+                files = {**records, **writing.finish(results)}
+                publish(path, whole.with_files(files))
+
+            _, error = attempt(finish)
+        _raise_on_all(ranks, error)
+    except Exception:
+        if ranks.rank == 0:
+            with suppress(OSError):
+                discard(path)
+        raise
+
+
+def _raise_on_all(ranks: Ranks, error: Exception | None) -> None:
+    """Raise an error of rank 0 on every rank."""
+    known = error is None or isinstance(error, CheckpointError)
+    text = ranks.broadcast(None if error is None else str(error) if known else failed_write(error))
+    if text is not None:
+        raise CheckpointError(f"{ranks.doing}: {text}") from error
+
+
+def _settle_pending(model: nn.Module) -> None:
+    """Wait for the save before this one, and raise its error if nobody has been told."""
+    pending: PendingSave | None = getattr(model, _PENDING, None)
+    if pending is None:
+        return
+    delattr(model, _PENDING)
+    told = pending._told
+    try:
+        pending.wait()
+    except CheckpointError as error:
+        if not told:
+            raise CheckpointError(f"The save before this one, in the background, failed. {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading.
+
+
+def _open(path: Path, ranks: Ranks) -> Manifest:
+    manifest = read_manifest(path)
+    if ranks.rank == 0:
+        check_sizes(path, manifest)
+    return manifest
+
+
+def _verify(ranks: Ranks, path: Path, manifest: Manifest) -> None:
+    """Every rank sums up some of the files."""
+    mine = [name for place, name in enumerate(manifest.files) if place % ranks.size == ranks.rank]
+    wrong = ranks.all_gather(ranks.together(lambda: wrong_sums(path, manifest, mine)))
+    names = sorted(name for of_rank in wrong for name in of_rank)
+    if names:
+        raise CheckpointError(damaged_sums(path, names))
+
+
+def _match(
+    manifest: Manifest, model: nn.Module, optimizer: Optimizer | None, groups: FoldedGroups, cast: bool, staged: bool
+) -> Match:
+    state, match = model_state(model, groups), Match()
+    match_model(match, manifest, state, cast=cast, staged=staged)
+    if optimizer is not None:
+        match_optimizer(match, manifest, state, optimizer, staged=staged)
+    return match
+
+
+def _raise_problems(
+    ranks: Ranks, path: Path, manifest: Manifest, match: Match, groups: FoldedGroups, with_optimizer: bool
+) -> None:
+    """One error on every rank, about all that any rank found."""
+    first_of_stage = groups.rank % groups.layout.stage_size == 0
+    used = (match.used, match.used_by_optimizer) if first_of_stage else (set(), set())
+    gathered = ranks.all_gather((match.problems, used))
+    problems = list(dict.fromkeys(problem for found, _ in gathered for problem in found))
+    all_used: set[str] = set().union(*(names for _, (names, _) in gathered))
+    by_optimizer: set[str] = set().union(*(names for _, (_, names) in gathered))
+    problems += left_over(manifest, all_used, by_optimizer if with_optimizer and by_optimizer else None)
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        listed = "".join(f"\n    {problem}" for problem in [*problems[:_SHOWN], *more])
+        raise CheckpointError(f"{path} does not fit. Nothing was loaded.{listed}")
+
+
+def _read(ranks: Ranks, path: Path, match: Match, random_rank: int | None, staged: bool) -> Any:
+    """Read all tensors, and the random state of a rank if asked to."""
+    key = None if random_rank is None else f"random.{random_rank}"
+
+    def plan() -> tuple[StoredTensors, list[Any]]:
+        try:
+            stored = StoredTensors(path)
+            items = [item for entry in match.entries for item in stored.read_items(entry)]
+        except Exception as error:
+            raise CheckpointError(f"{path} is damaged: {error}. Nothing was loaded.") from error
+        return stored, items
+
+    stored, items = ranks.together(plan)
+    values, error = attempt(lambda: stored.read(match.entries, items, [] if key is None else [key]))
+    errors = ranks.all_gather(None if error is None else f"{type(error).__name__}: {error}")
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
+    if failed:
+        left = (
+            "The model and the optimizer are as they were."
+            if staged
+            else "The model and the optimizer are in an undefined state, with some tensors loaded and some not: load "
+            "another checkpoint before using them. staged=True would have left them as they were."
+        )
+        raise CheckpointError(f"Reading {path} failed on {len(failed)} rank(s), {failed[0]}. {left}") from error
+    return None if key is None or values is None else values[key]
+
+
+def _install(optimizer: Optimizer, match: Match) -> None:
+    for parameter, states in match.states.items():
+        if states:
+            optimizer.state[parameter] = states
+        else:
+            optimizer.state.pop(parameter, None)
+    for group, options in match.options:
+        for name, value in options.items():
+            old = group.get(name)
+            if isinstance(old, Tensor):  # a captured graph reads it from there
+                old.fill_(value)
+            else:
+                group[name] = tuple(value) if isinstance(old, tuple) else value

@@ -1,0 +1,120 @@
+"""``fold_model``: turn a model with MoE blocks into its folded self, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from foldpar.dispatching import Partition
+from foldpar.dtensors import local_tensor
+from foldpar.errors import ModelError
+from foldpar.families import REPLICATED, REPLICATED_PARTIAL, ROUTER_ALL_TOKENS
+from foldpar.folded_experts import FoldedExperts
+from foldpar.groups import FoldedGroups
+from foldpar.marks import mark_parameters, parameter_families
+from foldpar.models import MoEAdapter
+from foldpar.planner import Block, FoldPlan, survey
+from foldpar.tensor_parallel import shard_dense
+
+__all__ = ["fold_model"]
+
+
+def fold_model(
+    model: nn.Module,
+    groups: FoldedGroups,
+    *,
+    adapters: Iterable[MoEAdapter] = (),
+    partition: Partition = "tokens",
+) -> FoldPlan:
+    """Fold a model in place: its experts over ``ep`` and ``etp``, its dense part over ``tp``; returns what was done.
+
+    Blocks keep their own forward, routers, shared experts and return values; their experts become
+    :class:`foldpar.FoldedExperts` with this rank's share. Attention, dense and shared feed-forward layers, embeddings
+    and head follow the model's own tensor-parallel plan (and that of the adapters) where ``tp > 1``. Parameters keep
+    their names and get their families, so :func:`foldpar.reduce_gradients` works as it is. Call it on every rank with
+    the same weights, or on the meta device; nothing is communicated::
+
+        layout = foldpar.solve_layout(world=8, tp=2, ep=8)
+        groups = foldpar.create_groups(layout)
+        model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B")
+        print(foldpar.fold_model(model, groups))
+
+    All ranks of a TP group run on the same batch, and the loss of each is the mean over it. Every forward is a meeting
+    of the expert group: ranks must make equally many. In ``generate`` pass ``synced_gpus=True``, so that ranks whose
+    prompts have ended go on until all have; the same number of prompts is not needed. A static KV cache is sized by
+    the configuration, which counts the heads of all lanes: use the dynamic one, the default. What draws random numbers
+    (jitter, Phi-MoE's router in training, sampling in ``generate``) must draw the same on all lanes: seed the lanes of
+    a TP group alike. Dropout inside attention then draws one mask for the heads of all lanes.
+
+    With fewer key-value heads than lanes, every lane holds all of them and uses one. Layers that no plan names, such as
+    linear attention in some models, stay whole, and the plan lists them with the reason.
+
+    Args:
+        model: what is loaded here; for a pipeline, this stage's part. Hooks on the experts' modules are not kept.
+        adapters: :class:`~foldpar.models.MoEAdapter` for blocks that are not known here; they come first.
+        partition: how lanes share the experts' work, see :class:`foldpar.FoldedExperts`.
+
+    Raises:
+        ModelError, ShapeError: as :func:`foldpar.plan_fold`, on every rank, before anything is touched.
+
+    Source: tensor parallelism: Shoeybi et al. 2019; folding: Liu et al. 2025.
+    """
+    found = survey(model, groups.layout, adapters)
+    for block in found.blocks:
+        _fold(model, block, groups, partition)
+    shard_dense(model, found.dense, groups)
+    mark_parameters(model, REPLICATED)
+    for name in found.dense.partial:
+        owner, _, own_name = name.rpartition(".")
+        mark_parameters(model.get_submodule(owner), REPLICATED_PARTIAL, names=(own_name,))
+    _check_done(model, groups, found.plan, [block.name for block in found.blocks if block.adapter.replace is not None])
+    return found.plan
+
+
+def _fold(model: nn.Module, block: Block, groups: FoldedGroups, partition: Partition) -> None:
+    adapter = block.adapter
+    if adapter.replace is not None:
+        _put(model, block.name, adapter.replace(block.module, groups).train(block.module.training))
+        return
+    assert block.activation is not None
+    weights = adapter.weights_of(block.experts, block.experts_name)
+    folded = FoldedExperts.from_dense(
+        weights.gate_up,
+        weights.down,
+        groups,
+        gate_up_bias=weights.gate_up_bias,
+        down_bias=weights.down_bias,
+        activation=block.activation,
+        storage=adapter.storage,
+        partition=partition,
+        call=adapter.call,
+    ).train(block.experts.training)
+    for router in block.routers:
+        mark_parameters(model.get_submodule(router), ROUTER_ALL_TOKENS)
+    if adapter.around is None:
+        _put(model, block.experts_name, folded)
+    else:
+        _put(model, block.name, adapter.around(block.module, folded).train(block.module.training))
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    if not child:
+        raise ModelError("The model itself is an MoE block; put it into a module, since it is replaced in its parent.")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _check_done(model: nn.Module, groups: FoldedGroups, plan: FoldPlan, replaced: list[str]) -> None:
+    """What is there now must be what was planned; only an adapter's ``around`` can make a difference."""
+    families = parameter_families(model, groups)
+    here = {name: (tuple(local_tensor(each).shape), families[name].name) for name, each in model.named_parameters()}
+    wanted = {row.name: (row.local_shape, row.family) for row in plan.rows if row.local_shape is not None}
+    here = {name: each for name, each in here.items() if not any(name.startswith(f"{place}.") for place in replaced)}
+    if here != wanted:
+        differing = sorted(name for name in {*here, *wanted} if here.get(name) != wanted.get(name))
+        raise ModelError(
+            f"Folding did not give what was planned for {', '.join(differing[:5])}: "
+            f"{[here.get(name) for name in differing[:5]]} is not {[wanted.get(name) for name in differing[:5]]}. An "
+            f"adapter's 'around' must keep all children of the block under their names."
+        )

@@ -1,0 +1,139 @@
+"""``MoEAdapter``: what has to be known about a model's MoE block to fold it, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foldpar.activations import Activation
+from foldpar.errors import ModelError
+from foldpar.folded_experts import FoldedExperts
+from foldpar.groups import FoldedGroups
+from foldpar.storage import ExpertStorage
+
+__all__ = ["ExpertWeights", "MoEAdapter", "known_activation"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertWeights:
+    """All experts' weights of one block, laid out as an :class:`~foldpar.storage.ExpertStorage` says."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MoEAdapter:
+    """How one kind of MoE block is folded; :func:`foldpar.fold_model` and :func:`foldpar.plan_fold` take several.
+
+    The block keeps its forward, its router and its shared experts. Its ``experts`` child, called with
+    ``(hidden_states [tokens, dim], top_k_index [tokens, top_k], top_k_weights [tokens, top_k])``, is replaced by a
+    :class:`foldpar.FoldedExperts`. A block that follows this convention, with parameters ``gate_up_proj`` and
+    ``down_proj`` on that child, needs one line::
+
+        fold_model(model, groups, adapters=(MoEAdapter("MyMoEBlock"),))
+
+    Attributes:
+        block: the name of the block's class, or several; subclasses count.
+        experts: the child that holds the experts, a dotted path inside the block.
+        routers: children of the block that route, those of them that a block has. They see all tokens on every lane.
+        storage: how the experts' weights are laid out, and what the biases are called.
+        activation: an activation of :class:`foldpar.GroupedExperts`, or a function of the experts' module. ``None``
+            looks at the module's ``act_fn``.
+        weights: ``experts -> ExpertWeights``, where a module stores them under other names or in several tensors. The
+            folded parameters are then called ``gate_up_proj`` and ``down_proj``.
+        call: ``(folded, *arguments) -> output``: the convention in which the block calls its experts, where that is
+            another one; ``folded`` is a function of ``(hidden_states, top_k_index, top_k_weights)``.
+        around: ``(block, folded experts) -> module`` in place of the whole block, where its forward cannot stay. It
+            keeps the block's children under their names.
+        replace: ``(block, groups) -> module`` in place of the whole block, a :class:`foldpar.FoldedMoE` for example.
+            Whatever is inside brings its own families; nothing else here applies then.
+        tp_plan: tensor-parallel styles beside the model's own plan, and before it: the end of a module's dotted name,
+            with ``*`` for a number, to a style. For layers that the model's plan leaves out, such as
+            ``{"self_attn.q_proj": "colwise"}``.
+        partial: modules or parameters inside an attention that is sharded by heads which work on the lane's own heads,
+            by their names there: gains of QK norms, for example. Their gradients are summed over the lanes.
+        whole: the same for those whose gradient is whole on every lane, such as a low-rank projection in front of a
+            sharded one.
+        refused: why a block cannot be folded, for those that cannot.
+
+    Example, stacked weights ``w1, w3 [E, I, H]`` and ``w2 [E, H, I]``, and experts called as ``(x, weights, ids)``::
+
+        MoEAdapter(
+            "MyMoE",
+            weights=lambda experts: ExpertWeights(torch.cat([experts.w1, experts.w3], 1), experts.w2),
+            activation="swiglu",
+            call=lambda folded, x, weights, ids: folded(x, ids, weights),
+        )
+    """
+
+    block: str | tuple[str, ...]
+    experts: str = "experts"
+    routers: tuple[str, ...] = ("gate", "router")
+    storage: ExpertStorage = field(default_factory=ExpertStorage)
+    activation: Activation | Callable[[nn.Module], Activation] | None = None
+    weights: Callable[[nn.Module], ExpertWeights] | None = None
+    call: Callable[..., Tensor] | None = None
+    around: Callable[[nn.Module, FoldedExperts], nn.Module] | None = None
+    replace: Callable[[nn.Module, FoldedGroups], nn.Module] | None = None
+    tp_plan: Mapping[str, str] = field(default_factory=dict)
+    partial: tuple[str, ...] = ("q_norm", "k_norm")
+    whole: tuple[str, ...] = ()
+    refused: str | None = None
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of the classes that it is for."""
+        return (self.block,) if isinstance(self.block, str) else self.block
+
+    def weights_of(self, experts: nn.Module, where: str) -> ExpertWeights:
+        """The experts' weights, by ``weights`` or by the names of the convention."""
+        if self.weights is not None:
+            return self.weights(experts)
+        parameters = dict(experts.named_parameters(recurse=False))
+        names = ("gate_up_proj", "down_proj", self.storage.gate_up_bias, self.storage.down_bias)
+        if missing := [name for name in names[:2] if name not in parameters]:
+            raise ModelError(
+                f"{where} ({type(experts).__name__}) has no parameter {' and no '.join(missing)}; its own parameters "
+                f"are {', '.join(parameters) or 'none'}. Say in the adapter how to get them: "
+                f"MoEAdapter({self.blocks[0]!r}, weights=lambda experts: ExpertWeights(gate_up, down))."
+            )
+        if unread := [name for name in parameters if name not in names]:
+            raise ModelError(
+                f"{where} ({type(experts).__name__}) has the parameter(s) {', '.join(unread)} beside gate_up_proj and "
+                f"down_proj, and folding it would lose them. For biases of other names, give the adapter "
+                f"storage=ExpertStorage(gate_up_bias=..., down_bias=...)."
+            )
+        return ExpertWeights(*(parameters.get(name) for name in names))  # type: ignore[arg-type]
+
+    def activation_of(self, experts: nn.Module, where: str) -> Activation:
+        """The experts' activation, given or looked up."""
+        if callable(self.activation) and not isinstance(self.activation, str):
+            found: Activation = self.activation(experts)
+            return found
+        return (
+            known_activation(getattr(experts, "act_fn", None), where) if self.activation is None else self.activation
+        )
+
+
+def known_activation(function: Any, where: str) -> Activation:
+    """Which activation a model's function is, by what it computes."""
+    points = torch.linspace(-3, 3, 13, device="cpu")
+    known: dict[str, Tensor] = {"swiglu": F.silu(points), "geglu": F.gelu(points)}
+    if callable(function):
+        values = function(points)
+        for name, wanted in known.items():
+            if torch.allclose(values, wanted):
+                return name  # type: ignore[return-value]
+    name = getattr(function, "__name__", None) or type(function).__name__
+    raise ModelError(
+        f"{where} has the activation {name}, which is none of {', '.join(known)} as gated experts have them. Say which "
+        f"it is with MoEAdapter(..., activation=...)."
+    )

@@ -1,0 +1,27 @@
+"""GPT-OSS: interleaved and transposed experts with biases, a clamped activation, and attention sinks."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from foldpar.activations import ClampedSwiGLU
+from foldpar.models.adapter import MoEAdapter
+from foldpar.models.plans import ATTENTION
+from foldpar.storage import ExpertStorage
+
+
+def _activation(experts: nn.Module) -> ClampedSwiGLU:
+    module = cast(Any, experts)
+    return ClampedSwiGLU(alpha=module.alpha, limit=module.limit)
+
+
+ADAPTERS = (
+    MoEAdapter(
+        "GptOssMLP",
+        storage=ExpertStorage(True, True, gate_up_bias="gate_up_proj_bias", down_bias="down_proj_bias"),
+        activation=_activation,
+        tp_plan={**ATTENTION, "self_attn.sinks": "colwise"},
+    ),
+)

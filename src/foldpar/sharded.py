@@ -1,0 +1,149 @@
+"""What :func:`foldpar.shard_model` leaves on a model: which parameters FSDP2 shards, and in which state they are.
+
+FSDP2 registers a parameter's shard on its module between steps, and the whole parameter from forward to backward. So
+whoever reads parameters or gradients brings the shards back first. Modules of FSDP2 are told by what they can do, so
+that models without any need not load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from foldpar.dtensors import is_dtensor
+from foldpar.errors import ShardingError
+from foldpar.families import ParameterFamily
+from foldpar.layout import Axis, FoldedLayout
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+__all__ = [
+    "ShardedModule",
+    "Stage",
+    "bring_back_shards",
+    "fsdp_modules",
+    "is_fsdp_module",
+    "is_sharded_over",
+    "place_on_mesh",
+    "refuse_unreduced",
+    "sharded_module",
+    "shards_over_data",
+]
+
+Stage = Literal[1, 2, 3]
+_RECORD = "_foldpar_sharded"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedModule:
+    """The record on every module of a sharded model."""
+
+    stage: Stage
+    names: frozenset[str]
+    """Of the module's own parameters, those that FSDP2 shards."""
+
+
+def sharded_module(module: nn.Module) -> ShardedModule | None:
+    """The record of a module that is part of a sharded model."""
+    record: ShardedModule | None = getattr(module, _RECORD, None)
+    return record
+
+
+def shards_over_data(family: ParameterFamily, layout: FoldedLayout, *, dims: int, converts: bool) -> bool:
+    """Whether ``shard_model`` shards a parameter of that many dimensions; all ranks answer alike.
+
+    Not a scalar, which has no dimension 0. Not over one rank, unless the wrapper ``converts`` dtypes or offloads: the
+    gathered parameter would be a second copy. And not where lane replicas would get different shards: FSDP2 cuts by the
+    place on a mesh, which ascends. For tp and dp_cp that is the coordinate. Of etp replicas, which share their edp
+    coordinate, the places can differ: world 6 with tp 2 and etp 2 has the edp groups (0 4 3) and (2 1 5), whose members
+    of coordinate 0, ranks 0 and 2, have the places 0 and 1.
+
+    Example:
+        >>> from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT
+        >>> from foldpar.layout import solve_layout
+        >>> layout = solve_layout(6, tp=2, etp=2)
+        >>> [shards_over_data(family, layout, dims=2, converts=False) for family in (ROUTED_EXPERT, EXPERT_BIAS)]
+        [True, False]
+    """
+    if dims == 0 or (layout.size(family.data_axis) == 1 and not converts):
+        return False
+    if family.view == "dense" or family.lane_axis is None:
+        return True
+    return all(len({place_on_mesh(layout, "edp", rank) for rank in group}) == 1 for group in layout.groups("etp"))
+
+
+def place_on_mesh(layout: FoldedLayout, axis: Axis, rank: int) -> int:
+    """Where a rank sits among the ascending ranks of its data axis, and so which shard it holds.
+
+    Example:
+        >>> from foldpar.layout import solve_layout
+        >>> layout = solve_layout(6, tp=2, etp=2)
+        >>> layout.group("edp", 4), place_on_mesh(layout, "edp", 4)
+        ((0, 4, 3), 2)
+    """
+    return sorted(layout.group(axis, rank)).index(rank)
+
+
+def record_shards(model: nn.Module, stage: Stage) -> None:
+    """Leave the records, once everything is wrapped."""
+    for module in model.modules():
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        names = frozenset(
+            name for name, parameter in own if any(is_sharded_over(parameter, axis) for axis in ("dp_cp", "edp"))
+        )
+        setattr(module, _RECORD, ShardedModule(stage, names))
+
+
+def is_sharded_over(parameter: Tensor, axis: str) -> bool:
+    """Whether the parameter's mesh has a dimension of this data axis; of one rank counts, as nothing is reduced there
+    either."""
+    return is_dtensor(parameter) and axis in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def is_fsdp_module(module: nn.Module) -> bool:
+    """Whether FSDP2 has wrapped this very module."""
+    return hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard")
+
+
+def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    """The modules that :func:`foldpar.shard_model` has wrapped."""
+    for module in model.modules():
+        if sharded_module(module) is not None and is_fsdp_module(module):
+            yield module  # type: ignore[misc]
+
+
+def bring_back_shards(model: nn.Module) -> None:
+    """Register shards in place of whole parameters, which a forward may have left behind. No communication."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+def refuse_unreduced(model: nn.Module) -> None:
+    """Raise if a gradient waits inside FSDP2, not yet summed over the data axis.
+
+    Raises:
+        ShardingError: the last backward of the step ran inside ``accumulate``.
+    """
+    for module in fsdp_modules(model):
+        if any(_has_unreduced_gradient(entry) for group in _parameter_groups(module) for entry in group.fsdp_params):
+            raise ShardingError(
+                "Gradients of this step are whole and not yet summed over the data axis: its last backward ran inside "
+                "'with accumulate(model):'. At stage 1 they meet in the first backward outside of it, so accumulate "
+                "all micro-batches of a step but the last."
+            )
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    """FSDP2's own records, which no public function shows; torch before 2.13 has one per module."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return list(groups) if groups is not None else [group for group in [state._fsdp_param_group] if group is not None]
+
+
+def _has_unreduced_gradient(entry: Any) -> bool:
+    whole = getattr(entry, "_unsharded_param", None)  # made by the first gather
+    return entry.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None)

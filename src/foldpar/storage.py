@@ -1,0 +1,69 @@
+"""How a model stores the weights of its experts: which dimension is which, and where gate and up lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["ExpertStorage"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStorage:
+    """The layout of ``gate_up_proj`` and ``down_proj``, and the names of their biases.
+
+    With ``E`` experts, width ``H``, hidden width ``I`` and ``parts`` columns for each hidden unit (2 if gated, else 1):
+
+    ==============  ===========================  =====================
+    ``transposed``  ``gate_up_proj``             ``down_proj``
+    ==============  ===========================  =====================
+    ``False``       ``[E, parts * I, H]``        ``[E, H, I]``
+    ``True``        ``[E, H, parts * I]``        ``[E, I, H]``
+    ==============  ===========================  =====================
+
+    ``interleaved``: gate and up of one hidden unit are neighbours (``g0 u0 g1 u1 ...``); otherwise all gates come first
+    (``g0 g1 ... u0 u1 ...``). Biases are ``[E, parts * I]`` and ``[E, H]``.
+
+    Example:
+        >>> import torch
+        >>> stored = torch.tensor([[1, 10, 2, 20, 3, 30, 4, 40]])  # the gate_up bias of one expert, 4 hidden units
+        >>> storage = ExpertStorage(interleaved=True)
+        >>> storage.own_gate_up(stored, parts=2, units=slice(2, 4)).tolist()
+        [[3, 30, 4, 40]]
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+    gate_up_bias: str = "gate_up_bias"
+    down_bias: str = "down_bias"
+
+    def gate_up_shape(self, experts: int, dim: int, columns: int) -> tuple[int, int, int]:
+        """The shape of ``gate_up_proj`` with ``columns = parts * hidden``."""
+        return (experts, dim, columns) if self.transposed else (experts, columns, dim)
+
+    def down_shape(self, experts: int, dim: int, hidden: int) -> tuple[int, int, int]:
+        """The shape of ``down_proj``."""
+        return (experts, hidden, dim) if self.transposed else (experts, dim, hidden)
+
+    def own_gate_up(self, stored: Tensor, *, parts: int, units: slice) -> Tensor:
+        """The given hidden units of a ``gate_up`` weight ``[E, ., .]`` or bias ``[E, .]``, gate and up alike."""
+        place = 2 if stored.dim() == 3 and self.transposed else 1
+        apart = stored.unflatten(place, (-1, parts) if self.interleaved else (parts, -1))
+        own = apart.narrow(place if self.interleaved else place + 1, units.start, units.stop - units.start)
+        return torch.flatten(own, place, place + 1)
+
+    def own_down(self, stored: Tensor, *, units: slice) -> Tensor:
+        """The given hidden units of ``down_proj``."""
+        return stored[:, units] if self.transposed else stored[:, :, units]
+
+    def from_concatenated(self, gate_up: Tensor, *, parts: int) -> Tensor:
+        """Bring ``[E, parts * I, H]`` or ``[E, parts * I]``, gate above up, into this storage."""
+        if self.interleaved:
+            gate_up = gate_up.unflatten(1, (parts, -1)).transpose(1, 2).flatten(1, 2)
+        return gate_up.transpose(1, 2) if gate_up.dim() == 3 and self.transposed else gate_up
+
+    def for_product(self, weight: Tensor) -> Tensor:
+        """A view ``[E, out, in]`` of a weight, as products take it."""
+        return weight.transpose(1, 2) if self.transposed else weight

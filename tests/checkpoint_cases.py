@@ -1,0 +1,202 @@
+"""What tests of checkpoints run on ranks: train a small model in one layout, save, resume in another."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import parity
+import pytest
+import torch
+from byte_lm import ByteLM, Config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import foldpar
+from foldpar import checkpoint_dcp
+from foldpar.boxes import Share
+from foldpar.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from foldpar.dtensors import local_tensor
+from foldpar.placements import parameter_placements
+from foldpar.sharding import shard_model
+
+CONFIG = Config(vocab=24, dim=16, heads=8, layers=2, experts=8, top_k=2, hidden=8, shared_hidden=8)
+SEQUENCES, LENGTH = 24, 4  # 24 can be shared out among 1, 2, 3, 4, 6 and 8 data ranks
+
+
+@dataclass(frozen=True)
+class Run:
+    """A layout and an optimizer; ``stage`` 0 is not sharded."""
+
+    layout: foldpar.FoldedLayout
+    kind: str = "AdamW"
+    stage: int = 0
+    dtype: torch.dtype = torch.float64
+    config: Config = CONFIG
+    consumer: str = "replicated"
+    device: str = "cpu"
+
+    @property
+    def case(self) -> parity.Case:
+        of = self.layout
+        return parity.Case(
+            of.world,
+            tp=of.tp,
+            ep=of.ep,
+            etp=of.etp,
+            cp=of.cp,
+            order=of.order,
+            dtype=self.dtype,
+            config=self.config,
+            consumer=self.consumer,
+            device=self.device,
+        )
+
+
+def optimizer_of(model: nn.Module, kind: str, **options: Any) -> torch.optim.Optimizer:
+    groups = foldpar.parameter_groups(model)
+    if kind == "SGD":
+        return torch.optim.SGD(groups, **{"lr": 0.1, "momentum": 0.9, **options})
+    return torch.optim.AdamW(groups, **{"lr": 1e-2, "weight_decay": 0.1, **options})
+
+
+def batch(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randint(CONFIG.vocab, (SEQUENCES, LENGTH + 1), generator=generator)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    groups: foldpar.FoldedGroups,
+    run: Run,
+    steps: Sequence[int],
+) -> list[float]:
+    """The loss of each step, over the whole batch."""
+    losses = []
+    data = groups.dp_cp
+    for step in steps:
+        loss = parity.backward(model, batch(step).to(run.device).chunk(data.size)[data.index], groups, run.case)
+        foldpar.reduce_gradients(model, groups)
+        foldpar.clip_grad_norm_(model, 1.0, groups)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = torch.tensor([loss / data.size], dtype=torch.float64, device=run.device)
+        foldpar.collectives.all_reduce_(mean, data)
+        losses.append(float(mean))
+    return losses
+
+
+def fresh(run: Run, groups: foldpar.FoldedGroups, seed: int = 7) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = parity.fold(ByteLM(run.config).to(run.device, run.dtype), groups, run.case)
+    if run.stage:
+        shard_model(model, groups, stage=run.stage)
+    return model, optimizer_of(model, run.kind)
+
+
+def in_one_process(kind: str, steps: int, config: Config = CONFIG) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and weights of the plain model, trained without foldpar."""
+    torch.manual_seed(7)
+    model = ByteLM(config).double()
+    if kind == "SGD":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    losses = []
+    for step in range(steps):
+        tokens = batch(step)
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@contextmanager
+def ready(run: Run, seed: int = 7) -> Iterator[tuple[foldpar.FoldedGroups, nn.Module, torch.optim.Optimizer]]:
+    with foldpar.create_groups(run.layout) as groups:
+        yield groups, *fresh(run, groups, seed)
+
+
+Shares = dict[str, tuple[Share, Tensor]]
+
+
+def shares_of(model: nn.Module, groups: foldpar.FoldedGroups) -> Shares:
+    return {
+        placement.name: (placement.share, local_tensor(placement.parameter).detach().clone())
+        for placement in parameter_placements(model, groups)
+    }
+
+
+def assembled(of_ranks: Sequence[Shares]) -> dict[str, Tensor]:
+    """Global tensors from the ranks' shares; every element must come from somewhere."""
+    whole: dict[str, Tensor] = {}
+    for shares in of_ranks:
+        for name, (share, local) in shares.items():
+            target = whole.setdefault(name, torch.full(share.shape, torch.nan, dtype=local.dtype))
+            assert target.shape == share.shape
+            for box in share.boxes:
+                to, of = (
+                    tuple(slice(start, start + size) for start, size in zip(starts, box.sizes, strict=True))
+                    for starts in (box.offsets, box.starts)
+                )
+                target[to] = local[of]
+    assert not [name for name, tensor in whole.items() if tensor.isnan().any()]
+    return whole
+
+
+def train_and_save(run: Run, path: Path, steps: int, **options: Any) -> tuple[list[float], Shares]:
+    with ready(run) as (groups, model, optimizer):
+        losses = train(model, optimizer, groups, run, range(steps))
+        save_checkpoint(path, model, optimizer, groups, step=steps, extra={"note": [1, "two"]}, **options)
+        return losses, shares_of(model, groups)
+
+
+def load_and_train(
+    run: Run, path: Path, steps: int, **options: Any
+) -> tuple[CheckpointInfo, list[float], Shares, Shares]:
+    """Info, the losses of further steps, and the weights before and after these."""
+    with ready(run, seed=1) as (groups, model, optimizer):
+        info = load_checkpoint(path, model, optimizer, groups, **options)
+        loaded = shares_of(model, groups)
+        assert info.step is not None
+        losses = train(model, optimizer, groups, run, range(info.step, info.step + steps))
+        return info, losses, loaded, shares_of(model, groups)
+
+
+def train_and_save_in_pieces(run: Run, path: Path, piece_bytes: int) -> None:
+    train_and_save(run, path, 1, piece_bytes=piece_bytes)
+
+
+@contextmanager
+def broken_writes(broken: bool, after: int = 10_000) -> Iterator[None]:
+    """On a rank whose disk is full after so many bytes of a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        if broken:
+            made = checkpoint_dcp._HashingStream.__init__
+            patch.setattr(checkpoint_dcp._HashingStream, "__init__", lambda self, raw: made(self, FullDisk(raw, after)))
+        yield
+
+
+class FullDisk:
+    """A file on a disk that has so many bytes left."""
+
+    def __init__(self, raw: Any, left: int) -> None:
+        self.raw, self.left = raw, left
+
+    def write(self, data: Any) -> int:
+        self.left -= memoryview(data).nbytes
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return int(self.raw.write(data))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)

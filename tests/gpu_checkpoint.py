@@ -1,0 +1,94 @@
+"""Checkpoints on several GPUs: every layout of a job saves, every other one loads, bit by bit.
+
+    torchrun --nproc-per-node 2 tests/gpu_checkpoint.py
+    torchrun --nproc-per-node 4 tests/gpu_checkpoint.py --cpu      # the same over Gloo
+
+One line per pair of layouts, and a count; the exit code is 1 if any differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import checkpoint_cases as cases
+import torch
+import torch.distributed as dist
+from checkpoint_cases import Run
+
+import foldpar
+from foldpar.checkpoint import load_checkpoint, save_checkpoint
+
+
+def runs(world: int, device: str) -> list[Run]:
+    layouts = [(foldpar.solve_layout(world, ep=world), 0), (foldpar.solve_layout(world, tp=2, ep=world), 3)]
+    if world > 2:
+        layouts.append((foldpar.solve_layout(world, tp=2, ep=2, etp=2), 0))
+        layouts.append((foldpar.solve_layout(world, tp=2, ep=1, order="consecutive"), 2))
+    return [Run(layout, "AdamW", stage, dtype=torch.float32, device=device) for layout, stage in layouts]
+
+
+def check(first: Run, second: Run, folder: Path) -> None:
+    """Train and save in the background in one layout; load in the other, compare everything, and train on."""
+    with cases.ready(first) as (groups, model, optimizer):
+        cases.train(model, optimizer, groups, first, range(2))
+        saved = gathered(cases.shares_of(model, groups))
+        pending = save_checkpoint(folder / "c", model, optimizer, groups, step=2, asynchronous=True)
+        cases.train(model, optimizer, groups, first, range(2, 3))
+        assert pending is not None
+        pending.wait()
+    with cases.ready(second, seed=1) as (groups, model, optimizer):
+        load_checkpoint(folder / "c", model, optimizer, groups, verify=True)
+        loaded = gathered(cases.shares_of(model, groups))
+        for name, tensor in saved.items():
+            assert torch.equal(tensor, loaded[name]), name
+        cases.train(model, optimizer, groups, second, range(2, 3))
+        save_checkpoint(folder / "d", model, optimizer, groups, step=3)
+
+
+def gathered(shares: cases.Shares) -> dict[str, torch.Tensor]:
+    of_ranks: list[cases.Shares] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, {name: (share, local.cpu()) for name, (share, local) in shares.items()})
+    return cases.assembled(of_ranks)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cpu", action="store_true", help="rehearse over Gloo")
+    device = "cpu" if parser.parse_args().cpu else "cuda"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    else:
+        dist.init_process_group("gloo")
+    folders: list[str] = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folders)
+    folder, failed, total = Path(folders[0]), 0, 0
+    for first in runs(dist.get_world_size(), device):
+        for second in runs(dist.get_world_size(), device):
+            total += 1
+            error = ""
+            try:
+                check(first, second, folder / str(total))
+            except Exception:
+                error = traceback.format_exc()
+            errors = [""] * dist.get_world_size()
+            dist.all_gather_object(errors, error)
+            failed += any(errors)
+            if dist.get_rank() == 0:
+                verdict = next((text for text in errors if text), "ok")
+                print(f"{first.layout!r} stage {first.stage} -> {second.layout!r} stage {second.stage}: {verdict}")
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+        print(f"{total - failed} of {total} pairs are right")
+    dist.destroy_process_group()
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
