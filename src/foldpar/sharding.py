@@ -108,9 +108,6 @@ def shard_model(
     would get different shards (never with ``order="consecutive"``). :func:`~foldpar.reduce_gradients` reduces those
     over the data axis.
 
-    torch 2.13 warns where a unit returns a view, such as logits gathered from the lanes: in-place changes of them would
-    break the backward. Whoever makes none may ignore it.
-
     Raises:
         ValueError: an unknown stage. ShardingError: the model is sharded already, a block is not in the model, or one
             unit would have parameters of several dtypes or share one with another unit, or experts share a module with

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -94,9 +95,26 @@ def _sum_gradient_of_last(tp: AxisGroup, width: int, module: nn.Module, argument
 
 
 def _arrived(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
-    """Wait for a gathered output that perhaps nobody reads, such as the logits of a prompt that has ended."""
+    """Wait for a gathered output that perhaps nobody reads, such as the logits of a prompt that has ended.
+
+    With gradients, hand it on as a tensor of its own: DTensor's is a view, and FSDP2 warns of models that return one.
+    """
+    if torch.is_grad_enabled():
+        return cast(Tensor, cast(Any, _OfItsOwn).apply(output))
     wait: Callable[[], Tensor] | None = getattr(output, "wait", None)
-    return output if wait is None or torch.is_grad_enabled() else wait()
+    return output if wait is None else wait()
+
+
+class _OfItsOwn(Function):
+    """Identity, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class VocabularyParallelEmbedding(nn.Embedding):

@@ -118,9 +118,7 @@ class MoEAdapter:
         if callable(self.activation) and not isinstance(self.activation, str):
             found: Activation = self.activation(experts)
             return found
-        return (
-            known_activation(getattr(experts, "act_fn", None), where) if self.activation is None else self.activation
-        )
+        return known_activation(getattr(experts, "act_fn", None), where) if self.activation is None else self.activation
 
 
 def known_activation(function: Any, where: str) -> Activation:
