@@ -21,7 +21,6 @@ import foldpar
 from foldpar import checkpoint_dcp
 from foldpar.boxes import Share
 from foldpar.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
-from foldpar.dtensors import local_tensor
 from foldpar.placements import parameter_placements
 from foldpar.sharding import shard_model
 
@@ -131,7 +130,7 @@ Shares = dict[str, tuple[Share, Tensor]]
 
 def shares_of(model: nn.Module, groups: foldpar.FoldedGroups) -> Shares:
     return {
-        placement.name: (placement.share, local_tensor(placement.parameter).detach().clone())
+        placement.name: (placement.share, placement.local(placement.parameter).detach().clone())
         for placement in parameter_placements(model, groups)
     }
 

@@ -132,12 +132,12 @@ def train_folded(model: nn.Module, case: Case, reference: Trace) -> dict[str, tu
 
 def share(name: str, whole: Tensor, model: nn.Module, parameter: Tensor, groups: foldpar.FoldedGroups) -> Tensor:
     """This rank's part of a tensor of one process; of experts by hand, not with the slices that folding used."""
-    if is_dtensor(parameter):
-        return placed(whole, parameter)
     owner, _, own_name = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(module, foldpar.GroupedExperts):
         return share_of_experts(own_name, whole, module)
+    if is_dtensor(parameter):
+        return placed(whole, parameter)
     if whole.shape != parameter.shape:
         return whole.chunk(groups.tp.size)[groups.tp.index]
     return whole
@@ -221,6 +221,8 @@ def _sgd(model: nn.Module, rate: float) -> None:
 
 
 def _note(found: dict[str, tuple[float, float]], name: str, got: Tensor, want: Tensor) -> None:
+    if got.dim() == want.dim() + 1:  # gate and up of experts that are sliced over etp lie apart
+        got = got.flatten(1, 2)
     assert got.shape == want.shape, f"{name}: {tuple(got.shape)} is not {tuple(want.shape)}"
     assert got.dtype == want.dtype, f"{name}: {got.dtype} is not {want.dtype}"
     found[name] = tuple(float(part.double().square().sum()) for part in (got - want, want))

@@ -120,13 +120,12 @@ def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def shard_of(share: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's rows of what it held before sharding: chunks of equal size by ascending rank, the last ones short."""
+    """This rank's rows of what it held before sharding: chunks of equal size by coordinate, the last ones short."""
     axis = data_axis(parameter)
     if axis is None:
         return share
     mesh = parameter.device_mesh if parameter.device_mesh.ndim == 1 else parameter.device_mesh[axis]
-    ranks = mesh.mesh.tolist()
-    assert ranks == sorted(ranks)
+    ranks = torch.distributed.get_process_group_ranks(mesh.get_group())
     rows = -(-share.shape[0] // len(ranks))
     place = ranks.index(torch.distributed.get_rank())
     return share[place * rows : (place + 1) * rows]

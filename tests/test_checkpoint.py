@@ -27,6 +27,7 @@ from foldpar import checkpoint_dcp, families
 from foldpar.boxes import Share
 from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.checkpoint_state import Entry
+from foldpar.dtensors import local_tensor
 from foldpar.placements import mark_placement
 from foldpar.testing import layouts, run_ranks
 
@@ -225,9 +226,10 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = {local_tensor(leaf).untyped_storage().data_ptr() for leaf in leaves}
         for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor) and type(leaf) is Tensor:
+            if type(leaf) is Tensor:
                 storage = leaf.untyped_storage()
                 if storage.data_ptr() not in given:
                     self._count(storage)

@@ -13,6 +13,7 @@ from torch import Tensor
 import foldpar
 from foldpar.collectives import even_row_counts
 from foldpar.errors import ShapeError
+from foldpar.groups import _GroupFactory
 from foldpar.testing import RanksFailed, run_ranks
 
 ORDERS = {2: [(0, 1), (1, 0)], 3: [(0, 1, 2), (2, 0, 1)], 4: [(0, 1, 2, 3), (0, 2, 1, 3)]}
@@ -21,8 +22,9 @@ ONE = foldpar.AxisGroup("tp", (0,), 0, None)
 
 
 def group_in_order(order: tuple[int, ...]) -> foldpar.AxisGroup:
-    """All ranks, in a coordinate order that torch's sorted group does not have."""
-    return foldpar.AxisGroup("tp", order, order.index(dist.get_rank()), dist.group.WORLD)
+    """All ranks, in a coordinate order that a group of torch's own, which is sorted, does not have."""
+    factory = _GroupFactory.of_default_group(None, None, 0, int.from_bytes(bytes(order), "big"))
+    return foldpar.AxisGroup("tp", order, order.index(dist.get_rank()), factory.create(order))
 
 
 # -- The adjoint identity ---------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ def values_in(order: tuple[int, ...], counts: tuple[int, ...]) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_blocks_speak_in_coordinates_whatever_order_torch_sorts_into(world: int) -> None:
+def test_blocks_speak_in_coordinates_in_any_order_of_the_ranks(world: int) -> None:
     for order in ORDERS[world]:
         for counts in [tuple(range(world)), (3,) * world, (4, *(0,) * (world - 1))]:
             gathered = [10.0 * i + j for i in range(world) for j in range(counts[i])]

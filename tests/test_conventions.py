@@ -19,6 +19,7 @@ from toys import (
     folded_loss,
     gradient_errors,
     loss_of,
+    own,
     plain_gradients,
     plain_model,
     tokens_of,
@@ -102,7 +103,7 @@ def test_the_surplus_factor_is_tp() -> None:
                 "router": float(moe.router.weight.grad.norm() / want["blocks.0.moe.router.weight"].norm()),
                 "head": float(model.head.weight.grad.norm() / want["head.weight"].norm()),
             } | {
-                name: float(parameter.grad.norm() / experts[name].chunk(2)[groups.ep.index].norm())
+                name: float(own(parameter.grad).norm() / experts[name].chunk(2)[groups.ep.index].norm())
                 for name, parameter in moe.experts.named_parameters()
             }
 

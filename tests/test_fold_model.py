@@ -35,7 +35,15 @@ def on_meta(family: str, **overrides: Any) -> nn.Module:
 
 
 def local_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(local_tensor(parameter).shape) for name, parameter in model.named_parameters()}
+    """Gate and up of sliced experts as one dimension, as the plan speaks of them."""
+    found = {}
+    for path, module in model.named_modules():
+        pairs = module.pairs if isinstance(module, foldpar.GroupedExperts) else {}
+        for name, parameter in module.named_parameters(recurse=False):
+            part = local_tensor(parameter)
+            part = part.flatten(pairs[name], pairs[name] + 1) if name in pairs else part
+            found[f"{path}.{name}"] = tuple(part.shape)
+    return {name: found[name] for name, _ in model.named_parameters()}
 
 
 # -- The plan ---------------------------------------------------------------------------------------------------------

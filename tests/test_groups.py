@@ -108,15 +108,15 @@ def test_two_layouts_coexist() -> None:
     assert run_ranks(two_layouts, 4)[0] == ([0, 2, 1, 3], [0, 1])
 
 
-def meshes() -> tuple[list[int], str]:
+def meshes() -> list[int]:
     with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4)) as groups:
         mesh = groups.mesh("dense")
         assert mesh is groups.mesh("dense")
         assert mesh.mesh_dim_names == ("pp", "dp", "cp", "tp")
         assert mesh["tp"].get_group() is groups.tp.process_group
         assert mesh["cp"].size() == 1
-        with pytest.raises(GroupsError) as refused:
-            groups.mesh("expert")
+        assert groups.mesh("expert").mesh.flatten().tolist() == [0, 2, 1, 3]
+        assert groups.mesh("expert")["ep"].get_local_rank() == groups.ep.index == dist.get_rank(groups.ep.process_group)
         with pytest.raises(LayoutError, match=r"no view 'experts'. Views are 'dense' and 'expert'"):
             groups.mesh("experts")  # type: ignore[arg-type]
     with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=2, order="consecutive")) as groups:
@@ -124,14 +124,31 @@ def meshes() -> tuple[list[int], str]:
         assert mesh.mesh_dim_names == ("pp", "edp", "ep", "etp")
         assert mesh["ep"].get_group() is groups.ep.process_group
         assert list(mesh.get_coordinate() or ()) == [0, groups.edp.index, groups.ep.index, 0]
-        return mesh.mesh.flatten().tolist(), str(refused.value)
+        return mesh.mesh.flatten().tolist()
 
 
-def test_meshes_only_where_group_order_is_mesh_order() -> None:
-    flat, refused = run_ranks(meshes, 4, groups_left="error")[0]
-    assert flat == [0, 1, 2, 3]
-    assert "The ep group (0, 2, 1, 3) is not in ascending order" in refused
-    assert "order='consecutive'" in refused
+def test_meshes_of_both_views_in_any_layout() -> None:
+    assert run_ranks(meshes, 4, groups_left="error")[0] == [0, 1, 2, 3]
+
+
+def places(layout: foldpar.FoldedLayout) -> None:
+    with foldpar.create_groups(layout) as groups:
+        for view, axes in (("dense", ("pp", "dp", "cp", "tp")), ("expert", ("pp", "edp", "ep", "etp"))):
+            mesh = groups.mesh(view)
+            assert mesh.mesh_dim_names == axes
+            assert tuple(mesh.get_coordinate()) == tuple(groups.axis(axis).index for axis in axes)
+            for axis in axes:
+                group = groups.axis(axis)
+                assert tuple(dist.get_process_group_ranks(mesh[axis].get_group())) == group.ranks
+                assert dist.get_rank(mesh[axis].get_group()) == group.index
+
+
+@pytest.mark.parametrize("order", ["tp-lane-major", "consecutive"])
+@pytest.mark.parametrize(
+    "degrees", [{"tp": 4, "ep": 4}, {"tp": 2, "etp": 2, "ep": 2}, {"tp": 2, "ep": 1}, {"pp": 2, "tp": 2, "ep": 4}]
+)
+def test_group_rank_mesh_place_and_coordinate_are_one_number(degrees: dict[str, int], order: str) -> None:
+    run_ranks(places, 8, foldpar.solve_layout(8, **degrees, order=order))
 
 
 def inherits_timeouts() -> tuple[timedelta, timedelta, timedelta]:
@@ -218,11 +235,17 @@ def test_one_rank_of_torchrun_has_meshes_as_many_have() -> None:
     assert run_ranks(one_rank_of_torchrun, 1, init=False) == [(("pp", "dp", "cp", "tp"), False)]
 
 
+def sorted_group() -> None:
+    with pytest.raises(GroupsError, match=r"The ep group is \(1, 0\) in coordinate order, but .* as \(0, 1\)"):
+        foldpar.AxisGroup("ep", (1, 0), 1 - dist.get_rank(), dist.group.WORLD)
+
+
 def test_axis_groups_check_themselves() -> None:
     with pytest.raises(GroupsError, match=r"index 2 is outside the tp group of 1 rank\(s\)"):
         foldpar.AxisGroup("tp", (0,), 2, None)
     with pytest.raises(GroupsError, match=r"The tp group \(0, 1\) has several ranks and needs a process group"):
         foldpar.AxisGroup("tp", (0, 1), 0, None)
+    run_ranks(sorted_group, 2)
     with foldpar.create_groups(foldpar.solve_layout(1)) as groups, pytest.raises(LayoutError, match="no axis 'xp'"):
         groups.axis("xp")
 

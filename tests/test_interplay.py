@@ -20,6 +20,7 @@ from toys import (
     fold,
     gradient_errors,
     loss_of,
+    own,
     plain_gradients,
     plain_model,
     relative,
@@ -203,7 +204,7 @@ def test_mixed_dtypes_without_autocast_are_refused() -> None:
     not_autocast(plain_model(blocks=1))
 
 
-def scaled(plain: Model, scaler_class: Callable[[], Any], overflow: bool) -> tuple[bool, float]:
+def scaled(plain: Model, scaler_class: Callable[[foldpar.FoldedGroups], Any], overflow: bool) -> tuple[bool, float]:
     """One step in fp16 with float32 weights; an overflow in one expert's gradient, on one rank, if so wanted.
 
     Returns whether this rank has stepped, and its next scale.
@@ -212,41 +213,51 @@ def scaled(plain: Model, scaler_class: Callable[[], Any], overflow: bool) -> tup
         model = fold(plain, groups).float()
         before = [parameter.detach().clone() for parameter in model.parameters()]
         optimizer = torch.optim.SGD(foldpar.parameter_groups(model), lr=0.1)
-        scaler = scaler_class()
+        scaler = scaler_class(groups)
         with torch.autocast("cpu", torch.float16):
             loss = loss_of(model, tokens_of(groups.dp_cp.index))
         scaler.scale(loss).backward()
         if overflow and groups.rank == 1:
-            model.blocks[1].moe.experts.down_proj.grad[0, 0, 0] = torch.inf
+            own(model.blocks[1].moe.experts.down_proj.grad)[0, 0, 0] = torch.inf
         foldpar.reduce_gradients(model, groups)
+        if scaler_class is not folded_scaler:
+            with pytest.raises(RuntimeError, match=r"got mixed torch\.Tensor and DTensor"):
+                scaler.unscale_(optimizer)
+            return False, scaler.get_scale()
         scaler.unscale_(optimizer)
         assert bool(foldpar.get_total_norm(model, groups).isfinite()) != overflow  # alike on all ranks, in any case
         scaler.step(optimizer)
         scaler.update()
         after = list(model.parameters())
-        return any(not torch.equal(*pair) for pair in zip(before, after, strict=True)), scaler.get_scale()
+        return any(not torch.equal(own(one), own(two)) for one, two in zip(before, after, strict=True)), (
+            scaler.get_scale()
+        )
 
 
-def scaler_of_one_rank() -> torch.amp.GradScaler:
+def scaler_of_one_rank(groups: foldpar.FoldedGroups) -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=1024.0)
 
 
-def scaler_of_all_ranks() -> ShardedGradScaler:
+def scaler_of_all_ranks(groups: foldpar.FoldedGroups) -> ShardedGradScaler:
     return ShardedGradScaler("cpu", init_scale=1024.0)
+
+
+def folded_scaler(groups: foldpar.FoldedGroups) -> foldpar.GradScaler:
+    return foldpar.GradScaler("cpu", groups=groups, init_scale=1024.0)
 
 
 def test_a_grad_scaler_over_all_ranks_skips_a_step_everywhere_or_nowhere() -> None:
     """Experts are not replicas of each other: an overflow in one of them is known to a part of the ranks only.
 
-    ``ShardedGradScaler`` asks all ranks of its process group (by default all there are); ``GradScaler`` asks nobody.
+    foldpar's ``GradScaler`` asks all ranks; torch's two refuse DTensors beside plain tensors, before any step.
     """
     plain = plain_model()
     for block in plain.blocks:
         block.moe.router.weight.data *= 8
-    assert run_ranks(scaled, 4, plain, scaler_of_all_ranks, False) == [(True, 1024.0)] * 4
-    assert run_ranks(scaled, 4, plain, scaler_of_all_ranks, True) == [(False, 512.0)] * 4
-    alone = run_ranks(scaled, 4, plain, scaler_of_one_rank, True)
-    assert alone == [(True, 1024.0), (False, 512.0), (True, 1024.0), (True, 1024.0)]
+    assert run_ranks(scaled, 4, plain, folded_scaler, False) == [(True, 1024.0)] * 4
+    assert run_ranks(scaled, 4, plain, folded_scaler, True) == [(False, 512.0)] * 4
+    for of_torch in (scaler_of_all_ranks, scaler_of_one_rank):
+        assert run_ranks(scaled, 4, plain, of_torch, True) == [(False, 1024.0)] * 4
 
 
 # -- Inference, repetition, copies ------------------------------------------------------------------------------------

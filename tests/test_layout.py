@@ -109,7 +109,16 @@ def assert_spans_list_the_groups(layout: FoldedLayout) -> None:
             assert all(span.around(position) == span.nth(number) for position in span.nth(number))
 
 
+def assert_equal_rank_sets_are_listed_in_equal_order(layout: FoldedLayout) -> None:
+    """So one communicator serves all axes of the same ranks."""
+    for rank in range(layout.world):
+        order_of: dict[frozenset[int], tuple[int, ...]] = {}
+        for group in (layout.group(axis, rank) for axis in AXES):
+            assert order_of.setdefault(frozenset(group), group) == group
+
+
 LAWS = (
+    assert_equal_rank_sets_are_listed_in_equal_order,
     assert_axes_partition_the_world,
     assert_groups_are_the_naive_ones_in_lexicographic_order,
     assert_a_rank_finds_its_own_group,

@@ -125,9 +125,15 @@ def _(patch: pytest.MonkeyPatch) -> None:
 # -- The way to the experts -------------------------------------------------------------------------------------------
 
 
-@fault("the rank in the process group is taken for the coordinate", EVEN, "output")
+@fault("a process group lists its ranks in another order than the coordinates", EVEN, "output")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.collectives, "_group_ranks", lambda group: tuple(range(group.size)))
+    create = foldpar.groups._GroupFactory.create
+
+    def in_ascending_order(self: Any, ranks: tuple[int, ...], own_axis: str = "") -> Any:
+        return create(self, tuple(sorted(ranks)), own_axis)
+
+    patch.setattr(foldpar.groups._GroupFactory, "create", in_ascending_order)
+    patch.setattr(foldpar.AxisGroup, "__post_init__", lambda self: None)  # which refuses that
 
 
 @fault("experts are those of the rank in the process group", UNSORTED, "parameter", "each other's shares")
@@ -199,7 +205,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     def contiguous(self: foldpar.GroupedExperts, weight: Tensor) -> Tensor:
         size = self.groups.etp.size
-        return weight.chunk(size, dim=-2)[self.groups.etp.index]
+        return weight.chunk(size, dim=1)[self.groups.etp.index]
 
     patch.setattr(foldpar.GroupedExperts, "_gate_up_slice", contiguous)
 
@@ -211,7 +217,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
     forward = foldpar.GroupedExperts.forward
 
     def remember(self: foldpar.GroupedExperts, *args: Any, **options: Any) -> Tensor:
-        whole[torch.distributed.get_rank()] = self.down_bias
+        whole[torch.distributed.get_rank()] = self.down_bias.to_local()
         return forward(self, *args, **options)
 
     def everywhere(*args: Any, **options: Any) -> Tensor:
@@ -225,6 +231,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     averaged = replace(families.EXPERT_BIAS, reduction=Reduction.AVERAGE)
     patch.setattr(foldpar.experts, "EXPERT_BIAS", averaged)
+    patch.setattr(foldpar.dtensors, "_of_gradient", lambda spec, partial_over: spec)  # it no longer says what it is
 
 
 # -- Reduction --------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from toys import (
     fold,
     gradient_errors,
     loss_of,
+    own,
     plain_gradients,
     plain_model,
     relative,
@@ -263,7 +264,7 @@ def drift_in_the_second_fold(plain: Model) -> str:
     model = fold(plain, [one, two])
     foldpar.check_replicas(model, one)
     if one.rank == two.edp.ranks[-1]:
-        model.blocks[1].moe.experts.down_proj.data[0, 0, 0] += 1
+        own(model.blocks[1].moe.experts.down_proj.data)[0, 0, 0] += 1
     with pytest.raises(foldpar.ReplicaError) as refused:
         foldpar.check_replicas(model, one)
     return str(refused.value)

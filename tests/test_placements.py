@@ -18,7 +18,6 @@ from toys import fold, plain_model
 import foldpar
 from foldpar import families
 from foldpar.boxes import Box, Share, chunk, pieces
-from foldpar.dtensors import local_tensor
 from foldpar.errors import FamilyError
 from foldpar.placements import Placement, mark_placement, parameter_placements, plain_name
 from foldpar.sharding import shard_model
@@ -152,7 +151,7 @@ def model_of_all_kinds(groups: foldpar.FoldedGroups) -> nn.ModuleDict:
 def own_placements(layout: foldpar.FoldedLayout) -> list[tuple[Placement, torch.Tensor]]:
     with foldpar.create_groups(layout) as groups:
         found = parameter_placements(model_of_all_kinds(groups), groups)
-        return [(placement, placement.parameter.detach().clone()) for placement in found]
+        return [(placement, placement.local(placement.parameter.detach()).clone()) for placement in found]
 
 
 def one_rank() -> dict[str, torch.Tensor]:
@@ -208,7 +207,7 @@ def sharded_pieces(layout: foldpar.FoldedLayout, stage: int) -> list[tuple[str, 
             (
                 placement.name,
                 placement.share,
-                local_tensor(placement.parameter).detach().clone(),
+                placement.local(placement.parameter).detach().clone(),
                 placement.replica,
                 placement.replicas,
             )

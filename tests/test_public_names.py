@@ -66,6 +66,7 @@ FLOORS = (
         "reducer",
         "route_checks",
         "routing",
+        "scaling",
         "selection",
     ),
     ("buckets", "marks", "sharded", "dtensors"),
@@ -75,7 +76,7 @@ FLOORS = (
 )
 INTEGERS_ONLY = {*FLOORS[-1], "__init__", "__main__", "cli"}
 MAY_COMMUNICATE = {"collectives", "groups", "peers", "testing"}
-USE_TORCHS_ENGINES = {"checkpoint_dcp", "checkpoint_ranks", "sharding", "tensor_parallel"}
+USE_TORCHS_ENGINES = {"checkpoint_dcp", "checkpoint_ranks", "dtensors", "sharding", "tensor_parallel"}
 """They hand models to DCP, FSDP2 and DTensor, which live in torch.distributed."""
 
 
@@ -102,6 +103,7 @@ def test_the_exported_names_are_these():
         "FoldedMoE",
         "FoldingConfig",
         "FoldingError",
+        "GradScaler",
         "GradientReducer",
         "GroupLimit",
         "GroupedExperts",

@@ -43,11 +43,11 @@ def errors(
     found = []
     for name, parameter in model.named_parameters():
         block = int(name.split(".")[1]) if name.startswith("blocks.") else 0
-        own = groups[block] if isinstance(groups, list) else groups
-        wanted = shard_of(share(name, want[name], before[name], own), parameter) * factor
+        of_block = groups[block] if isinstance(groups, list) else groups
+        wanted = shard_of(share(name, want[name], before[name], of_block), parameter) * factor
         assert parameter.grad is not None, f"{name} has no gradient"
-        assert local(parameter.grad).shape == wanted.shape, name
-        found.append((relative(local(parameter.grad), wanted), name))
+        assert toys.own(parameter.grad, wanted).shape == wanted.shape, name
+        found.append((relative(parameter.grad, wanted), name))
     return max(found)
 
 
@@ -68,11 +68,6 @@ def gradients_of_every_family(plain: toys.Model, want: dict[str, Tensor], layout
         for stage in STAGES:
             model = toys.fold(plain, groups)
             before = dict(model.named_parameters())
-            if layout.world == 6 and stage == 1:
-                policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-                text = text_of(ShardingError, shard_model, model, groups, stage=stage, mixed_precision=policy)
-                assert "moe.experts.down_bias cannot be sharded in FoldedLayout(world=6" in text
-                assert "Solve the layout with order='consecutive'" in text
             shard_model(model, groups, stage=stage)
             for loss in ("mean", "sum"):
                 micro_batches(model, groups.dp_cp.index, 2, 0.5)
@@ -98,7 +93,7 @@ def check_norms(model: nn.Module, groups: foldpar.FoldedGroups, want: dict[str, 
 
 
 # In the first two, edp is (0 2 1 3) and 2 of 4; in the third an expert's shards over edp are more than its rows; in the
-# last, etp replicas of an output bias would get different shards.
+# last, the edp groups (0 4 3) and (2 1 5) do not ascend and hold etp replicas of an output bias.
 LAYOUTS = [
     solve_layout(4, tp=2),
     solve_layout(4, tp=2, ep=2, order="consecutive"),
@@ -113,8 +108,7 @@ def test_every_family_equals_one_process(layout: foldpar.FoldedLayout) -> None:
     plain = plain_model(bias=True, shared=True)
     want = plain_gradients(plain, layout.dp * layout.cp, 2)
     for whole in run_ranks(gradients_of_every_family, layout.world, plain, want, layout):
-        expected = {f"blocks.{block}.moe.experts.down_bias" for block in (0, 1)} if layout.world == 6 else set()
-        assert whole == expected
+        assert not whole
 
 
 class Gained(nn.Module):
@@ -142,8 +136,7 @@ def fewer_rows_than_ranks(layout: foldpar.FoldedLayout) -> None:
             before = dict(model.named_parameters())
             shard_model(model, groups, stage=stage)
             assert [name for name, p in model.named_parameters() if data_axis(p) is None] == ["gain"]
-            place = sorted(groups.edp.ranks).index(groups.rank)
-            assert model.moe.experts.down_proj.to_local().shape[0] == (2, 2, 0)[place]
+            assert model.moe.experts.down_proj.to_local().shape[0] == (2, 2, 0)[groups.edp.index]
             model(x[groups.dp.index]).square().mean().backward()
             foldpar.reduce_gradients(model, groups)
             error, name = errors(model, before, want, groups)
@@ -167,7 +160,7 @@ def folds_of_two_layers() -> None:
         model = toys.fold(plain, [first, second])
         before = dict(model.named_parameters())
         shard_model(model, first, stage=3)
-        assert [block.moe.experts.down_proj.device_mesh.size() for block in model.blocks] == [2, 4]
+        assert [block.moe.experts.down_proj.device_mesh["edp"].size() for block in model.blocks] == [2, 4]
         loss_of(model, tokens_of(first.dp_cp.index)).backward()
         foldpar.reduce_gradients(model, first)
         error, name = errors(model, before, want, [first, second])
@@ -373,7 +366,7 @@ def in_mixed_precision(layout: foldpar.FoldedLayout) -> None:
             for name, parameter in model.named_parameters():
                 assert data_axis(parameter) is not None, name
                 assert parameter.dtype is parameter.grad.dtype is torch.float32
-                wanted = shard_of(want[name].grad.float(), parameter)
+                wanted = shard_of(toys.own(want[name].grad).float(), parameter)
                 assert relative(local(parameter.grad), wanted) < 0.03, (stage, name)
                 if wanted.numel() and wanted.abs().max() > 0:
                     assert local(parameter.grad).abs().max() > 0
@@ -537,9 +530,9 @@ def refused() -> None:
         foldpar.reduce_gradients(twice, groups)
 
         by_hand = folded()
-        fully_shard(by_hand.blocks[0], mesh=groups.mesh("dense")["dp"])
+        fully_shard(by_hand.blocks[0].dense, mesh=groups.mesh("dense")["dp"])
         text = text_of(ShardingError, shard_model, by_hand, groups, stage=3)
-        assert "fully_shard was applied to blocks.0 already" in text
+        assert "fully_shard was applied to blocks.0.dense already" in text
 
         text = refusal(ShardingError, foldpar.mark_parameters(Mixed(groups), families.REPLICATED))
         assert "The model (Mixed) owns the expert parameters w, and holds other parameters too" in text

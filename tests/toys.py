@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import foldpar
 from foldpar import families
+from foldpar.dtensors import local_tensor
 
 VOCABULARY, DIM, HIDDEN, EXPERTS, TOP_K, LENGTH = 12, 8, 4, 8, 2, 6
 
@@ -113,6 +114,15 @@ class Model(nn.Module):
         return self.logits(self.features(tokens))
 
 
+def own(tensor: Tensor | None, like: Tensor | None = None) -> Tensor:
+    """This rank's part of a parameter or a gradient, in the shape of its share of the plain model's."""
+    assert tensor is not None
+    part = local_tensor(tensor)
+    if like is not None and part.dim() == like.dim() + 1:  # gate and up lie apart
+        return part.flatten(1, 2)
+    return part
+
+
 def plain_model(seed: int = 0, **options: Any) -> Model:
     """Call it outside of ranks: those that are threads share the default generator."""
     torch.manual_seed(seed)
@@ -193,6 +203,7 @@ def share(name: str, full: Tensor, parameter: Tensor, groups: foldpar.FoldedGrou
 def relative(got: Tensor, want: Tensor) -> float:
     """The relative L2 difference; the difference itself where zero is wanted."""
     with torch.no_grad():
+        got, want = own(got, want), own(want)
         return float((got - want).norm()) / (float(want.norm()) or 1.0)
 
 
@@ -203,10 +214,10 @@ def gradient_errors(
     errors = {}
     for name, parameter in model.named_parameters():
         block = int(name.split(".")[1]) if name.startswith("blocks.") else 0
-        own = groups[block] if isinstance(groups, Sequence) else groups
+        of_block = groups[block] if isinstance(groups, Sequence) else groups
         assert parameter.grad is not None, f"{name} has no gradient"
-        wanted = share(name, want[name], parameter, own)
-        assert parameter.grad.shape == wanted.shape, name
+        wanted = share(name, want[name], parameter, of_block)
+        assert own(parameter.grad, wanted).shape == wanted.shape, name
         errors[name] = relative(parameter.grad, wanted)
     return errors
 

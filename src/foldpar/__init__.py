@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from foldpar.randomness import random_region, region_generator
     from foldpar.reducer import GradientReducer
     from foldpar.routing import Router, Routing, TopKRouter
+    from foldpar.scaling import GradScaler
     from foldpar.selection import GroupLimit
     from foldpar.sharding import accumulate, shard_model
     from foldpar.storage import ExpertStorage
@@ -92,6 +93,7 @@ __all__ = [
     "FoldedMoE",
     "FoldingConfig",
     "FoldingError",
+    "GradScaler",
     "GradientReducer",
     "GroupLimit",
     "GroupedExperts",
@@ -204,6 +206,7 @@ _NAMES_OF_MODULE = {
     "planner": ("FoldPlan", "FoldPlanRow", "plan_fold"),
     "randomness": ("random_region", "region_generator"),
     "reducer": ("GradientReducer",),
+    "scaling": ("GradScaler",),
     "routing": ("Router", "Routing", "TopKRouter"),
     "selection": ("GroupLimit",),
     "sharding": ("accumulate", "shard_model"),

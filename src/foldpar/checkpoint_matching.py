@@ -164,7 +164,8 @@ def _states(
             share = Share.whole(saved.shape)
         state = _state_tensor(key, saved, saved_dtype, placement.parameter, group, old.get(key))
         states[key] = state
-        match.entries.append(Entry(f"optimizer.state.{saved_name}.{key}", share, local_tensor(state), 0, 1))
+        local = placement.local(state) if saved.kind == "parameter" else local_tensor(state)
+        match.entries.append(Entry(f"optimizer.state.{saved_name}.{key}", share, local, 0, 1))
     return states
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from foldpar.boxes import Box, Share, pieces
 from foldpar.checkpoint_manifest import OptimizerRecord, StateRecord, TensorRecord
-from foldpar.dtensors import is_dtensor, local_tensor
+from foldpar.dtensors import is_dtensor, is_sharding, local_tensor
 from foldpar.errors import CheckpointError
 from foldpar.groups import FoldedGroups
 from foldpar.placements import Placement, parameter_placements, plain_name
@@ -105,14 +105,14 @@ def model_state(model: nn.Module, groups: FoldedGroups) -> ModelState:
     entries: dict[str, Entry] = {}
     parameters, buffers = {}, {}
     for placement in placements:
-        tensor = local_tensor(placement.parameter).detach()
+        tensor = placement.local(placement.parameter).detach()
         key = f"model.{placement.name}"
         entries[placement.name] = Entry(key, placement.share, tensor, placement.replica, placement.replicas)
         parameters[placement.name] = TensorRecord(
             placement.share.shape, dtype_name(tensor.dtype), placement.family.name, placement.aliases
         )
     for name, buffer in _persistent_buffers(model).items():
-        if is_dtensor(buffer) and any(placement.is_shard() for placement in buffer.placements):
+        if is_dtensor(buffer) and any(is_sharding(placement) for placement in buffer.placements):
             raise CheckpointError(f"The buffer {name} is a sharded DTensor; buffers must be whole on every rank.")
         tensor = local_tensor(buffer).detach()
         entries[name] = _whole(f"model.{name}", tensor, groups)
@@ -190,7 +190,8 @@ def _state(placement: Placement, key: str, value: Any, entries: list[Entry], gro
     if not isinstance(value, Tensor):
         return StateRecord("value", value=_plain_option(name, value))
     tensor = local_tensor(value).detach()
-    if value.shape == placement.parameter.shape:
+    if value.shape == placement.parameter.shape and tensor.shape == local_tensor(placement.parameter).shape:
+        tensor = placement.local(value).detach()
         entries.append(Entry(name, placement.share, tensor, placement.replica, placement.replicas))
         return StateRecord("parameter", placement.share.shape, dtype_name(tensor.dtype))
     if tensor.numel() != 1 and not placement.share.is_whole:

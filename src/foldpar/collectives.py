@@ -2,7 +2,7 @@
 
 Every block takes an :class:`~foldpar.groups.AxisGroup`, works on tensors whose first dimension counts rows, allows row
 counts that differ per rank and may be zero, and is a local operation on a group of one. Chunks are always in
-*coordinate order*; the sorted order in which torch communicates is undone here, where it arises.
+*coordinate order*, in which the process groups of :func:`foldpar.create_groups` list their ranks.
 
 Each block is adjoint to its backward: ``<f(x), y> = <x, f*(y)>`` over the group, where a pairing of a replicated value
 with a replicated gradient counts once and all others sum over the ranks.
@@ -78,7 +78,7 @@ def all_gather(tensor: Tensor, group: AxisGroup) -> Tensor:
     gathered = tensor.new_empty((group.size, *tensor.shape))
     with _named("all_gather", group):
         _all_gather_tensor(gathered.view(-1), tensor.contiguous().view(-1), group=group.process_group)
-    return gathered if group.group_rank_of is None else gathered[list(group.group_rank_of)]
+    return gathered
 
 
 def gather_rows(x: Tensor, row_counts: Sequence[int], group: AxisGroup) -> Tensor:
@@ -99,11 +99,11 @@ def scatter_sum_rows(x: Tensor, row_counts: Sequence[int], group: AxisGroup) -> 
     if group.size == 1:
         return x
     longest, own_rows = max(row_counts), row_counts[group.index]
-    if group.group_rank_of is None and min(row_counts) == longest:
+    if min(row_counts) == longest:
         sent = x.contiguous()
     else:
         sent = x.new_zeros((group.size, longest, *x.shape[1:]))
-        for place, chunk in zip(_group_ranks(group), x.split(list(row_counts)), strict=True):
+        for place, chunk in enumerate(x.split(list(row_counts))):
             sent[place, : chunk.shape[0]] = chunk
     received = x.new_empty((longest, *x.shape[1:]))
     with _named("reduce_scatter", group):
@@ -115,34 +115,10 @@ def exchange_rows(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[in
     """All-to-all of variable row chunks in coordinate order, without autograd."""
     if group.size == 1:
         return x
-    order = _coordinates(group)
-    if group.group_rank_of is not None:
-        chunks = x.split(list(send_rows))
-        x = torch.cat([chunks[coordinate] for coordinate in order])
     received = x.new_empty((sum(receive_rows), *x.shape[1:]))
     with _named("all_to_all", group):
-        dist.all_to_all_single(
-            received,
-            x.contiguous(),
-            [receive_rows[coordinate] for coordinate in order],
-            [send_rows[coordinate] for coordinate in order],
-            group=group.process_group,
-        )
-    if group.group_rank_of is None:
-        return received
-    arrived = received.split([receive_rows[coordinate] for coordinate in order])
-    return torch.cat([arrived[place] for place in _group_ranks(group)])
-
-
-def _group_ranks(group: AxisGroup) -> tuple[int, ...]:
-    """Coordinate -> rank inside the process group."""
-    return group.group_rank_of or tuple(range(group.size))
-
-
-def _coordinates(group: AxisGroup) -> tuple[int, ...]:
-    """Rank inside the process group -> coordinate, the inverse of :func:`_group_ranks`."""
-    places = _group_ranks(group)
-    return tuple(sorted(range(group.size), key=places.__getitem__))
+        dist.all_to_all_single(received, x.contiguous(), list(receive_rows), list(send_rows), group=group.process_group)
+    return received
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class DispatchPlan:
     gathered over ETP, in the order (etp coordinate, sender, token). A *slot* is a place in ``[rows, top_k]``.
 
     Attributes:
-        ep, etp: the groups over which the rows travel; ``ep`` in ascending rank order, which torch need not permute.
+        ep, etp: the groups over which the rows travel.
         num_tokens, top_k: shape of the routing that was planned.
         send_rows, receive_rows: rows sent to and received from each rank of ``ep``.
         rows_per_etp: rows that each ETP coordinate received, ``sum`` = ``rows``.
@@ -144,8 +144,7 @@ def plan_dispatch(
     listed = num_experts // ep.size if num_experts // ep.size <= MOST_LISTED else 0
     counts = count_rows(ids, mask, num_experts, ep.size, listed)
     numbers = all_gather(counts, groups.ep_etp).view(ep.size, etp.size, ep.size, 3 + listed)
-    order = tuple(ep.ranks.index(rank) for rank in sorted(ep.ranks))
-    token_of_sent, sent_of_token, local_ids = place_rows(ids, mask, counts, order, num_experts)
+    token_of_sent, sent_of_token, local_ids = place_rows(ids, mask, counts, num_experts)
     arriving_here = numbers[:, :, ep.index]  # [sender's ep, etp, number]: here and at the other slices of these experts
     leaving_here = numbers[ep.index, etp.index, :, None].expand_as(arriving_here)
     arriving, leaving = torch.stack([arriving_here, leaving_here]).tolist()  # the one host synchronisation
@@ -155,19 +154,18 @@ def plan_dispatch(
             f"Expert ids outside [0, {num_experts}) on the rank(s) at (ep, etp) = {illegal}. Mask assignments that "
             f"should not travel instead of giving them an id out of range."
         )
-    send_rows = tuple(leaving[e][0][0] for e in order)
-    receive_rows = tuple(arriving[e][etp.index][0] for e in order)
+    send_rows = tuple(leaving[e][0][0] for e in range(ep.size))
+    receive_rows = tuple(arriving[e][etp.index][0] for e in range(ep.size))
     rows_per_etp = tuple(sum(arriving[e][t][0] for e in range(ep.size)) for t in range(etp.size))
     assignments = sum(slice_[1] for sender in arriving for slice_ in sender)
     sizes = tuple(sum(slice_[3 + e] for sender in arriving for slice_ in sender) for e in range(listed))
 
-    ascending = ep.in_ascending_order()
-    received = exchange_rows(local_ids[: sum(send_rows)], send_rows, receive_rows, ascending)
+    received = exchange_rows(local_ids[: sum(send_rows)], send_rows, receive_rows, ep)
     slot_of_assignment, row_of_assignment, assignment_of_slot, ends = place_experts(
         gather_rows(received, rows_per_etp, etp), num_experts // ep.size, assignments
     )
     return DispatchPlan(
-        ep=ascending,
+        ep=ep,
         etp=etp,
         num_tokens=ids.shape[0],
         top_k=ids.shape[1],

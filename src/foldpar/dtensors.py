@@ -1,15 +1,19 @@
-"""What is read off DTensor parameters: local parts, placements, and which axes of a layout their meshes are.
+"""DTensor parameters: how one is made of a rank's part, its parts in a forward, its placements and axes.
 
-DTensors are told by their attributes, so that models without any need not load them.
+DTensors are told by their attributes, so that models without any need not load them. What torch keeps to itself of them
+(the specification of how one lies) is used here and nowhere else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from foldpar.errors import FamilyError
 from foldpar.groups import FoldedGroups
@@ -21,7 +25,19 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
     from typing_extensions import TypeIs
 
-__all__ = ["MeshAxes", "MeshDim", "communication_device", "is_dtensor", "local_tensor", "partial_dimension"]
+__all__ = [
+    "MeshAxes",
+    "MeshDim",
+    "communication_device",
+    "distributed",
+    "draw_as_one_process",
+    "is_dtensor",
+    "is_sharding",
+    "local_parts",
+    "local_tensor",
+    "partial_dimension",
+    "placed_like",
+]
 
 
 def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
@@ -53,6 +69,118 @@ def partial_dimension(tensor: Tensor) -> str | None:
     return None
 
 
+def distributed(local: Tensor, mesh: DeviceMesh, cuts: Sequence[int | None]) -> DTensor:
+    """This rank's part as a DTensor; shares the memory, communicates nothing.
+
+    ``cuts`` says for every dimension of the mesh which dimension of the tensor is cut evenly over it, ``None`` if none
+    is. ``DTensor.from_local`` does that too, but moves what is still on the host to the mesh's kind of device.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    shape = list(local.shape)
+    for number, cut in enumerate(cuts):
+        if cut is not None:
+            shape[cut] *= mesh.size(number)
+    placements = tuple(Replicate() if cut is None else Shard(cut) for cut in cuts)
+    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
+    return DTensor(local.detach(), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)
+
+
+def placed_like(local: Tensor, like: DTensor) -> DTensor:
+    """A DTensor that lies like another one, of this rank's part; shares the memory, communicates nothing."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(local.detach(), like._spec, requires_grad=False)
+
+
+_RANDOM = ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_")
+
+
+def draw_as_one_process(parameter: Tensor) -> None:
+    """Let ``torch.nn.init`` fill a DTensor parameter on CPU ranks with the random numbers of one process.
+
+    There DTensor draws from the generator of each rank, so that equal seeds give equal shards: the same experts
+    everywhere. Here every rank draws the whole tensor and keeps its part; equal seeds are needed as for any replica. On
+    GPUs DTensor takes care of it.
+    """
+    if is_dtensor(parameter) and parameter.device_mesh.device_type == "cpu":
+        for name in _RANDOM:
+            setattr(parameter, name, partial(_fill, parameter, name))
+
+
+@torch.no_grad()
+def _fill(parameter: DTensor, name: str, *args: Any, **options: Any) -> DTensor:
+    own, mesh = torch.empty(parameter.shape, dtype=parameter.dtype), parameter.device_mesh
+    getattr(own, name)(*args, **options)
+    # What FSDP2 cuts is what other dimensions, behind its own, have left.
+    for number, placement in reversed(list(enumerate(parameter.placements))):
+        if is_sharding(placement):
+            dim: int = placement.dim  # type: ignore[attr-defined]
+            size = -(-own.shape[dim] // mesh.size(number))
+            start = min(size * mesh.get_local_rank(number), own.shape[dim])
+            own = own.narrow(dim, start, min(size, own.shape[dim] - start))
+    parameter.to_local().copy_(own)
+    return parameter
+
+
+def local_parts(*tensors: Tensor | None, partial_over: str | None = None) -> tuple[Tensor | None, ...]:
+    """This rank's parts of DTensors in a forward, other tensors as they are: what a layer computes with.
+
+    One autograd function for all of them: ``to_local`` of each costs a layer of few rows its time on the host.
+
+    Backward:
+        Gradients come back distributed like their tensors. Over the mesh dimension ``partial_over``, on which a tensor
+        is replicated and every rank has a summand of its gradient, the gradient says that it is partial.
+    """
+    places = [place for place, tensor in enumerate(tensors) if tensor is not None and is_dtensor(tensor)]
+    if not places:
+        return tensors
+    parts: list[Tensor | None] = list(tensors)
+    own = cast(Any, _LocalParts).apply(partial_over, *(tensors[place] for place in places))
+    for place, part in zip(places, own, strict=True):
+        parts[place] = part
+    return tuple(parts)
+
+
+class _LocalParts(Function):
+    @staticmethod
+    def forward(ctx: Any, partial_over: str | None, *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.partial_over = partial_over
+        ctx.specs = [tensor._spec for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        parts = tuple(tensor._local_tensor.detach() for tensor in tensors)
+        ctx.mark_non_differentiable(*(part for part, of in zip(parts, tensors, strict=True) if not of.requires_grad))
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        from torch.distributed.tensor import DTensor
+
+        return None, *(
+            None if grad is None else DTensor(grad, _of_gradient(spec, ctx.partial_over), requires_grad=False)
+            for grad, spec in zip(grads, ctx.specs, strict=True)
+        )
+
+
+def _of_gradient(spec: Any, partial_over: str | None) -> Any:
+    """How a gradient lies: like its tensor, but for a dimension of several ranks over which it is a sum."""
+    if partial_over is None or partial_over not in (spec.mesh.mesh_dim_names or ()):
+        return spec
+    from torch.distributed.tensor import Partial
+
+    dim = spec.mesh.mesh_dim_names.index(partial_over)
+    if spec.mesh.size(dim) == 1 or not spec.placements[dim].is_replicate():
+        return spec
+    placements = (*spec.placements[:dim], Partial(), *spec.placements[dim + 1 :])
+    return type(spec)(spec.mesh, placements, tensor_meta=spec.tensor_meta)
+
+
+def is_sharding(placement: Placement) -> bool:
+    """Whether a placement cuts the tensor, in one piece or, as FSDP2 does, in strides."""
+    return not placement.is_replicate() and not placement.is_partial()
+
+
 @dataclass(frozen=True, slots=True)
 class MeshDim:
     """One dimension of a DTensor's mesh: the placement on it and the axes that it can be."""
@@ -62,6 +190,11 @@ class MeshDim:
     ranks: tuple[int, ...]
     axes: frozenset[str]
     placement: Placement
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its ranks hold different elements."""
+        return is_sharding(self.placement)
 
     def __str__(self) -> str:
         called = f"mesh dimension {self.name!r}, " if self.name else ""

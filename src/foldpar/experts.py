@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from foldpar.activations import Activation, check_activation, is_gated
+from foldpar.dtensors import distributed, draw_as_one_process, local_parts
 from foldpar.errors import ShapeError
 from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT
 from foldpar.grouped import grouped_feed_forward
@@ -16,23 +18,32 @@ from foldpar.groups import FoldedGroups
 from foldpar.integers import not_dividing
 from foldpar.marks import mark_parameters
 from foldpar.storage import ExpertStorage
+from foldpar.whole_states import take_shares_on_load
 
 
 class GroupedExperts(nn.Module):
     """The experts that live on this rank, and of each the slice that lives here.
 
-    Parameters are stored as most model files store them, for this rank's ``local_experts = num_experts / ep`` and
-    ``local_hidden = hidden_dim / etp``:
+    Parameters are stored as most model files store them:
 
-    - ``gate_up_proj``: ``[local_experts, 2 * local_hidden, dim]``, gate above up; for a plain activation
-      ``[local_experts, local_hidden, dim]``, the up projection alone;
-    - ``down_proj``: ``[local_experts, dim, local_hidden]``;
-    - with ``bias=True``, ``gate_up_bias``: ``[local_experts, 2 * local_hidden]`` (``local_hidden`` for a plain
-      activation) and ``down_bias``: ``[local_experts, dim]``, which every etp rank holds.
+    - ``gate_up_proj``: ``[num_experts, 2 * hidden_dim, dim]``, gate above up; for a plain activation
+      ``[num_experts, hidden_dim, dim]``, the up projection alone;
+    - ``down_proj``: ``[num_experts, dim, hidden_dim]``;
+    - with ``bias=True``, ``gate_up_bias``: ``[num_experts, 2 * hidden_dim]`` (``hidden_dim`` for a plain activation)
+      and ``down_bias``: ``[num_experts, dim]``.
 
-    A gated expert is sliced so that gate and up of one hidden unit stay on one rank. With ``etp > 1`` the output is a
-    partial sum over the slices; :func:`foldpar.combine` adds them up, so ``down_bias`` is added on one etp rank, and
-    its family is ``EXPERT_BIAS``. Biases are inside the expert: the routing weight multiplies them too.
+    These are the shapes of the whole layer. A rank holds ``local_experts = num_experts / ep`` experts and of each
+    ``local_hidden = hidden_dim / etp`` hidden units: parameters are ``DTensor`` s over the dimensions ``("ep", "etp")``
+    of ``groups.mesh("expert")``, so that whatever handles tensors sees how they lie. ``to_local()`` is this rank's
+    part. Only where there is no torch.distributed, and so one rank, are they plain tensors.
+
+    A gated expert is sliced so that gate and up of one hidden unit stay on one rank. Where gate lies above up that is
+    no block of the whole, so with ``etp > 1`` the two have a dimension of their own: ``[num_experts, 2, hidden_dim,
+    dim]``. Checkpoints, exports and ``load_state_dict`` know the tensor by its usual shape all the same.
+
+    With ``etp > 1`` the output is a partial sum over the slices; :func:`foldpar.combine` adds them up. So
+    ``down_bias``, which every etp rank holds, is added on one of them, and its family is ``EXPERT_BIAS``. Biases are
+    inside the expert: the routing weight multiplies them too.
 
     ``storage``, an :class:`~foldpar.storage.ExpertStorage`, keeps the layout and the bias names of a model that stores
     its experts in another way: transposed, or with gate and up interleaved.
@@ -73,18 +84,28 @@ class GroupedExperts(nn.Module):
         self._units = slice(groups.etp.index * self.local_hidden, (groups.etp.index + 1) * self.local_hidden)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         columns = self._parts * self.local_hidden
-        gate_up_shape = self.storage.gate_up_shape(self.local_experts, dim, columns)
-        down_shape = self.storage.down_shape(self.local_experts, dim, self.local_hidden)
-        self.gate_up_proj = nn.Parameter(torch.empty(gate_up_shape, **like))
-        self.down_proj = nn.Parameter(torch.empty(down_shape, **like))
+        shapes = {
+            "gate_up_proj": self.storage.gate_up_shape(self.local_experts, dim, columns),
+            "down_proj": self.storage.down_shape(self.local_experts, dim, self.local_hidden),
+            self.storage.gate_up_bias: (self.local_experts, columns) if bias else None,
+            self.storage.down_bias: (self.local_experts, dim) if bias else None,
+        }
+        for name, shape in shapes.items():
+            own = None if shape is None else self._parameter(name, torch.empty(shape, **like))
+            self.register_parameter(name, own)
         mark_parameters(self, ROUTED_EXPERT)
-        gate_up_bias = nn.Parameter(torch.empty(self.local_experts, columns, **like)) if bias else None
-        down_bias = nn.Parameter(torch.empty(self.local_experts, dim, **like)) if bias else None
-        self.register_parameter(self.storage.gate_up_bias, gate_up_bias)
-        self.register_parameter(self.storage.down_bias, down_bias)
         if bias:
             mark_parameters(self, EXPERT_BIAS, names=(self.storage.down_bias,))
         self.reset_parameters(seed)
+        take_shares_on_load(self, groups)
+
+    @property
+    def pairs(self) -> dict[str, int]:
+        """Of own parameters, by name, with a dimension for the pair of gate and up: which dimension that is."""
+        if self._parts == 1 or self.storage.interleaved or self.groups.etp.size == 1:
+            return {}
+        dimension = self.storage.pair_dimension
+        return {"gate_up_proj": dimension(dims=3), self.storage.gate_up_bias: dimension(dims=2)}
 
     @property
     def biases(self) -> tuple[nn.Parameter, nn.Parameter] | None:
@@ -98,6 +119,8 @@ class GroupedExperts(nn.Module):
         seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
         if self.gate_up_proj.is_meta:
             return
+        gate_up_own, down_own, *biases_own = (None if each is None else each.detach() for each in self._local())
+        assert gate_up_own is not None and down_own is not None
         for local in range(self.local_experts):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + self.first_expert + local) % 2**63)
             gate_up = torch.empty(self._parts * self.hidden_dim, self.dim)
@@ -105,15 +128,16 @@ class GroupedExperts(nn.Module):
             down = torch.empty(self.dim, self.hidden_dim)
             down.uniform_(-(self.hidden_dim**-0.5), self.hidden_dim**-0.5, generator=generator)
             stored = self.storage.from_concatenated(gate_up[None], parts=self._parts)
-            self.gate_up_proj[local].copy_(self._gate_up_slice(stored)[0])
-            self.down_proj[local].copy_(self._down_slice(down.T[None] if self.storage.transposed else down[None])[0])
+            gate_up_own[local].copy_(self._gate_up_slice(stored)[0])
+            down_own[local].copy_(self._down_slice(down.T[None] if self.storage.transposed else down[None])[0])
             if self.biases is not None:
                 gate_up_bias, down_bias = torch.empty(len(gate_up)), torch.empty(self.dim)
                 gate_up_bias.uniform_(-(self.dim**-0.5), self.dim**-0.5, generator=generator)
                 down_bias.uniform_(-(self.hidden_dim**-0.5), self.hidden_dim**-0.5, generator=generator)
                 stored = self.storage.from_concatenated(gate_up_bias[None], parts=self._parts)
-                self.biases[0][local].copy_(self._gate_up_bias_slice(stored)[0])
-                self.biases[1][local].copy_(down_bias)
+                for own, values in zip(biases_own, (self._gate_up_slice(stored)[0], down_bias), strict=True):
+                    assert own is not None
+                    own[local].copy_(values)
 
     @classmethod
     def from_dense(
@@ -156,15 +180,20 @@ class GroupedExperts(nn.Module):
             raise ShapeError(f"{given} is given without {missing}. Give both, or neither; zeros where a model has one.")
         options.update(activation=activation, bias=gate_up_bias is not None, storage=storage, seed=0, device="meta")
         experts = cls(num_experts, dim, hidden_dim, groups, **options)
-        mine = slice(experts.first_expert, experts.first_expert + experts.local_experts)
-        experts.gate_up_proj = _own(experts._gate_up_slice(gate_up_proj[mine]), gate_up_proj)
-        experts.down_proj = _own(experts._down_slice(down_proj[mine]), down_proj)
+        wholes = {
+            "gate_up_proj": gate_up_proj,
+            "down_proj": down_proj,
+            storage.gate_up_bias: gate_up_bias,
+            storage.down_bias: down_bias,
+        }
         if gate_up_bias is not None and down_bias is not None:
             _fits("gate_up_bias", gate_up_bias, (num_experts, parts * hidden_dim))
             _fits("down_bias", down_bias, (num_experts, dim))
-            own = _own(experts._gate_up_bias_slice(gate_up_bias[mine]), gate_up_bias)
-            experts.register_parameter(storage.gate_up_bias, own)
-            experts.register_parameter(storage.down_bias, _own(down_bias[mine], down_bias))
+        for name, whole in wholes.items():
+            if whole is not None:
+                frozen = isinstance(whole, nn.Parameter) and not whole.requires_grad
+                own = experts._share_of(name, whole.detach()).clone(memory_format=torch.contiguous_format)
+                setattr(experts, name, experts._parameter(name, own, requires_grad=not frozen))
         return experts
 
     def forward(
@@ -190,13 +219,14 @@ class GroupedExperts(nn.Module):
         self, rows: Tensor, rows_per_expert: Tensor, weights: Tensor | None, sizes: tuple[int, ...] | None
     ) -> Tensor:
         """What :meth:`forward` does, for subclasses that are called in another way."""
-        gate_up_bias, down_bias = (None, None) if self.biases is None else self.biases
+        gate_up_proj, down_proj, gate_up_bias, down_bias = self._local()
+        assert gate_up_proj is not None and down_proj is not None
         # Slices are summed, so one of them adds the output bias; elsewhere its gradient is zero, not None.
         once = None if down_bias is None else down_bias * (self.groups.etp.index == 0)
         return grouped_feed_forward(
             rows,
-            self.storage.for_product(self.gate_up_proj),
-            self.storage.for_product(self.down_proj),
+            self.storage.for_product(gate_up_proj),
+            self.storage.for_product(down_proj),
             rows_per_expert.cumsum(0, dtype=torch.int32),
             self.activation,
             weights=weights,
@@ -214,21 +244,72 @@ class GroupedExperts(nn.Module):
             f"bias={self.biases is not None}"
         )
 
-    def _gate_up_slice(self, stored: Tensor) -> Tensor:
-        """This rank's hidden units of a ``gate_up`` weight, of the gate and of the up projection."""
-        return self.storage.own_gate_up(stored, parts=self._parts, units=self._units)
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._draw_alike()  # another dtype, another tensor
+        return self
 
-    def _gate_up_bias_slice(self, stored: Tensor) -> Tensor:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._draw_alike()  # a copy
+
+    def _draw_alike(self) -> None:
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                draw_as_one_process(parameter)
+
+    # How the parameters lie.
+
+    def _parameter(self, name: str, own: Tensor, *, requires_grad: bool = True) -> nn.Parameter:
+        """A parameter made of this rank's share, in the usual shape; shares its memory."""
+        if not self.groups.has_meshes:
+            return nn.Parameter(own, requires_grad=requires_grad)
+        pair = self.pairs.get(name)
+        own = own if pair is None else own.unflatten(pair, (self._parts, -1))
+        mesh = self.groups.mesh("expert")["ep", "etp"]
+        parameter = nn.Parameter(distributed(own, mesh, (0, self._cut_over_etp(name))), requires_grad=requires_grad)
+        draw_as_one_process(parameter)
+        return parameter
+
+    def _cut_over_etp(self, name: str) -> int | None:
+        """The dimension of the hidden units, wherever they lie; an output bias has none."""
+        if name == self.storage.down_bias:
+            return None
+        if name == "down_proj":
+            return 1 if self.storage.transposed else 2
+        units = self.storage.pair_dimension(dims=3 if name == "gate_up_proj" else 2)
+        return units + 1 if name in self.pairs else units
+
+    def _local(self) -> tuple[Tensor | None, ...]:
+        """This rank's shares, in the usual shape: ``gate_up_proj``, ``down_proj`` and the biases or ``None``."""
+        names = ("gate_up_proj", "down_proj", self.storage.gate_up_bias, self.storage.down_bias)
+        pairs = self.pairs
+        parts = local_parts(*(getattr(self, name) for name in names), partial_over="etp")
+        if parts[1] is not None and parts[1].shape[0] != self.local_experts:
+            raise ShapeError(
+                f"The experts of this rank are {self.local_experts} of {self.num_experts}, and down_proj is now a "
+                f"plain tensor of {parts[1].shape[0]}. Whoever replaces parameters (functional_call, an assignment) "
+                f"gives DTensors like those of named_parameters(), or this rank's part; load_state_dict takes whole "
+                f"tensors."
+            )
+        return tuple(
+            part.flatten(pairs[name], pairs[name] + 1) if part is not None and name in pairs else part
+            for name, part in zip(names, parts, strict=True)
+        )
+
+    def _share_of(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's share, a view, of a tensor of the whole layer in the usual shape."""
+        mine = whole[self.first_expert : self.first_expert + self.local_experts]
+        if name == self.storage.down_bias:
+            return mine
+        return self._down_slice(mine) if name == "down_proj" else self._gate_up_slice(mine)
+
+    def _gate_up_slice(self, stored: Tensor) -> Tensor:
+        """This rank's hidden units of a ``gate_up`` weight or bias, of the gate and of the up projection."""
         return self.storage.own_gate_up(stored, parts=self._parts, units=self._units)
 
     def _down_slice(self, stored: Tensor) -> Tensor:
         return self.storage.own_down(stored, units=self._units)
-
-
-def _own(view: Tensor, whole: Tensor) -> nn.Parameter:
-    """A copy that shares nothing with the full weight, so that the full weight can be freed."""
-    frozen = isinstance(whole, nn.Parameter) and not whole.requires_grad
-    return nn.Parameter(view.detach().clone(memory_format=torch.contiguous_format), requires_grad=not frozen)
 
 
 def _divides(degree: str, value: int, name: str, total: int) -> None:

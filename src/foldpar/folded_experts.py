@@ -16,7 +16,6 @@ from torch.autograd import Function
 
 from foldpar.counters import LayerCounters
 from foldpar.dispatching import Partition
-from foldpar.dtensors import is_dtensor
 from foldpar.errors import ShapeError
 from foldpar.experts import GroupedExperts
 from foldpar.groups import FoldedGroups
@@ -27,6 +26,7 @@ from foldpar.lanes import LaneGradients, Lanes, LaneState
 from foldpar.onesided import OneSided
 from foldpar.route_checks import check_same_routing
 from foldpar.routing import Routing
+from foldpar.sharded import is_sharded_over
 
 __all__ = ["FoldedExperts", "check_device_and_dtype", "checked_lane_gradient"]
 
@@ -140,7 +140,7 @@ class FoldedExperts(GroupedExperts):
 def check_device_and_dtype(x: Tensor, experts: object) -> None:
     """Raise a ``ShapeError`` where the input does not go with the experts' parameters."""
     weight = next(experts.parameters(), None) if isinstance(experts, nn.Module) else None
-    if weight is None or is_dtensor(weight):  # a shard, whose device and dtype are not those of the gathered weight
+    if weight is None or is_sharded_over(weight, "edp"):  # device and dtype are not those of the gathered weight
         return
     if x.device != weight.device:
         raise ShapeError(f"The input is on {x.device} and the experts on {weight.device}; put them on one device.")

@@ -7,15 +7,18 @@ from collections.abc import Iterable
 from torch import nn
 
 from foldpar.dispatching import Partition
-from foldpar.dtensors import local_tensor
+from foldpar.dtensors import draw_as_one_process
 from foldpar.errors import ModelError
 from foldpar.families import REPLICATED, REPLICATED_PARTIAL, ROUTER_ALL_TOKENS
 from foldpar.folded_experts import FoldedExperts
 from foldpar.groups import FoldedGroups
-from foldpar.marks import mark_parameters, parameter_families
+from foldpar.marks import mark_parameters
 from foldpar.models import MoEAdapter
+from foldpar.placements import parameter_placements
 from foldpar.planner import Block, FoldPlan, survey
+from foldpar.refusals import refuse_what_needs_all_ranks
 from foldpar.tensor_parallel import shard_dense
+from foldpar.whole_states import take_shares_on_load
 
 __all__ = ["fold_model"]
 
@@ -68,6 +71,10 @@ def fold_model(
     for name in found.dense.partial:
         owner, _, own_name = name.rpartition(".")
         mark_parameters(model.get_submodule(owner), REPLICATED_PARTIAL, names=(own_name,))
+    for parameter in model.parameters():
+        draw_as_one_process(parameter)
+    take_shares_on_load(model, groups)
+    refuse_what_needs_all_ranks(model, groups)
     _check_done(model, groups, found.plan, [block.name for block in found.blocks if block.adapter.replace is not None])
     return found.plan
 
@@ -107,8 +114,7 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _check_done(model: nn.Module, groups: FoldedGroups, plan: FoldPlan, replaced: list[str]) -> None:
     """What is there now must be what was planned; only an adapter's ``around`` can make a difference."""
-    families = parameter_families(model, groups)
-    here = {name: (tuple(local_tensor(each).shape), families[name].name) for name, each in model.named_parameters()}
+    here = {each.name: (each.share.local, each.family.name) for each in parameter_placements(model, groups)}
     wanted = {row.name: (row.local_shape, row.family) for row in plan.rows if row.local_shape is not None}
     here = {name: each for name, each in here.items() if not any(name.startswith(f"{place}.") for place in replaced)}
     if here != wanted:

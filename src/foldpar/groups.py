@@ -1,8 +1,8 @@
 """Process groups of a layout: the thin adapter over ``torch.distributed``.
 
-A layout says which ranks form a group and in which order; this module makes the communicators. Two things live
-here and nowhere else: the name of every process group, and the map between a *coordinate* (the position on an axis)
-and the *rank inside the process group*, which torch sorts by global rank.
+A layout says which ranks form a group and in which order; this module makes the communicators, in that very order. So
+the *coordinate* (the position on an axis), the *rank inside the process group* and the *place on a device mesh* are one
+number in every layout, also where a group does not ascend.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import sys
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -36,43 +37,38 @@ class AxisGroup:
     """The ranks that share everything but their coordinate on one axis; what the building blocks take.
 
     ``ranks`` are in coordinate order and need not ascend: the EP group of world 4, TP2/EP4 is ``(0, 2, 1, 3)``.
-    ``index`` is this rank's coordinate, so ``ranks[index]`` is this rank. ``process_group`` is ``None`` exactly when
-    the group has one member, and then every building block is a local operation.
+    ``index`` is this rank's coordinate, so ``ranks[index]`` is this rank; it is also the rank inside the process group.
+    ``process_group`` is ``None`` exactly when the group has one member, and then every building block is a local
+    operation.
 
     Raises:
-        GroupsError: the index is outside the group, or a group of several ranks comes without a process group.
+        GroupsError: the index is outside the group, a group of several ranks comes without a process group, or the
+            process group lists its ranks in another order.
     """
 
     axis: str
     ranks: tuple[int, ...]
     index: int
     process_group: ProcessGroup | None = field(repr=False)
-    group_rank_of: tuple[int, ...] | None = field(init=False, repr=False)
-    """Coordinate -> rank inside the process group, whose ranks torch sorts; ``None`` where the two agree."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < len(self.ranks):
             raise GroupsError(f"index {self.index} is outside the {self.axis} group of {len(self.ranks)} rank(s).")
         if self.process_group is None and len(self.ranks) > 1:
             raise GroupsError(f"The {self.axis} group {self.ranks} has several ranks and needs a process group.")
-        ascending = sorted(self.ranks)
-        agrees = list(self.ranks) == ascending
-        position = {rank: place for place, rank in enumerate(ascending)}
-        object.__setattr__(self, "group_rank_of", None if agrees else tuple(position[rank] for rank in self.ranks))
+        if self.process_group is not None:
+            listed = tuple(dist.get_process_group_ranks(self.process_group))
+            if listed != self.ranks:
+                raise GroupsError(
+                    f"The {self.axis} group is {self.ranks} in coordinate order, but its process group lists its ranks "
+                    f"as {listed}: chunks would go to the wrong ranks. torch.distributed.new_group sorts ranks; let "
+                    f"foldpar.create_groups make the groups, or give ranks in the process group's order."
+                )
 
     @property
     def size(self) -> int:
         """How many ranks the group has."""
         return len(self.ranks)
-
-    def in_ascending_order(self) -> AxisGroup:
-        """The same ranks and communicator in ascending order, the one in which torch communicates without permuting.
-
-        For traffic whose order inside the group does not matter.
-        """
-        if self.group_rank_of is None:
-            return self
-        return AxisGroup(self.axis, tuple(sorted(self.ranks)), self.group_rank_of[self.index], self.process_group)
 
     def __deepcopy__(self, memo: object) -> Self:
         return self  # a copied module talks over the same communicators
@@ -155,7 +151,7 @@ class FoldedGroups:
     def _communicator(self, axis: str, ranks: tuple[int, ...], separate: bool) -> ProcessGroup:
         """The process group of these ranks: shared by axes with equal ranks, unless the axis wants its own."""
         assert self._factory is not None  # only a world of one rank has no factory, and it has singleton axes only
-        key = (axis if separate else "", tuple(sorted(ranks)))
+        key = (axis if separate else "", ranks)  # equal rank sets are listed in equal order, a tested law of layouts
         if key not in self._communicators:
             self._communicators[key] = self._factory.create(key[1], axis if separate else "")
         return self._communicators[key]
@@ -181,15 +177,21 @@ class FoldedGroups:
         """The process groups that this object made, each once, in the order of creation."""
         return tuple(self._communicators.values())
 
+    @property
+    def has_meshes(self) -> bool:
+        """Whether there is torch.distributed: only groups of a single process may have none."""
+        return self._factory is not None
+
     def mesh(self, view: Literal["dense", "expert"]) -> DeviceMesh:
         """A ``DeviceMesh`` over the same communicators, for the parts of torch that want one.
 
         Dimensions are named ``(pp, dp, cp, tp)`` or ``(pp, edp, ep, etp)``, singletons included, so that
         ``groups.mesh("dense")["tp"]`` works for every ``tp``. Call it on every rank. The mesh of a view is made once.
 
+        It exists in every layout: a rank's place on the mesh is its coordinate, also where groups do not ascend.
+
         Raises:
-            GroupsError: a group of that view is not in ascending order. torch would place shards by the mesh's order
-                and communicate in the sorted one, which permutes tensors silently.
+            LayoutError: another view. GroupsError: without torch.distributed.
         """
         if view not in _VIEW_AXES:
             raise LayoutError(f"There is no view {view!r}. Views are 'dense' and 'expert'.")
@@ -200,10 +202,9 @@ class FoldedGroups:
     def data_mesh(self, axis: Literal["dp_cp", "edp"]) -> DeviceMesh:
         """The one-dimensional mesh of a data axis, over which FSDP2 shards; its dimension is named like the axis.
 
-        It lists its ranks in ascending order, as torch communicates. So for ``edp`` a rank's place on the mesh can
-        differ from its coordinate: in world 4 with tp 2 and ep 1, the edp group is ``(0, 2, 1, 3)`` and this mesh is
-        ``(0, 1, 2, 3)``. What is sharded over it lies by the mesh's own order. It exists for every layout, groups of
-        one rank included, and is made once. Call it on every rank.
+        A rank's place on it is its coordinate. It is a part of ``mesh("expert")`` for ``edp``, and for ``dp_cp`` of a
+        mesh ``(pp, dp_cp, tp)`` of the world, so that FSDP2 can put it beside the axes that shard parameters already.
+        It is made once. Call it on every rank.
 
         Raises:
             LayoutError: another axis. GroupsError: without torch.distributed.
@@ -219,7 +220,7 @@ class FoldedGroups:
             raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
         device_type = self._factory.device_type
         if axis == "edp":
-            return DeviceMesh.from_group(self._process_group_of(axis), device_type, mesh_dim_names=(axis,))
+            return self.mesh("expert")[axis]
         # FSDP2 puts this mesh and that of tp side by side, so both count the ranks of the whole world.
         names = ("pp", "dp_cp", "tp")
         shape = [self.layout.size(name) for name in names]  # type: ignore[arg-type]
@@ -237,15 +238,6 @@ class FoldedGroups:
 
     def _make_mesh(self, view: str) -> DeviceMesh:
         layout = self.layout
-        for axis in _VIEW_AXES[view]:
-            for ranks in layout.groups(axis):  # type: ignore[arg-type]
-                if list(ranks) != sorted(ranks):
-                    raise GroupsError(
-                        f"The {axis} group {ranks} is not in ascending order, and torch sorts the ranks of a process "
-                        f"group, so a DeviceMesh of the {view} view would place shards by one order and communicate "
-                        f"in the other. Use the AxisGroups (groups.{axis}) instead, or solve the layout with "
-                        f"order='consecutive', whose groups all ascend."
-                    )
         factory = self._factory
         if factory is None:
             raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
@@ -278,6 +270,8 @@ class FoldedGroups:
         if self._destroyed:
             return
         self._destroyed = True
+        if self._meshes:
+            _forget_meshes()
         self._meshes.clear()
         self.kept.clear()
         for axis in AXES:
@@ -308,6 +302,14 @@ class FoldedGroups:
     def __repr__(self) -> str:
         state = "destroyed" if self._destroyed else f"{len(self._communicators)} communicator(s)"
         return f"FoldedGroups(rank {self.rank} of {self.layout!r}, {state})"
+
+
+def _forget_meshes() -> None:
+    """Drop what DTensor remembers of operations, with meshes that look their groups up by names that are gone now."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import debug
+
+        debug._clear_sharding_prop_cache()
 
 
 _NOT_PICKLED = (
@@ -451,10 +453,10 @@ class _GroupFactory:
         own_backend = backend or distributed_c10d._world.pg_map[default][0]
         return cls(own_backend, timeout or _default_timeout(device_type), generation, nonce, device_type)
 
-    def create(self, ascending: tuple[int, ...], own_axis: str = "") -> ProcessGroup:
-        """The process group of these ranks; an axis that wants its own says its name."""
+    def create(self, ranks: tuple[int, ...], own_axis: str = "") -> ProcessGroup:
+        """The process group of these ranks, in this order; an axis that wants its own says its name."""
         default = distributed_c10d._get_default_group()
-        members = list(ascending)
+        members = list(ranks)
         digest = hashlib.sha1(repr(members).encode(), usedforsecurity=False).hexdigest()[:16]
         process_group, _ = distributed_c10d._new_process_group_helper(
             len(members),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from foldpar.boxes import Box, pieces
 from foldpar.checkpoint_ranks import Ranks, attempt
 from foldpar.collectives import all_reduce_
-from foldpar.dtensors import communication_device, local_tensor
+from foldpar.dtensors import communication_device
 from foldpar.errors import CheckpointError
 from foldpar.groups import FoldedGroups
 from foldpar.hf_files import INDEX, append, begin_file, sync
@@ -143,7 +143,7 @@ def _plan(model: nn.Module, groups: FoldedGroups) -> _Plan:
     gives: dict[str, list[tuple[Tensor, Overlap]]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for name, each in held.items():
-        tensor = local_tensor(each.tensor).detach()
+        tensor = each.local(each.tensor).detach()
         for piece in names.laid[name].pieces:
             dtypes[piece.source] = tensor.dtype
         if each.first:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from foldpar.checkpoint_ranks import Ranks, attempt
-from foldpar.dtensors import local_tensor
 from foldpar.errors import CheckpointError, ModelError
 from foldpar.groups import FoldedGroups
 from foldpar.hf_files import Stored, read_folder
@@ -206,7 +205,8 @@ def _fill(model: nn.Module, folder: Path, stored: Stored, plan: _Plan, slots: Sl
         with safe_open(folder / file, framework="pt") as opened:
             for name, each in of_file:
                 if name not in ready:
-                    ready[name] = local_tensor(slots.with_memory(plan.held[name].tensor)).detach()
+                    held = plan.held[name]
+                    ready[name] = held.local(slots.with_memory(held.tensor)).detach()
                 block = opened.get_slice(each.source)[each.there]
                 ready[name][each.here].copy_(each.as_local(block))
                 count += block.numel() * block.element_size()

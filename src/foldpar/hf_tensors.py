@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from foldpar.boxes import Share
-from foldpar.dtensors import is_dtensor
+from foldpar.dtensors import is_dtensor, is_sharding, local_tensor
 from foldpar.errors import CheckpointError, ModelError
 from foldpar.groups import FoldedGroups
-from foldpar.placements import parameter_placements, plain_name
+from foldpar.placements import Placement, parameter_placements, plain_name
 
 __all__ = ["Held", "Slots", "compute_buffers", "held_tensors"]
 
@@ -27,6 +27,11 @@ class Held:
     tensor: Tensor
     share: Share
     first: bool
+    placement: Placement | None = None
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a tensor that lies like this one, in the shape of the share; shares the memory."""
+        return local_tensor(tensor) if self.placement is None else self.placement.local(tensor)
 
 
 def held_tensors(model: nn.Module, groups: FoldedGroups) -> dict[str, Held]:
@@ -39,7 +44,7 @@ def held_tensors(model: nn.Module, groups: FoldedGroups) -> dict[str, Held]:
     found: dict[str, Held] = {}
     for placement in parameter_placements(model, groups):
         found[placement.name] = Held(
-            placement.name, placement.aliases, placement.parameter, placement.share, placement.replica == 0
+            placement.name, placement.aliases, placement.parameter, placement.share, placement.replica == 0, placement
         )
     seen: set[int] = set()
     first = groups.rank % groups.layout.stage_size == 0
@@ -48,7 +53,7 @@ def held_tensors(model: nn.Module, groups: FoldedGroups) -> dict[str, Held]:
         if attribute in module._non_persistent_buffers_set or id(buffer) in seen:
             continue
         seen.add(id(buffer))
-        if is_dtensor(buffer) and any(placement.is_shard() for placement in buffer.placements):
+        if is_dtensor(buffer) and any(is_sharding(placement) for placement in buffer.placements):
             raise CheckpointError(f"The buffer {name} is a sharded DTensor; buffers must be whole on every rank.")
         found[name] = Held(name, (), buffer, Share.whole(tuple(buffer.shape)), first)
     return found

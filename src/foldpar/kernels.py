@@ -331,14 +331,12 @@ def _count_rows_kernel(
 
 @triton.jit
 def _place_rows_kernel(
-    ids, mask, counts, order, token_of_sent, sent_of_token, local_ids, tokens, num_experts, local, destinations,
+    ids, mask, counts, token_of_sent, sent_of_token, local_ids, tokens, num_experts, local, destinations,
     numbers, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    turn = tl.program_id(0)
-    destination = tl.load(order + turn).to(tl.int32)
+    destination = tl.program_id(0)
     before = tl.arange(0, DP)
-    earlier = tl.load(order + before, mask=before < turn, other=0)
-    place = tl.sum(tl.load(counts + earlier * numbers, mask=before < turn, other=0), axis=0).to(tl.int32)
+    place = tl.sum(tl.load(counts + before * numbers, mask=before < destination, other=0), axis=0).to(tl.int32)
     choice = tl.arange(0, KP)
     for start in range(0, tokens, BT):
         token = start + tl.arange(0, BT)
@@ -346,7 +344,9 @@ def _place_rows_kernel(
         here = active & legal & (expert // local == destination)
         wanted = tl.max(here.to(tl.int32), axis=1)
         sent = place + tl.cumsum(wanted, axis=0) - 1
-        tl.store(sent_of_token + token * destinations + turn, tl.where(wanted > 0, sent, -1), mask=token < tokens)
+        tl.store(
+            sent_of_token + token * destinations + destination, tl.where(wanted > 0, sent, -1), mask=token < tokens
+        )
         tl.store(token_of_sent + sent, token, mask=wanted > 0)
         local_id = tl.where(here, expert - destination * local, -1).to(tl.int32)
         tl.store(
@@ -397,9 +397,7 @@ def count_rows(ids: Tensor, mask: Tensor | None, num_experts: int, destinations:
     return counts
 
 
-def place_rows(
-    ids: Tensor, mask: Tensor | None, counts: Tensor, order: Tensor, num_experts: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def place_rows(ids: Tensor, mask: Tensor | None, counts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tables of the sent rows, of the largest size possible. Twin: ``permutation.place_rows``."""
     destinations, (tokens, top_k) = counts.shape[0], ids.shape
     most = tokens * min(destinations, top_k)
@@ -407,7 +405,7 @@ def place_rows(
     sent_of_token = ids.new_empty((tokens, destinations), dtype=torch.int32)
     local_ids = ids.new_empty((most, top_k), dtype=torch.int32)
     _place_rows_kernel[(destinations,)](
-        ids, mask, counts, order, token_of_sent, sent_of_token, local_ids, tokens, num_experts,
+        ids, mask, counts, token_of_sent, sent_of_token, local_ids, tokens, num_experts,
         num_experts // destinations, destinations, counts.shape[1], DP=triton.next_power_of_2(destinations),
         **_token_blocks(ids, mask),
     )  # fmt: skip

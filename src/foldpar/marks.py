@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from foldpar.dtensors import MeshAxes, MeshDim, communication_device, is_dtensor
+from foldpar.dtensors import MeshAxes, MeshDim, communication_device, is_dtensor, is_sharding
 from foldpar.errors import FamilyError, GroupsError, ShardingError
 from foldpar.families import DENSE_SHARDED, REPLICATED, ParameterFamily
 from foldpar.groups import FoldedGroups
@@ -282,7 +282,7 @@ def _family_of(use: _Use, axes_of: MeshAxes, groups: FoldedGroups) -> ParameterF
     if not is_dtensor(use.parameter):
         return family
     dims = axes_of.dims(use.parameter, use.groups or groups)
-    shards_over_tp = any("tp" in dim.axes and dim.placement.is_shard() for dim in dims)
+    shards_over_tp = any("tp" in dim.axes and dim.is_cut for dim in dims)
     overridable = family is None or (family.view == "dense" and "tp" not in family.shard_axes)
     if shards_over_tp and overridable and use.explicit is None:
         family = DENSE_SHARDED
@@ -306,7 +306,7 @@ def _check_placements(use: _Use, family: ParameterFamily, dims: list[MeshDim]) -
     shard_axes |= {"ep_etp"} if {"ep", "etp"} <= shard_axes else set()
     shard_axes |= {"dp_cp", "edp"} if use.sharded else set()
     for dim in dims:
-        if dim.placement.is_shard() and not shard_axes & dim.axes:
+        if dim.is_cut and not shard_axes & dim.axes:
             raise FamilyError(
                 f"{name} is a DTensor sharded over {dim}, but its family {family.name!r} has the shard axes "
                 f"{family.shard_axes}. One of the two is wrong, and reducing by either would be a guess. Remove the "
@@ -314,18 +314,24 @@ def _check_placements(use: _Use, family: ParameterFamily, dims: list[MeshDim]) -
                 f"such as FSDP2 shards a parameter over data-parallel ranks, it reduces the gradient too, in a way "
                 f"that is not known here: let foldpar.shard_model apply FSDP2."
             )
-        if dim.placement.is_replicate() and "tp" in dim.axes and "tp" in family.shard_axes:
+        twice = next((axis for axis in family.shard_axes if axis in dim.axes), None)
+        if dim.placement.is_replicate() and twice is not None:
+            advice = (
+                "Mark the parameter itself, for example mark_parameters(parameter, families.REPLICATED), which is "
+                "right for the bias of a row-wise sharded layer."
+                if twice == "tp"
+                else "Remove the mark: experts have the families of what they hold, EXPERT_BIAS for an output bias."
+            )
             raise FamilyError(
-                f"{name} is a DTensor replicated over {dim}, but its family {family.name!r} shards over tp: its norm "
-                f"would be counted once per lane. Mark the parameter itself, for example mark_parameters(parameter, "
-                f"families.REPLICATED), which is right for the bias of a row-wise sharded layer."
+                f"{name} is a DTensor replicated over {dim}, but its family {family.name!r} shards over {twice}: its "
+                f"norm would be counted once per {'lane' if twice == 'tp' else 'rank'}. {advice}"
             )
 
 
 def _label(use: _Use) -> str:
     if use.explicit is None and is_dtensor(use.parameter):
         names = use.parameter.device_mesh.mesh_dim_names or ()
-        if any(name == "tp" and dim.is_shard() for name, dim in zip(names, use.parameter.placements, strict=False)):
+        if any(name == "tp" and is_sharding(dim) for name, dim in zip(names, use.parameter.placements, strict=False)):
             return DENSE_SHARDED.name
     family = use.explicit or use.inherited
     return family.name if family is not None else "unmarked"

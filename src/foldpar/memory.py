@@ -16,7 +16,7 @@ from foldpar.errors import ShardingError
 from foldpar.families import REPLICATED, ParameterFamily
 from foldpar.layout import FoldedLayout
 from foldpar.marks import nearest_marks
-from foldpar.sharded import place_on_mesh, sharded_module, shards_over_data
+from foldpar.sharded import sharded_module, shards_over_data
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -76,7 +76,7 @@ def predict_memory(
     """How many bytes a rank will hold after :func:`foldpar.shard_model`, told from shapes: nothing is allocated.
 
     A parameter of ``rows`` rows over ``n`` data ranks lies in chunks of ``ceil(rows / n)`` rows, the last ones smaller
-    or empty, by the place of the rank among its ascending peers.
+    or empty, by the rank's coordinate.
 
     Args:
         model: folded and not yet sharded, on any device, the meta device included; or its parameters on ``rank``, such
@@ -146,7 +146,7 @@ def planned_parameters(plan: FoldPlan, *, dtype: torch.dtype) -> list[LocalParam
 def _rows_held(entry: LocalParameter, layout: FoldedLayout, rank: int) -> int:
     axis, rows = entry.family.data_axis, entry.shape[0]
     chunk = -(-rows // layout.size(axis))
-    return min(chunk, max(0, rows - place_on_mesh(layout, axis, rank) * chunk))
+    return min(chunk, max(0, rows - layout.group(axis, rank).index(rank) * chunk))
 
 
 def _parameters_of(

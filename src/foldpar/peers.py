@@ -42,9 +42,7 @@ class PeerMemory:
             self.own = symmetric.empty(size, dtype=torch.uint8, device=device)
             self._handle = symmetric.rendezvous(self.own, group.process_group.group_name)
             self.own.zero_()
-            by_group_rank = list(self._handle.buffer_ptrs)
-            places = group.group_rank_of or tuple(range(group.size))
-            addresses = [by_group_rank[place] for place in places]
+            addresses = list(self._handle.buffer_ptrs)
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
         self.flags = torch.zeros(3, dtype=torch.int32, device=device)
 

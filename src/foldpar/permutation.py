@@ -190,29 +190,26 @@ def count_rows(ids: Tensor, mask: Tensor | None, num_experts: int, destinations:
     return torch.cat([numbers, per_expert.view(destinations, -1)[:, :listed]], dim=1)
 
 
-def place_rows(
-    ids: Tensor, mask: Tensor | None, counts: Tensor, order: tuple[int, ...], num_experts: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Which row goes where: by destination, in the order given, then by token.
+def place_rows(ids: Tensor, mask: Tensor | None, counts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which row goes where: by destination, then by token.
 
     Returns ``token_of_sent``, its inverse ``sent_of_token`` (``[tokens, destinations]``), and for every sent row the
     local ids of the experts that want it there, ``-1`` elsewhere. The first and the last may be longer than there are
     rows to send: nobody has asked the device yet.
     """
-    sequence = torch.tensor(order, device=ids.device)
     if _HAS_TRITON and ids.is_cuda:
         from foldpar import kernels
 
-        return kernels.place_rows(ids, mask, counts, sequence, num_experts)
+        return kernels.place_rows(ids, mask, counts, num_experts)
     destinations, tokens = counts.shape[0], ids.shape[0]
     destination, _ = _destination(ids, mask, num_experts, destinations)
-    needed = _needed(destination, destinations)[:, sequence]
+    needed = _needed(destination, destinations)
     place = needed.T.flatten().cumsum(0) - 1
     sent_of_token = torch.where(needed, place.view(destinations, tokens).T, -1)
     most = tokens * min(destinations, ids.shape[1])
     token = torch.arange(tokens, device=ids.device)[:, None].expand(tokens, destinations)
     token_of_sent = _invert(sent_of_token, token, most)
-    goes_to = _invert(sent_of_token, sequence.expand(tokens, destinations), most)
+    goes_to = _invert(sent_of_token, torch.arange(destinations, device=ids.device).expand(tokens, -1), most)
     here = destination.index_select(0, token_of_sent) == goes_to[:, None]
     local = ids.index_select(0, token_of_sent) % (num_experts // destinations)
     return token_of_sent, sent_of_token, torch.where(here, local, -1).to(torch.int32)

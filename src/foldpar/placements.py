@@ -1,9 +1,11 @@
-"""Where the parameters of a model lie over the ranks, as explicit offsets: never read off a mesh alone.
+"""Where the parameters of a model lie over the ranks: integers, read off DTensors or told by marks.
 
-A mesh over the ranks of an expert group places by its own order, which need not be that of the coordinates; here every
-offset comes from a coordinate. What a wrapper such as FSDP2 shards is a chunk of what the rank held before:
+What a wrapper such as FSDP2 shards is a chunk of what the rank held before:
 
     [E, 2I, D]  --experts over ep, hidden units over etp-->  [E/ep, 2I/etp, D]  --rows over edp-->  local tensor
+
+Files know gate and up as one dimension; experts sliced over etp hold them apart, ``[E, 2, I, D]``. A placement speaks
+of the former shape, in which the share of a rank is two blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from torch import Tensor, nn
 from foldpar.boxes import Share
 from foldpar.dtensors import MeshAxes, MeshDim, is_dtensor, local_tensor, partial_dimension
 from foldpar.errors import FamilyError
-from foldpar.experts import GroupedExperts
 from foldpar.families import ParameterFamily
 from foldpar.groups import FoldedGroups
 from foldpar.layout import AXES, Axis
@@ -39,6 +40,15 @@ class HasParameterShares(Protocol):
         """The share of each of the module's own parameters; those that are not named are whole."""
 
 
+@runtime_checkable
+class HasPairs(Protocol):
+    """A module some of whose own parameters hold in two dimensions what files hold in one, such as experts over etp."""
+
+    @property
+    def pairs(self) -> Mapping[str, int]:
+        """Own name -> the first of the two dimensions."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where one parameter lies: this rank's share, and which of its equal copies this rank holds.
@@ -54,6 +64,13 @@ class Placement:
     share: Share
     replica: int
     replicas: int
+    pair: int | None = None
+    """Of a parameter with a dimension for a pair, which one it is; the share is that of the tensor without it."""
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a tensor that lies like the parameter, in the shape of the share; shares the memory."""
+        own = local_tensor(tensor)
+        return own if self.pair is None else own.flatten(self.pair, self.pair + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +93,7 @@ def mark_placement(
     """Say which dimension of a parameter sliced by hand is cut over which axis; returns the target.
 
     Needed where a family has shard axes but the parameter is a plain tensor of a module that foldpar does not know:
-    the numbers do not show which dimension was cut. DTensors and :class:`GroupedExperts` need no mark.
+    the numbers do not show which dimension was cut. DTensors, those of experts among them, need no mark.
 
     Args:
         target: the parameter, or the module that owns it. A mark on a module stays when a wrapper replaces parameters.
@@ -117,8 +134,8 @@ def parameter_placements(model: nn.Module, groups: FoldedGroups) -> list[Placeme
     """Where every parameter of the model lies, in the order of the model; a tied parameter appears once.
 
     Nothing is communicated. Decided by, in this order: the module's own ``parameter_shares()``
-    (:class:`HasParameterShares`), :class:`GroupedExperts`, :func:`mark_placement`; a plain tensor whose family has no
-    shard axes is whole. A DTensor is then cut further by its placements: over tp first, then over data ranks.
+    (:class:`HasParameterShares`), :func:`mark_placement`; a plain tensor whose family has no shard axes is whole. A
+    DTensor is then cut further by its placements: over tp, ep and etp first, then over data ranks.
 
     Example:
         >>> from foldpar.groups import create_groups
@@ -138,9 +155,10 @@ def parameter_placements(model: nn.Module, groups: FoldedGroups) -> list[Placeme
         name, *aliases = names_of[id(entry.parameter)]
         owner, attribute = owners[id(entry.parameter)]
         dims = axes_of.dims(entry.parameter, entry.groups) if is_dtensor(entry.parameter) else []
-        share = _share(name, entry, owner, attribute, dims)
+        pair = owner.pairs.get(attribute) if isinstance(owner, HasPairs) else None
+        share = _share(name, entry, owner, attribute, dims, pair)
         replica, replicas = _replica(entry)
-        found.append(Placement(name, tuple(aliases), entry.parameter, entry.family, share, replica, replicas))
+        found.append(Placement(name, tuple(aliases), entry.parameter, entry.family, share, replica, replicas, pair))
     return found
 
 
@@ -172,12 +190,14 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
     return owners
 
 
-def _share(name: str, entry: ResolvedParameter, owner: nn.Module, attribute: str, dims: list[MeshDim]) -> Share:
+def _share(
+    name: str, entry: ResolvedParameter, owner: nn.Module, attribute: str, dims: list[MeshDim], pair: int | None
+) -> Share:
     parameter, family, groups = entry.parameter, entry.family, entry.groups
     _check_not_partial(name, parameter)
     cuts = [dim for dim in dims if not dim.placement.is_replicate()]
     of_mesh = {axis for dim in cuts for axis in _axes_of(name, dim, family, groups)}
-    shape = tuple(parameter.shape)
+    shape = _joined(tuple(parameter.shape), pair)
     share = _told(owner, attribute, parameter, family, groups)
     if share is None:
         unknown = [axis for axis in family.shard_axes if groups.axis(axis).size > 1 and axis not in of_mesh]
@@ -190,10 +210,11 @@ def _share(name: str, entry: ResolvedParameter, owner: nn.Module, attribute: str
             f"should have {list(share.local)}, of the global {list(share.shape)}. "
             f"Correct the mark or parameter_shares()."
         )
-    # The tp slice is cut first, whatever the order of mesh dimensions: FSDP2 shards what tensor parallelism left.
-    for dim in sorted(cuts, key=lambda dim: ("tp" not in _axes_of(name, dim, family, groups), dim.number)):
-        share = share.cut(dim.placement.dim, *_coordinate(parameter, dim))  # type: ignore[attr-defined]
-    local = tuple(local_tensor(parameter).shape)
+    # Data axes are cut last, whatever the order of mesh dimensions: FSDP2 shards what the other axes left.
+    for dim in sorted(cuts, key=lambda dim: (family.data_axis in _axes_of(name, dim, family, groups), dim.number)):
+        place, parts = _without_pair(dim.placement.dim, pair)  # type: ignore[attr-defined]
+        share = share.cut(place, *_coordinate(parameter, dim), parts=parts)
+    local = _joined(tuple(local_tensor(parameter).shape), pair)
     if share.local != local and prod(share.local) + prod(local):
         raise FamilyError(
             f"{name} is a DTensor whose local part has the shape {list(local)}; by its placements "
@@ -209,33 +230,20 @@ def _told(
     """What the owner or a mark says; None if neither says anything."""
     if isinstance(owner, HasParameterShares):
         return owner.parameter_shares().get(attribute)
-    if isinstance(owner, GroupedExperts):
-        return _expert_shares(owner).get(attribute)
     mark: _Mark | None = getattr(parameter, _MARK, None) or getattr(owner, _MARKS_BY_NAME, {}).get(attribute)
     return None if mark is None else _marked(mark, tuple(parameter.shape), family, groups)
 
 
-def _expert_shares(experts: GroupedExperts) -> dict[str, Share]:
-    """By name, where a layer's experts lie: over ep by expert, over etp by hidden unit."""
-    number, dim, hidden, storage = experts.num_experts, experts.dim, experts.hidden_dim, experts.storage
-    ep, etp = experts.groups.ep, experts.groups.etp
-    place = 2 if storage.transposed else 1  # of gate_up's hidden units; those of down lie in the other dimension
-    parts = experts.gate_up_proj.shape[place] // experts.local_hidden
-    # Interleaved, gate and up of one unit are neighbours, so a slice of units is one block.
-    sections = 1 if storage.interleaved else parts
+def _joined(shape: tuple[int, ...], pair: int | None) -> tuple[int, ...]:
+    """A shape without its dimension for a pair: of ``[E, 2, I, H]``, ``[E, 2 * I, H]``."""
+    return shape if pair is None else (*shape[:pair], shape[pair] * shape[pair + 1], *shape[pair + 2 :])
 
-    def own(shape: tuple[int, ...]) -> Share:
-        return Share.whole(shape).cut(0, ep.size, ep.index)
 
-    def units(share: Share, dim: int, sections: int) -> Share:
-        return share.cut(dim, etp.size, etp.index, parts=sections) if etp.size > 1 else share
-
-    return {
-        "gate_up_proj": units(own(storage.gate_up_shape(number, dim, parts * hidden)), place, sections),
-        "down_proj": units(own(storage.down_shape(number, dim, hidden)), 3 - place, 1),
-        storage.gate_up_bias: units(own((number, parts * hidden)), 1, sections),
-        storage.down_bias: own((number, dim)),
-    }
+def _without_pair(dim: int, pair: int | None) -> tuple[int, int]:
+    """Where a dimension lies once the pair is joined, and in how many sections it is cut there."""
+    if pair is None or dim < pair:
+        return dim, 1
+    return dim - 1, 2 if dim == pair + 1 else 1
 
 
 def _marked(mark: _Mark, local: tuple[int, ...], family: ParameterFamily, groups: FoldedGroups) -> Share:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from foldpar.dtensors import is_dtensor
 from foldpar.errors import ShardingError
 from foldpar.families import ParameterFamily
-from foldpar.layout import Axis, FoldedLayout
+from foldpar.layout import FoldedLayout
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -28,7 +28,7 @@ __all__ = [
     "fsdp_modules",
     "is_fsdp_module",
     "is_sharded_over",
-    "place_on_mesh",
+    "refuse_replaced",
     "refuse_unreduced",
     "sharded_module",
     "shards_over_data",
@@ -57,35 +57,16 @@ def shards_over_data(family: ParameterFamily, layout: FoldedLayout, *, dims: int
     """Whether ``shard_model`` shards a parameter of that many dimensions; all ranks answer alike.
 
     Not a scalar, which has no dimension 0. Not over one rank, unless the wrapper ``converts`` dtypes or offloads: the
-    gathered parameter would be a second copy. And not where lane replicas would get different shards: FSDP2 cuts by the
-    place on a mesh, which ascends. For tp and dp_cp that is the coordinate. Of etp replicas, which share their edp
-    coordinate, the places can differ: world 6 with tp 2 and etp 2 has the edp groups (0 4 3) and (2 1 5), whose members
-    of coordinate 0, ranks 0 and 2, have the places 0 and 1.
+    gathered parameter would be a second copy.
 
     Example:
-        >>> from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT
+        >>> from foldpar.families import EXPERT_BIAS, REPLICATED
         >>> from foldpar.layout import solve_layout
-        >>> layout = solve_layout(6, tp=2, etp=2)
-        >>> [shards_over_data(family, layout, dims=2, converts=False) for family in (ROUTED_EXPERT, EXPERT_BIAS)]
+        >>> layout = solve_layout(4, tp=2, ep=4)
+        >>> [shards_over_data(family, layout, dims=2, converts=False) for family in (REPLICATED, EXPERT_BIAS)]
         [True, False]
     """
-    if dims == 0 or (layout.size(family.data_axis) == 1 and not converts):
-        return False
-    if family.view == "dense" or family.lane_axis is None:
-        return True
-    return all(len({place_on_mesh(layout, "edp", rank) for rank in group}) == 1 for group in layout.groups("etp"))
-
-
-def place_on_mesh(layout: FoldedLayout, axis: Axis, rank: int) -> int:
-    """Where a rank sits among the ascending ranks of its data axis, and so which shard it holds.
-
-    Example:
-        >>> from foldpar.layout import solve_layout
-        >>> layout = solve_layout(6, tp=2, etp=2)
-        >>> layout.group("edp", 4), place_on_mesh(layout, "edp", 4)
-        ((0, 4, 3), 2)
-    """
-    return sorted(layout.group(axis, rank)).index(rank)
+    return dims > 0 and (layout.size(family.data_axis) > 1 or converts)
 
 
 def record_shards(model: nn.Module, stage: Stage) -> None:
@@ -120,6 +101,30 @@ def bring_back_shards(model: nn.Module) -> None:
     """Register shards in place of whole parameters, which a forward may have left behind. No communication."""
     for module in fsdp_modules(model):
         module.reshard()
+
+
+def refuse_replaced(model: nn.Module, arguments: object = None) -> None:
+    """Raise if a sharded parameter was replaced behind FSDP2, which would go on with the one that it knows.
+
+    A forward hook: ``torch.func.functional_call``, a parametrization and ``load_state_dict(assign=True)`` replace
+    parameters. Up to the first forward FSDP2 takes new ones over.
+
+    Raises:
+        ShardingError: names the parameter.
+    """
+    for module in fsdp_modules(model):
+        begun = module._get_fsdp_state()._is_root is not None
+        for group in _parameter_groups(module):
+            for entry in group.fsdp_params:
+                owner, name = entry._module_info.module, entry._module_info.param_name
+                here = owner._parameters.get(name)
+                known = (entry.sharded_param, getattr(entry, "_unsharded_param", None))
+                if here is None or (begun and not any(here is each for each in known)):
+                    raise ShardingError(
+                        f"{name} of {type(owner).__name__} was replaced after shard_model, and FSDP2 would compute "
+                        f"with the parameter that it knows. Change values in place (load_state_dict without assign, "
+                        f"copy_), and use functional_call or parametrizations on a model that is not sharded."
+                    )
 
 
 def refuse_unreduced(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from foldpar.dtensors import is_dtensor, local_tensor
+from foldpar.dtensors import draw_as_one_process, is_dtensor, local_tensor
 from foldpar.errors import FamilyError, GroupsError, ShapeError, ShardingError
 from foldpar.families import Reduction
 from foldpar.groups import FoldedGroups
@@ -31,9 +31,11 @@ from foldpar.sharded import (
     fsdp_modules,
     is_fsdp_module,
     record_shards,
+    refuse_replaced,
     sharded_module,
     shards_over_data,
 )
+from foldpar.whole_states import take_shares_on_load
 
 __all__ = ["accumulate", "shard_model"]
 
@@ -53,7 +55,7 @@ def shard_model(
     Routed experts are sharded over ``edp``, all other parameters over ``dp_cp``, each along dimension 0 of this rank's
     local tensor (what tp, ep and etp left of it), in chunks of ``ceil(rows / ranks)`` rows; ranks at the end may hold
     fewer or none. Afterwards a parameter is a ``DTensor`` whose mesh has the dimensions ``("dp_cp",)``,
-    ``("dp_cp", "tp")`` or ``("edp",)``.
+    ``("dp_cp", "tp")`` or, of experts, ``("edp", "ep", "etp")``.
 
     What a rank holds whole, besides its shards of parameters, gradients and optimizer states:
 
@@ -104,9 +106,8 @@ def shard_model(
             the order in which they were built; pass False for others.
 
     Parameters whose data axis has one rank are sharded only where ``mixed_precision`` or ``offload`` asks for it; they
-    would be copied for nothing. Scalars stay whole too, and so does an expert's output bias where its etp replicas
-    would get different shards (never with ``order="consecutive"``). :func:`~foldpar.reduce_gradients` reduces those
-    over the data axis.
+    would be copied for nothing. Scalars stay whole too. :func:`~foldpar.reduce_gradients` reduces those over the data
+    axis.
 
     Raises:
         ValueError: an unknown stage. ShardingError: the model is sharded already, a block is not in the model, or one
@@ -134,8 +135,6 @@ def shard_model(
     units = _units(model, groups, blocks, resolved, shards)
     _check_units(model, units, shards)
     _check_tensors(shards, groups, explicitly_marked(model))
-    if precision.param_dtype is not None:
-        _check_all_converted([entry for entry in resolved if entry.parameter in whole])
     if not shards:
         return
 
@@ -156,6 +155,10 @@ def shard_model(
         wrapped.set_gradient_divide_factor(1.0)
         wrapped.set_force_sum_reduction_for_comms(True)
     record_shards(model, stage)
+    take_shares_on_load(model, groups)
+    for parameter in model.parameters():
+        draw_as_one_process(parameter)
+    model.register_forward_pre_hook(refuse_replaced, prepend=True)
     model.register_forward_hook(_shards_again)
     if prefetch:
         _prefetch(model, units)
@@ -397,16 +400,6 @@ def _check_units(model: nn.Module, units: list[_Unit], shards: list[ResolvedPara
             )
 
 
-def _check_all_converted(whole: list[ResolvedParameter]) -> None:
-    for entry in whole:
-        if entry.parameter.dim() > 0:
-            raise ShardingError(
-                f"{entry.name} cannot be sharded in {entry.groups.layout!r}, as its replicas over etp would get "
-                f"different shards, so mixed_precision would convert the weights around it and not itself. Solve the "
-                f"layout with order='consecutive', where replicas get equal shards, or train in one dtype."
-            )
-
-
 def _check_tensors(shards: list[ResolvedParameter], groups: FoldedGroups, explicit: set[nn.Parameter]) -> None:
     for entry in shards:
         name, parameter, family = entry.name, entry.parameter, entry.family
@@ -422,17 +415,20 @@ def _check_tensors(shards: list[ResolvedParameter], groups: FoldedGroups, explic
             )
         if not is_dtensor(parameter):
             continue
-        if family.view == "expert":
-            raise ShardingError(
-                f"{name} is a DTensor of the family {family.name!r}. Experts are sharded over edp as this rank's plain "
-                f"local tensors, as GroupedExperts holds them."
-            )
-        if parameter.device_mesh != groups.mesh("dense")["tp"]:
+        dims: tuple[str, ...] = ("ep", "etp") if family.view == "expert" else ("tp",)
+        wanted = entry.groups.mesh(family.view)[dims]
+        if parameter.device_mesh != wanted:
+            at = ", ".join(map(repr, dims))
             raise GroupsError(
                 f"{name} is a DTensor on the mesh {parameter.device_mesh}, and FSDP2 can put its own only beside that "
-                f"of these groups. Parallelize with groups.mesh('dense')['tp']."
+                f"of these groups. Parallelize with groups.mesh({family.view!r})[{at}]."
             )
-        if parameter in explicit and family.reduction is Reduction.SUM and groups.tp.size > 1:
+        if (
+            family.view == "dense"
+            and parameter in explicit
+            and family.reduction is Reduction.SUM
+            and groups.tp.size > 1
+        ):
             raise FamilyError(
                 f"{name} is a DTensor replicated over tp and marked {family.name!r}, whose gradients are summed over "
                 f"tp. A DTensor gradient that is partial says so, and FSDP2 sums it over tp when it arrives; whether "

@@ -39,6 +39,13 @@ class ExpertStorage:
     gate_up_bias: str = "gate_up_bias"
     down_bias: str = "down_bias"
 
+    def pair_dimension(self, *, dims: int) -> int:
+        """Which dimension of a ``gate_up`` weight (3 dims) or bias (2) one for the pair of gate and up would be.
+
+        One process's ``[E, 2 * I, H]`` is ``[E, 2, I, H]`` then, so that a slice of hidden units is one block.
+        """
+        return 2 if dims == 3 and self.transposed else 1
+
     def gate_up_shape(self, experts: int, dim: int, columns: int) -> tuple[int, int, int]:
         """The shape of ``gate_up_proj`` with ``columns = parts * hidden``."""
         return (experts, dim, columns) if self.transposed else (experts, columns, dim)
@@ -49,7 +56,7 @@ class ExpertStorage:
 
     def own_gate_up(self, stored: Tensor, *, parts: int, units: slice) -> Tensor:
         """The given hidden units of a ``gate_up`` weight ``[E, ., .]`` or bias ``[E, .]``, gate and up alike."""
-        place = 2 if stored.dim() == 3 and self.transposed else 1
+        place = self.pair_dimension(dims=stored.dim())
         apart = stored.unflatten(place, (-1, parts) if self.interleaved else (parts, -1))
         own = apart.narrow(place if self.interleaved else place + 1, units.start, units.stop - units.start)
         return torch.flatten(own, place, place + 1)

@@ -36,8 +36,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from foldpar.dtensors import is_dtensor, local_tensor
 from foldpar.testing.ranks import Cause, RankFailure, Returned, live_groups
 
 # After a failure the other ranks have SETTLE seconds to answer. Then the failed ones are ended, since their connections
@@ -413,8 +415,18 @@ def _drop_groups() -> None:
 def _pack(value: Any) -> bytes:
     """Pickle a value; tensors travel as bytes, not as shared memory with file descriptors."""
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(value, buffer, pickle_module=_LocalTensors)
     return buffer.getvalue()
+
+
+class _LocalTensors:
+    """Pickles as usual, but of a DTensor this rank's part: its mesh means nothing in another process."""
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, Tensor) and is_dtensor(obj):
+                return local_tensor(obj).detach().__reduce_ex__(2)
+            return NotImplemented
 
 
 def _unpack(data: bytes) -> Any:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from foldpar.collectives import all_gather_rows, even_row_counts, split_rows
-from foldpar.dtensors import is_dtensor, local_tensor
+from foldpar.dtensors import is_dtensor
 from foldpar.errors import LayoutError, ShapeError
 from foldpar.families import ParameterFamily, Reduction
 from foldpar.gradients import reduce_gradients
@@ -293,7 +293,7 @@ def _entries_of_rank(task: _Task, groups: FoldedGroups) -> list[_Entry]:
     total = {name: sum((each.gradients[name] for each in task.steps[1:]), task.steps[0].gradients[name])
              for name in weights}  # fmt: skip
     entries = [
-        _Entry("parameter", name, shares.family(name), local_tensor(parameter.detach()).clone(), want)
+        _Entry("parameter", name, shares.family(name), shares.local(name, parameter.detach()).clone(), want)
         for (name, parameter), want in zip(shares.parameters.items(), shares.of(weights), strict=True)
     ]
     for number, each in enumerate(task.batches[data_rank]):
@@ -304,7 +304,7 @@ def _entries_of_rank(task: _Task, groups: FoldedGroups) -> list[_Entry]:
         family = shares.families[name]
         want = everybody if family.view == "expert" else own
         got, meeting = _raw_gradient(parameter, family, shares.groups_of[name].layout, task.lane_grads)
-        entries.append(_Entry("raw gradient", name, family.name, got, want, meeting))
+        entries.append(_Entry("raw gradient", name, family.name, shares.local(name, got), want, meeting))
 
     if task.reduce is None:
         reduce_gradients(module, groups, loss=task.losses)
@@ -312,7 +312,7 @@ def _entries_of_rank(task: _Task, groups: FoldedGroups) -> list[_Entry]:
         task.reduce(module, groups)
     owners = task.layout.dp * task.layout.cp if task.losses == "mean" else 1
     for (name, parameter), want in zip(shares.parameters.items(), wants, strict=True):
-        got = local_tensor(_gradient(parameter))
+        got = shares.local(name, _gradient(parameter))
         entries.append(_Entry("gradient", name, shares.family(name), got, want / owners))
     norm = torch.stack([gradient.double().norm() for gradient in total.values()]).norm() / owners
     entries.append(_Entry("gradient norm", "all", "-", get_total_norm(module, groups).double(), norm))
@@ -367,12 +367,15 @@ def _raw_gradient(
 ) -> tuple[Tensor, _Meeting]:
     """A gradient before reduction, and what makes it the replica's (or, of an expert, everybody's)."""
     gradient = _gradient(parameter)
+    declared = is_dtensor(gradient) and is_dtensor(parameter)
     if is_dtensor(gradient) and is_dtensor(parameter):
         # It declares its state: placing it like its parameter is the reduction over the lanes.
-        return gradient.redistribute(placements=parameter.placements).to_local().clone(), _Meeting()
+        gradient = gradient.redistribute(placements=parameter.placements).to_local().clone()
+    if declared and family.view == "dense":
+        return gradient, _Meeting()
     axes: list[Axis] = []
     factor = float(family.factor)
-    if family.reduction is Reduction.SUM and family.lane_axis is not None:
+    if family.reduction is Reduction.SUM and family.lane_axis is not None and not declared:
         axes.append(family.lane_axis)
     # Under AVERAGE each lane holds the whole already, unless lanes only average to it.
     if family.reduction is Reduction.AVERAGE and family.lane_axis is not None and lane_grads == "post-hoc":
@@ -382,7 +385,7 @@ def _raw_gradient(
         factor /= layout.tp
     if family.view == "expert":
         axes.append("edp")
-    return local_tensor(gradient), _Meeting(tuple(axes), factor, layout)
+    return gradient, _Meeting(tuple(axes), factor, layout)
 
 
 def _fitting(entry: _Entry) -> Tensor:

@@ -34,9 +34,10 @@ def run_ranks(
 
     ``backend="spawned"``: a process per rank, real Gloo. The workers live on between calls, and there are as many as
         the largest world needed. ``function`` must be importable (module level; no lambda, no closure). Results are
-        pickled; their tensors come back on the CPU and without a graph. A call starts with ``torch.manual_seed(0)``,
-        one torch thread, the caller's working directory, ``sys.path`` and warning filters, and the environment
-        variables of ``torchrun`` (so with ``init=False``, ``init_process_group("gloo")`` works too).
+        pickled; their tensors come back on the CPU and without a graph, DTensors as the rank's own part. A call starts
+        with ``torch.manual_seed(0)``, one torch thread, the caller's working directory, ``sys.path`` and warning
+        filters, and the environment variables of ``torchrun`` (so with ``init=False``, ``init_process_group("gloo")``
+        works too).
     ``backend="threads"``: a thread per rank in this process, over the thread-based group of torch's own tests. Closures
         are welcome and backward works. What it cannot do: send and receive, ``new_group(backend="gloo")``,
         reduce-scatter other than sum and average. All ranks share the default random generator, the default dtype and

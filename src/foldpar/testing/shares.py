@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from foldpar.dtensors import is_dtensor
+from foldpar.dtensors import is_dtensor, local_tensor
 from foldpar.errors import ShapeError
 from foldpar.experts import GroupedExperts
 from foldpar.groups import FoldedGroups
@@ -42,6 +42,13 @@ class Shares:
         """The name of a parameter's family."""
         return self.families[name].name
 
+    def local(self, name: str, tensor: Tensor) -> Tensor:
+        """This rank's part of a tensor that lies like a parameter, in the shape of the reference's."""
+        own = local_tensor(tensor)
+        experts, own_name = self._experts.get(name, (None, ""))
+        pair = None if experts is None else experts.pairs.get(own_name)
+        return own if pair is None else own.flatten(pair, pair + 1)
+
     def of(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """This rank's share of every tensor, in the order of the folded module's parameters."""
         looked_up = _LookUp(tensors)
@@ -68,10 +75,10 @@ class Shares:
         parameter = self.parameters[name]
         if given is not None:
             return given
-        if is_dtensor(parameter):
-            return placed(whole, parameter)
         if name in self._experts:
             return _share_of_experts(whole, *self._experts[name])
+        if is_dtensor(parameter):
+            return placed(whole, parameter)
         sharded = "tp" in self.families[name].shard_axes and whole.dim() == parameter.dim()
         differing = [dim for dim in range(whole.dim()) if sharded and whole.shape[dim] != parameter.shape[dim]]
         if len(differing) == 1:
