@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import foldpar
+from foldpar.dtensors import local_tensor
 from foldpar.onesided import check_room
 
 
@@ -87,14 +88,14 @@ def build_layer(
     experts = foldpar.GroupedExperts(shape.experts, shape.dim, shape.hidden, groups, device="meta", dtype=like["dtype"])
     mine = range(experts.first_expert, experts.first_expert + experts.local_experts)
     units = slice(groups.etp.index * experts.local_hidden, (groups.etp.index + 1) * experts.local_hidden)
-    experts.gate_up_proj = nn.Parameter(torch.empty(experts.gate_up_proj.shape, **like))
-    experts.down_proj = nn.Parameter(torch.empty(experts.down_proj.shape, **like))
+    experts.to_empty(device=like["device"])
     with torch.no_grad():
+        own_gate_up, own_down = local_tensor(experts.gate_up_proj), local_tensor(experts.down_proj)
         for local, expert in enumerate(mine):
             gate_up, down = expert_weights(shape, expert, like)
             gate, up = gate_up.chunk(2)
-            experts.gate_up_proj[local] = torch.cat([gate[units], up[units]])
-            experts.down_proj[local] = down[:, units]
+            own_gate_up[local] = torch.cat([gate[units], up[units]]).view(own_gate_up[local].shape)
+            own_down[local] = down[:, units]
     torch.manual_seed(0)
     kind = SkewedRouter if routing == "zipf" else foldpar.TopKRouter
     router = kind(shape.dim, shape.experts, shape.top_k, **like)
@@ -134,7 +135,9 @@ def check(layer: Any, shape: Shape, groups: foldpar.FoldedGroups, lanes: str, li
             dist.all_reduce(total)  # over all owners of tokens: one edp group holds them all here
             if 0 <= local < experts.local_experts:
                 own[place].append(total)
-    pairs = [(y.detach(), want_y), (got[0], torch.stack(own[0])), (got[1], torch.stack(own[1]))]
+    own_gradients = [local_tensor(gradient).view(len(own[0]), -1) for gradient in got]
+    wanted = [torch.stack(gradients).view(len(gradients), -1) for gradients in own]
+    pairs = [(y.detach(), want_y), *zip(own_gradients, wanted, strict=True)]
     # Not the input gradient: it also flows through the router, which the loop holds constant.
     with torch.no_grad():
         relative = [float((one.float() - other).norm() / other.norm()) for one, other in pairs]

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import foldpar
+from foldpar.dtensors import local_tensor
 from foldpar.experts import GroupedExperts
 from foldpar.journey import Journey
 from foldpar.lane_ends import lane_ends
@@ -115,7 +116,7 @@ class Layer:
         )
         y = self.journey(self.experts, self.ends.own(x), routing, tokens=x.shape[0])
         wanted = [x, weights, *self.experts.parameters()]
-        return [y.detach(), *torch.autograd.grad(y, wanted, grad)]
+        return [y.detach(), *(local_tensor(each) for each in torch.autograd.grad(y, wanted, grad))]
 
 
 def run_case(case: Case, reference: str) -> float:

@@ -229,8 +229,8 @@ class Allocated(TorchDispatchMode):
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         given = {local_tensor(leaf).untyped_storage().data_ptr() for leaf in leaves}
         for leaf in tree_leaves(made):
-            if type(leaf) is Tensor:
-                storage = leaf.untyped_storage()
+            if isinstance(leaf, Tensor) and not leaf.is_meta:
+                storage = local_tensor(leaf).untyped_storage()
                 if storage.data_ptr() not in given:
                     self._count(storage)
         return made
@@ -262,7 +262,7 @@ def bytes_read(run: Run, path: Path) -> dict[str, int]:
             "largest": max(pieces),
             "read": sum(pieces),
             "share": share,
-            "states": sum(cases.local_tensor(tensor).nbytes for tensor in states),
+            "states": sum(local_tensor(tensor).nbytes for tensor in states),
             "made": made.most,
         }
 

@@ -17,11 +17,19 @@ from foldpar.testing import run_ranks
 CHECKPOINT = Path(__file__).parent / "data" / "checkpoint-before-dtensors"
 
 
+class Saved(nn.Module):
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.experts = nn.LayerNorm(4), experts
+
+    def forward(self) -> None:
+        """So that it can be a unit of FSDP2."""
+
+
 def model_and_optimizer(groups: foldpar.FoldedGroups, seed: int, stage: int = 0) -> tuple[nn.Module, Any]:
     experts = foldpar.GroupedExperts(4, 4, 4, groups, bias=True, seed=seed)
-    model = foldpar.mark_parameters(nn.ModuleDict({"norm": nn.LayerNorm(4), "experts": experts}), families.REPLICATED)
+    model = foldpar.mark_parameters(Saved(experts), families.REPLICATED)
     if stage:
-        model.forward = lambda: None  # so that it can be a unit of FSDP2
         foldpar.shard_model(model, groups, stage=stage)
     return model, torch.optim.AdamW(foldpar.parameter_groups(model), lr=0.1)
 

@@ -479,8 +479,9 @@ def outcomes(layout: Layout, folder: str, names: list[str]) -> dict[str, str]:
     found = {}
     of_layout = foldpar.solve_layout(4, tp=layout.tp, ep=layout.ep, etp=layout.etp, order=layout.order)
     with foldpar.create_groups(of_layout) as groups:
+        original = tiny_model("qwen3_moe", dtype=torch.float64)
         for place, name in enumerate(names):
-            model = tiny_model("qwen3_moe", dtype=torch.float64)
+            model = copy.deepcopy(original)
             whole = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
             foldpar.fold_model(model, groups)
             if layout.stage:
