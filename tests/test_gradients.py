@@ -45,6 +45,7 @@ from foldpar.families import (
     Reduction,
 )
 from foldpar.marks import parameter_groups
+from foldpar.steps import declare_reduced
 from foldpar.testing import run_ranks
 
 POST_HOC_EXPERT = ParameterFamily("post_hoc_expert", ("ep", "etp"), ("edp",), Reduction.EXPERT_TP_CANCEL)
@@ -283,10 +284,10 @@ def reduce_in_float32() -> None:
                 assert model["unused"].grad is None
         with counted_all_reduces() as calls:
             mixed = nn.ParameterDict({"narrow": torch.zeros(2, dtype=torch.bfloat16), "wide": torch.zeros(3)})
-            for parameter in mark_parameters(mixed, REPLICATED).values():
-                parameter.grad = torch.ones_like(parameter)
-            reduce_gradients(mixed, groups)
-            reduce_gradients(mixed, groups, reduce_dtype=torch.float32)
+            for reduce_dtype in (None, torch.float32):
+                for parameter in mark_parameters(mixed, REPLICATED).values():
+                    parameter.grad = torch.ones_like(parameter)
+                reduce_gradients(mixed, groups, reduce_dtype=reduce_dtype)
         assert [elements for _, elements in calls] == [3, 3, 4, 4, 7, 7]
 
 
@@ -519,6 +520,7 @@ def norms_of_few() -> None:
             model["w"].grad = torch.tensor([math.inf, 1.0], dtype=torch.bfloat16)
         else:
             get_total_norm(model, groups)
+        declare_reduced(model)
         text = text_of(RuntimeError, clip_grad_norm_, model, 1.0, groups, error_if_nonfinite=True)
         assert "The gradient norm of order 2.0 is inf" in text
         if rank == 1:

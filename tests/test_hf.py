@@ -490,3 +490,57 @@ def test_a_conversion_that_moves_more_than_boxes_is_refused(tmp_path: Path, monk
             import_(model, tmp_path, groups)
 
     on_ranks({}, work, world=1)
+
+
+# -- What the model's class keeps in float32, and adapters ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_meta", [True, False])
+def test_a_balancing_bias_keeps_the_float32_that_its_class_demands(tmp_path: Path, on_meta: bool) -> None:
+    """In bfloat16, 64 values near 7 become a handful, and tokens go to other experts."""
+    original = tiny_model("deepseek_v3", dtype=torch.float32)
+    name, bias = next(each for each in original.named_buffers() if "e_score_correction_bias" in each[0])
+    bias.copy_(6.82 + 0.24 * torch.rand(bias.shape))
+    original.save_pretrained(tmp_path / "hub")
+
+    def work(groups: foldpar.FoldedGroups) -> None:
+        model = meta_model("deepseek_v3") if on_meta else tiny_model("deepseek_v3", seed=3)
+        model = model.to(torch.bfloat16)
+        fold_model(model, groups)
+        import_(model, tmp_path / "hub", groups)
+        got = dict(model.named_buffers())[name]
+        assert got.dtype is torch.float32 and torch.equal(got, bias)
+        assert all(parameter.dtype is torch.bfloat16 for parameter in model.parameters())
+        export(model, tmp_path / "out", groups)
+
+    on_ranks(TP2_EP4, work)
+    stored = type(original).from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert torch.equal(dict(stored.named_buffers())[name], bias)
+
+
+class Adapted(torch.nn.Module):
+    """As peft wraps a layer."""
+
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer, self.merged_adapters = base_layer, []
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+
+def test_a_model_with_adapters_is_not_exported_under_names_that_nobody_knows(tmp_path: Path) -> None:
+    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
+        model = tiny_model("mixtral", dtype=torch.float32)
+        fold_model(model, groups)
+        with pytest.raises(CheckpointError, match=r"Wrapped wraps the model inner, .*: export\(model\.inner"):
+            export(Wrapped(model), tmp_path / "out", groups)
+        attention = model.model.layers[0].self_attn
+        attention.q_proj = Adapted(attention.q_proj)
+        for adapted in (model, Wrapped(model)):
+            with pytest.raises(CheckpointError, match=r"self_attn\.q_proj has an adapter .*merge_and_unload\(\)"):
+                export(adapted, tmp_path / "out", groups)
+    assert not (tmp_path / "out").exists()

@@ -561,7 +561,7 @@ def refused() -> None:
         assert "head.weight is not contiguous (strides (1, 12)" in refusal(ShapeError, strided)
         inside = folded()
         inside.blocks[0].moe.experts.inner = nn.Linear(2, 2)
-        foldpar.mark_parameters(inside.blocks[0].moe.experts, families.ROUTED_EXPERT)
+        foldpar.mark_parameters(inside.blocks[0].moe.experts.inner, families.ROUTED_EXPERT)
         text = refusal(ShardingError, inside, blocks=[inside.blocks[0].moe.experts.inner])
         assert "lies in the unit blocks.0.moe.experts.inner (Linear), which is sharded over dp_cp" in text
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         CollectiveError,
         FamilyError,
         FoldingError,
+        GradientError,
         GroupsError,
         LayoutError,
         ModelError,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from foldpar.scaling import GradScaler
     from foldpar.selection import GroupLimit
     from foldpar.sharding import accumulate, shard_model
+    from foldpar.steps import declare_reduced
     from foldpar.storage import ExpertStorage
 
 __version__ = "0.1.0"
@@ -94,6 +96,7 @@ __all__ = [
     "FoldingConfig",
     "FoldingError",
     "GradScaler",
+    "GradientError",
     "GradientReducer",
     "GroupLimit",
     "GroupedExperts",
@@ -126,6 +129,7 @@ __all__ = [
     "combine",
     "copy_to_group",
     "create_groups",
+    "declare_reduced",
     "dispatch",
     "fold_model",
     "get_total_norm",
@@ -181,6 +185,7 @@ _NAMES_OF_MODULE = {
         "CollectiveError",
         "FamilyError",
         "FoldingError",
+        "GradientError",
         "GroupsError",
         "LayoutError",
         "ModelError",
@@ -207,6 +212,7 @@ _NAMES_OF_MODULE = {
     "randomness": ("random_region", "region_generator"),
     "reducer": ("GradientReducer",),
     "scaling": ("GradScaler",),
+    "steps": ("declare_reduced",),
     "routing": ("Router", "Routing", "TopKRouter"),
     "selection": ("GroupLimit",),
     "sharding": ("accumulate", "shard_model"),

@@ -5,6 +5,7 @@ __all__ = [
     "CollectiveError",
     "FamilyError",
     "FoldingError",
+    "GradientError",
     "GroupsError",
     "LayoutError",
     "ModelError",
@@ -32,6 +33,10 @@ class ShapeError(FoldingError, ValueError):
 
 class FamilyError(FoldingError, ValueError):
     """A parameter without a family, or with contradicting ones: its gradient reduction would be a guess."""
+
+
+class GradientError(FoldingError, RuntimeError):
+    """Gradients that are not in the state that a step needs: not reduced, reduced twice, or of other parameters."""
 
 
 class CollectiveError(FoldingError, RuntimeError):

@@ -17,6 +17,7 @@ from foldpar.grouped import grouped_feed_forward
 from foldpar.groups import FoldedGroups
 from foldpar.integers import not_dividing
 from foldpar.marks import mark_parameters
+from foldpar.steps import watch_optimizers
 from foldpar.storage import ExpertStorage
 from foldpar.whole_states import take_shares_on_load
 
@@ -98,6 +99,12 @@ class GroupedExperts(nn.Module):
             mark_parameters(self, EXPERT_BIAS, names=(self.storage.down_bias,))
         self.reset_parameters(seed)
         take_shares_on_load(self, groups)
+        watch_optimizers(groups)
+
+    @property
+    def expert_parameters(self) -> frozenset[str]:
+        """The names of the experts' own parameters; what else is in here came later."""
+        return frozenset(("gate_up_proj", "down_proj", self.storage.gate_up_bias, self.storage.down_bias))
 
     @property
     def pairs(self) -> dict[str, int]:

@@ -12,11 +12,12 @@ from foldpar.errors import ModelError
 from foldpar.families import REPLICATED, REPLICATED_PARTIAL, ROUTER_ALL_TOKENS
 from foldpar.folded_experts import FoldedExperts
 from foldpar.groups import FoldedGroups
-from foldpar.marks import mark_parameters
+from foldpar.marks import mark_parameters, mark_what_is_here
 from foldpar.models import MoEAdapter
 from foldpar.placements import parameter_placements
 from foldpar.planner import Block, FoldPlan, survey
 from foldpar.refusals import refuse_what_needs_all_ranks
+from foldpar.steps import mark_replaced, watch_optimizers
 from foldpar.tensor_parallel import shard_dense
 from foldpar.whole_states import take_shares_on_load
 
@@ -63,16 +64,18 @@ def fold_model(
 
     Source: tensor parallelism: Shoeybi et al. 2019; folding: Liu et al. 2025.
     """
-    found = survey(model, groups.layout, adapters)
+    found, before = survey(model, groups.layout, adapters), list(model.parameters())
     for block in found.blocks:
         _fold(model, block, groups, partition)
     shard_dense(model, found.dense, groups)
-    mark_parameters(model, REPLICATED)
     for name in found.dense.partial:
         owner, _, own_name = name.rpartition(".")
         mark_parameters(model.get_submodule(owner), REPLICATED_PARTIAL, names=(own_name,))
+    mark_what_is_here(model, REPLICATED)
     for parameter in model.parameters():
         draw_as_one_process(parameter)
+    mark_replaced(before, model)
+    watch_optimizers(groups)
     take_shares_on_load(model, groups)
     refuse_what_needs_all_ranks(model, groups)
     _check_done(model, groups, found.plan, [block.name for block in found.blocks if block.adapter.replace is not None])

@@ -16,6 +16,7 @@ from foldpar.groups import FoldedGroups
 from foldpar.marks import ResolvedParameter, groups_of, resolve_parameters
 from foldpar.onesided import check_room
 from foldpar.sharded import refuse_unreduced
+from foldpar.steps import refuse_reduced, stamp
 
 __all__ = ["BUCKET_BYTES", "check_rooms", "parameters_to_reduce", "reduce_gradients"]
 
@@ -34,7 +35,7 @@ def reduce_gradients(
 
     Over the lanes by family (summed, averaged or left), then summed over the data axis (``dp_cp``, or ``edp`` for
     experts), times the factor of ``loss``. Under gradient accumulation call it at the boundary only, when gradients
-    are complete: a second call on the same gradients reduces them twice.
+    are complete; a second call on the same gradients is an error.
 
     A model that :func:`foldpar.shard_model` has sharded is called just so: FSDP2 has summed its gradients over the data
     axis then, unscaled, and what remains, over the lanes and the factor, is done here on the shards.
@@ -61,6 +62,7 @@ def reduce_gradients(
         FamilyError: a family is unknown or contradicted, see :func:`foldpar.parameter_families`; or a post-hoc layer
             meets a TP-sharded parameter. GroupsError: a layer has groups of other lanes or stages.
         ShardingError: the last backward of a sharded model ran inside :func:`foldpar.accumulate`.
+        GradientError: these very gradients were reduced before.
         ShapeError: a gradient is sparse, or rows that travelled one-sided found no room. ValueError: ``loss`` is
             neither ``"mean"`` nor ``"sum"``.
 
@@ -69,6 +71,8 @@ def reduce_gradients(
     cutter = PieceCutter(loss, reduce_dtype, groups)
     parameters = parameters_to_reduce(model, groups)
     check_rooms(parameters)
+    if groups.layout.world > 1:
+        refuse_reduced((entry.name, entry.parameter) for entry in parameters)
     pieces = [cutter.piece(resolved) for resolved in parameters]
     with torch.no_grad():
         scale([(piece.gradient, piece.factor) for piece in pieces if not piece.travels])
@@ -78,6 +82,7 @@ def reduce_gradients(
                 _reduce_bucket(bucket)
         for piece in pieces:
             settle(piece.parameter)
+    stamp(entry.parameter for entry in parameters)
 
 
 def check_rooms(parameters: list[ResolvedParameter]) -> None:

@@ -273,6 +273,9 @@ class FoldedGroups:
         if self._meshes:
             _forget_meshes()
         self._meshes.clear()
+        for kept in self.kept.values():
+            if hasattr(kept, "remove"):  # a hook
+                kept.remove()
         self.kept.clear()
         for axis in AXES:
             delattr(self, axis)

@@ -125,6 +125,7 @@ class _Plan:
 
 
 def _plan(model: nn.Module, groups: FoldedGroups) -> _Plan:
+    _check_no_adapters(model)
     held = held_tensors(model, groups)
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     held = {name: each for name, each in held.items() if name not in ignored}
@@ -152,6 +153,23 @@ def _plan(model: nn.Module, groups: FoldedGroups) -> _Plan:
     tensors = {name: _Tensor(name, tuple(shape), dtypes[name]) for name, shape in stored.items()}
     device = communication_device(next(iter(held.values())).tensor) if held else torch.device("cpu")
     return _Plan(tensors, {name: tuple(parts) for name, parts in gives.items()}, device)
+
+
+def _check_no_adapters(model: nn.Module) -> None:
+    """Names of adapters, and of what they wrap, are known to nobody who reads the files."""
+    adapted = next((name for name, module in model.named_modules() if hasattr(module, "merged_adapters")), None)
+    if adapted is not None:
+        raise CheckpointError(
+            f"{adapted} has an adapter beside its weights, and no reader of the files knows their names. Merge "
+            f"adapters first, and export what is left: export(model.merge_and_unload(), ...). The adapters alone are "
+            f"saved by the adapted model's own save_pretrained. Nothing was written."
+        )
+    inner = next((name for name, module in model.named_modules() if is_transformers_model(module)), "")
+    if inner:
+        raise CheckpointError(
+            f"{type(model).__name__} wraps the model {inner}, so its tensors would have names that no reader of the "
+            f"files knows. Export that one: export(model.{inner}, ...). Nothing was written."
+        )
 
 
 def _of_all_stages(plan: _Plan, of_all: Sequence[Mapping[str, _Tensor]]) -> _Plan:

@@ -21,7 +21,7 @@ from foldpar.errors import CheckpointError, ModelError
 from foldpar.groups import FoldedGroups
 from foldpar.hf_files import Stored, read_folder
 from foldpar.hf_names import Overlap, lay_out, overlaps
-from foldpar.hf_tensors import Held, Slots, compute_buffers, held_tensors
+from foldpar.hf_tensors import Held, Slots, compute_buffers, held_tensors, kept_dtype
 
 __all__ = ["ImportReport", "import_"]
 
@@ -78,7 +78,8 @@ def import_(
         foldpar.hf.import_(model, folder, groups)
 
     Names are those of the files: where they hold a tensor per expert (``experts.3.up_proj.weight``), transformers' own
-    conversion of the family says where it belongs. Values take the dtype of the model. Call it on every rank; the
+    conversion of the family says where it belongs. Values take the dtype of the model, but for what its class keeps in
+    float32 (``_keep_in_fp32_modules``), as ``from_pretrained`` does. Call it on every rank; the
     folder must be readable on all. It works before and after :func:`foldpar.shard_model`; before it, a rank holds its
     share of the folded model whole.
 
@@ -206,7 +207,8 @@ def _fill(model: nn.Module, folder: Path, stored: Stored, plan: _Plan, slots: Sl
             for name, each in of_file:
                 if name not in ready:
                     held = plan.held[name]
-                    ready[name] = held.local(slots.with_memory(held.tensor)).detach()
+                    dtype = kept_dtype(model, name, held.tensor.dtype)
+                    ready[name] = held.local(slots.with_memory(held.tensor, dtype)).detach()
                 block = opened.get_slice(each.source)[each.there]
                 ready[name][each.here].copy_(each.as_local(block))
                 count += block.numel() * block.element_size()

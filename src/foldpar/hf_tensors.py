@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from foldpar.boxes import Share
-from foldpar.dtensors import is_dtensor, is_sharding, local_tensor
+from foldpar.dtensors import draw_as_one_process, is_dtensor, is_sharding, local_tensor
 from foldpar.errors import CheckpointError, ModelError
 from foldpar.groups import FoldedGroups
 from foldpar.placements import Placement, parameter_placements, plain_name
 
-__all__ = ["Held", "Slots", "compute_buffers", "held_tensors"]
+__all__ = ["Held", "Slots", "compute_buffers", "held_tensors", "kept_dtype"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +74,39 @@ class Slots:
                         self._places.setdefault(id(tensor), []).append((kept, attribute))
 
     @torch.no_grad()
-    def with_memory(self, tensor: Tensor) -> Tensor:
-        """The tensor, or in place of one without memory a new one, whose values are undefined."""
-        if not tensor.is_meta:
-            return tensor
+    def with_memory(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, or in place of one without memory, or of another dtype than this, a new one.
+
+        The values of a new tensor are undefined.
+        """
         if id(tensor) in self._made:
             return self._made[id(tensor)]
-        new: Tensor = torch.empty_like(tensor, device=self._device)
+        if not tensor.is_meta and dtype in (None, tensor.dtype):
+            return tensor
+        new: Tensor = torch.empty_like(tensor, device=self._device if tensor.is_meta else None, dtype=dtype)
         if isinstance(tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         new.__dict__.update(tensor.__dict__)  # marks
+        draw_as_one_process(new)
         for kept, attribute in self._places[id(tensor)]:
             cast("dict[str, Tensor]", kept)[attribute] = new
         self._made[id(tensor)] = new
         return new
+
+
+def kept_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor of the model: float32 where its class demands that, as ``from_pretrained`` gives it.
+
+    A balancing bias in bfloat16, for example, would send tokens to other experts.
+    """
+    for attribute, narrow in (
+        ("_keep_in_fp32_modules_strict", (torch.float16, torch.bfloat16)),
+        ("_keep_in_fp32_modules", (torch.float16,)),
+    ):
+        patterns = getattr(model, attribute, None) or ()
+        if dtype in narrow and any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns):
+            return torch.float32
+    return dtype
 
 
 @torch.no_grad()

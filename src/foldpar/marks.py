@@ -85,6 +85,23 @@ def mark_children(module: nn.Module, families: Mapping[str, ParameterFamily]) ->
     setattr(module, _MARKS_OF_CHILDREN, dict(families))
 
 
+def mark_what_is_here(model: nn.Module, family: ParameterFamily) -> None:
+    """Mark every parameter that has no mark yet and is not cut over tp, each by its name in the module that owns it.
+
+    Unlike a mark on the model it says nothing of what enters the model later: adapters, heads, parametrizations.
+    """
+    for module, name, use in _places(model):
+        if use.explicit is None and use.inherited is None and not _is_cut_over_tp(use.parameter):
+            mark_parameters(module, family, names=(name,))
+
+
+def _is_cut_over_tp(parameter: nn.Parameter) -> bool:
+    if not is_dtensor(parameter):
+        return False
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return any(name == "tp" and is_sharding(dim) for name, dim in zip(names, parameter.placements, strict=False))
+
+
 def tie_marks_to_names(model: nn.Module) -> None:
     """Turn marks on parameters into marks of the modules that own them, which outlive the tensors."""
     for module in model.modules():
@@ -168,24 +185,38 @@ class _Use:
     """Those of the nearest module around it that has any, such as ``FoldedMoE``."""
     sharded: bool
     """Whether ``shard_model`` has sharded it over its data axis."""
+    inside: str | None = None
+    """The name of the experts' module around it, where it is none of the experts' own parameters."""
 
 
-def _uses(
+def _uses(model: nn.Module) -> Iterator[_Use]:
+    return (use for _, _, use in _places(model))
+
+
+def _places(
     module: nn.Module,
     prefix: str = "",
     inherited: ParameterFamily | None = None,
     groups: FoldedGroups | None = None,
-) -> Iterator[_Use]:
+    inside: str | None = None,
+) -> Iterator[tuple[nn.Module, str, _Use]]:
+    """Every parameter at every place: the module that owns it, its name there, and what is known."""
     groups = groups_of(module) or groups
+    holds = getattr(module, "expert_parameters", None)
+    inside = (prefix.rstrip(".") or "the model") if holds is not None else inside
     own: ParameterFamily | None = getattr(module, _MARK, None)
     by_name: dict[str, ParameterFamily] = getattr(module, _MARKS_BY_NAME, {})
     record = sharded_module(module)
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         explicit = getattr(parameter, _MARK, None) or by_name.get(name) or own
-        yield _Use(prefix + name, parameter, explicit, inherited, groups, record is not None and name in record.names)
+        is_shard = record is not None and name in record.names
+        stranger = inside if holds is None or name not in holds else None
+        if holds is not None and stranger is not None:
+            explicit = getattr(parameter, _MARK, None) or by_name.get(name)  # the module's mark is of its experts
+        yield module, name, _Use(prefix + name, parameter, explicit, inherited, groups, is_shard, stranger)
     of_children: dict[str, ParameterFamily] = getattr(module, _MARKS_OF_CHILDREN, {})
     for name, child in module.named_children():
-        yield from _uses(child, f"{prefix}{name}.", of_children.get(name) or own or inherited, groups)
+        yield from _places(child, f"{prefix}{name}.", of_children.get(name) or own or inherited, groups, inside)
 
 
 def groups_of(module: nn.Module) -> FoldedGroups | None:
@@ -280,6 +311,8 @@ def _check_one_dense_view(model: nn.Module, groups: FoldedGroups) -> None:
 def _family_of(use: _Use, axes_of: MeshAxes, groups: FoldedGroups) -> ParameterFamily | None:
     family = use.explicit or use.inherited or (REPLICATED if groups.layout.tp == 1 else None)
     if not is_dtensor(use.parameter):
+        if use.inside is not None and use.explicit is None:
+            raise FamilyError(_stranger_among_experts(use))
         return family
     dims = axes_of.dims(use.parameter, use.groups or groups)
     shards_over_tp = any("tp" in dim.axes and dim.is_cut for dim in dims)
@@ -302,6 +335,13 @@ def _check_is_shard(use: _Use, family: ParameterFamily) -> None:
 
 
 def _check_placements(use: _Use, family: ParameterFamily, dims: list[MeshDim]) -> None:
+    names = use.parameter.device_mesh.mesh_dim_names if is_dtensor(use.parameter) else ()
+    if family.view == "dense" and "ep" in (names or ()):
+        raise FamilyError(
+            f"{use.name} lies on the mesh of the experts, but its family {family.name!r} is one of dense parameters, "
+            f"whose gradients meet over other ranks. Remove the mark: experts know their family (ROUTED_EXPERT, and "
+            f"EXPERT_BIAS for an output bias)."
+        )
     name, shard_axes = use.name, set(family.shard_axes)
     shard_axes |= {"ep_etp"} if {"ep", "etp"} <= shard_axes else set()
     shard_axes |= {"dp_cp", "edp"} if use.sharded else set()
@@ -329,10 +369,8 @@ def _check_placements(use: _Use, family: ParameterFamily, dims: list[MeshDim]) -
 
 
 def _label(use: _Use) -> str:
-    if use.explicit is None and is_dtensor(use.parameter):
-        names = use.parameter.device_mesh.mesh_dim_names or ()
-        if any(name == "tp" and is_sharding(dim) for name, dim in zip(names, use.parameter.placements, strict=False)):
-            return DENSE_SHARDED.name
+    if use.explicit is None and _is_cut_over_tp(use.parameter):
+        return DENSE_SHARDED.name
     family = use.explicit or use.inherited
     return family.name if family is not None else "unmarked"
 
@@ -343,6 +381,16 @@ def _two_families(first: _Use, first_family: ParameterFamily, second: _Use, seco
         f"{second_family.name!r}. Its gradient is one sum of both uses, so no single reduction fits two states. Bring "
         f"both uses to one state (copy_to_group(weight) at the use whose gradient is partial), then mark the "
         f"parameter itself, which goes for both names: mark_parameters(parameter, families.REPLICATED)."
+    )
+
+
+def _stranger_among_experts(use: _Use) -> str:
+    return (
+        f"{use.name} is inside the experts {use.inside} and none of their own parameters, so it came later: an "
+        f"adapter, a norm, a parametrization. Whether it is each rank's own or the same on all ranks cannot be seen, "
+        f"and no mark around it says so. Say it on the parameter itself or on the module that owns it:\n"
+        f"    mark_parameters(module, families.ROUTED_EXPERT)        of this rank's experts (mark_placement: which)\n"
+        f"    mark_parameters(module, families.REPLICATED_PARTIAL)   the same for all experts, on all ranks"
     )
 
 

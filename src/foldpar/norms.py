@@ -13,6 +13,7 @@ from foldpar.errors import FamilyError
 from foldpar.groups import AxisGroup, FoldedGroups
 from foldpar.layout import Axis
 from foldpar.marks import resolve_parameters
+from foldpar.steps import refuse_unreduced_gradients, stamp
 
 __all__ = ["clip_grad_norm_", "get_total_norm"]
 
@@ -91,8 +92,10 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: the norm is infinite or NaN and ``error_if_nonfinite``; on every rank, with gradients untouched.
-        ValueError, FamilyError: see :func:`get_total_norm`.
+        GradientError: a gradient was not reduced. ValueError, FamilyError: see :func:`get_total_norm`.
     """
+    if groups.layout.world > 1:
+        refuse_unreduced_gradients(model.named_parameters(), "clip_grad_norm_")
     norm = get_total_norm(model, groups, norm_type=norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(
@@ -103,6 +106,7 @@ def clip_grad_norm_(
     with torch.no_grad():
         for device, gradients in _by_device(model).items():
             torch._foreach_mul_(gradients, coefficient.to(device))
+    stamp(model.parameters())
     return norm
 
 

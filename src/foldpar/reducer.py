@@ -28,6 +28,7 @@ from foldpar.gradients import BUCKET_BYTES, check_rooms, parameters_to_reduce
 from foldpar.groups import FoldedGroups
 from foldpar.layout import FoldedLayout, Order, solve_layout
 from foldpar.marks import ResolvedParameter
+from foldpar.steps import stamp
 
 __all__ = ["GradientReducer"]
 
@@ -145,6 +146,7 @@ class GradientReducer:
         scale([(piece.gradient, piece.factor) for piece in at_home])
         for entry in self._parameters:
             settle(entry.parameter)
+        stamp(entry.parameter for entry in self._parameters)
 
     def close(self) -> None:
         """Take the hooks off and destroy the communicators; call it on every rank. Repeating it does nothing."""

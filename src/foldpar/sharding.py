@@ -35,6 +35,7 @@ from foldpar.sharded import (
     sharded_module,
     shards_over_data,
 )
+from foldpar.steps import mark_replaced, watch_optimizers
 from foldpar.whole_states import take_shares_on_load
 
 __all__ = ["accumulate", "shard_model"]
@@ -139,6 +140,7 @@ def shard_model(
         return
 
     tie_marks_to_names(model)  # FSDP2 makes new parameters
+    before = list(model.parameters())
     for unit in units:
         is_root = unit.module is model
         wrapped = fully_shard(
@@ -155,6 +157,8 @@ def shard_model(
         wrapped.set_gradient_divide_factor(1.0)
         wrapped.set_force_sum_reduction_for_comms(True)
     record_shards(model, stage)
+    mark_replaced(before, model)
+    watch_optimizers(groups)
     take_shares_on_load(model, groups)
     for parameter in model.parameters():
         draw_as_one_process(parameter)

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from foldpar.collectives import all_reduce, copy_to_group
 from foldpar.dense_plan import HEAD_COUNTS, DensePlan, DenseStep
+from foldpar.dtensors import local_parts
 from foldpar.families import DENSE_SHARDED
 from foldpar.groups import AxisGroup, FoldedGroups
 from foldpar.marks import mark_parameters
-from foldpar.placements import mark_placement
 
 __all__ = ["OneHeadLinear", "VocabularyParallelEmbedding", "shard_dense"]
 
@@ -57,10 +57,10 @@ def _take(model: nn.Module, step: DenseStep, mesh: DeviceMesh, tp: AxisGroup, sh
     parent = model.get_submodule(parent_name)
     if step.kind == "slice":
         whole = getattr(parent, child)
-        own = whole.detach().chunk(tp.size)[tp.index].clone()
+        own = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
         setattr(parent, child, nn.Parameter(own, requires_grad=whole.requires_grad))
         mark_parameters(parent, DENSE_SHARDED, names=(child,))
-        mark_placement(parent, 0, names=(child,))
+        _read_own_part(parent, child)
         return
     module = getattr(parent, child)
     if step.kind == "rope":
@@ -86,6 +86,19 @@ def _take(model: nn.Module, step: DenseStep, mesh: DeviceMesh, tp: AxisGroup, sh
         if step.kind == "columns_gathered":
             module.register_forward_hook(_arrived)
     module.weight = shared.setdefault(before, module.weight)  # a parameter with two names stays one
+
+
+def _read_own_part(module: nn.Module, name: str) -> None:
+    """Let the module's forward, which knows nothing of DTensors, read this lane's part of its parameter."""
+
+    def begin(module: nn.Module, arguments: object) -> None:
+        vars(module)[name] = local_parts(module._parameters[name])[0]
+
+    def end(module: nn.Module, arguments: object, output: object) -> None:
+        vars(module).pop(name, None)
+
+    module.register_forward_pre_hook(begin)
+    module.register_forward_hook(end, always_call=True)
 
 
 def _sum_gradient_of_last(tp: AxisGroup, width: int, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
