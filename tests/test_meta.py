@@ -125,7 +125,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 # -- The way to the experts -------------------------------------------------------------------------------------------
 
 
-@fault("a process group lists its ranks in another order than the coordinates", EVEN, "output")
+@fault("a process group lists its ranks in another order than the coordinates", UNSORTED, "output")
 def _(patch: pytest.MonkeyPatch) -> None:
     create = foldpar.groups._GroupFactory.create
 
