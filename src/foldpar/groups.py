@@ -270,7 +270,8 @@ class FoldedGroups:
         if self._destroyed:
             return
         self._destroyed = True
-        had_meshes = bool(self._meshes)
+        if self._meshes:
+            _forget_meshes()
         self._meshes.clear()
         for kept in self.kept.values():
             if hasattr(kept, "remove"):  # a hook
@@ -281,9 +282,6 @@ class FoldedGroups:
         for process_group in self.communicators:
             dist.destroy_process_group(process_group)
         self._communicators.clear()
-        # Groups that live alone are always named alike, so that what DTensor remembers of them fits the next ones.
-        if had_meshes and self._factory is not None and (self._factory.generation or _next_generation()):
-            _forget_meshes()
         if self._owns_default:
             dist.destroy_process_group()
 
