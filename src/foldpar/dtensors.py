@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from foldpar.errors import FamilyError
@@ -29,7 +29,7 @@ __all__ = [
     "MeshAxes",
     "MeshDim",
     "communication_device",
-    "distributed",
+    "distributed_parameter",
     "draw_as_one_process",
     "is_dtensor",
     "is_sharding",
@@ -69,8 +69,10 @@ def partial_dimension(tensor: Tensor) -> str | None:
     return None
 
 
-def distributed(local: Tensor, mesh: DeviceMesh, cuts: Sequence[int | None]) -> DTensor:
-    """This rank's part as a DTensor; shares the memory, communicates nothing.
+def distributed_parameter(
+    local: Tensor, mesh: DeviceMesh, cuts: Sequence[int | None], *, requires_grad: bool = True
+) -> nn.Parameter:
+    """This rank's part as a DTensor parameter; shares the memory, communicates nothing.
 
     ``cuts`` says for every dimension of the mesh which dimension of the tensor is cut evenly over it, ``None`` if none
     is. ``DTensor.from_local`` does that too, but moves what is still on the host to the mesh's kind of device.
@@ -84,7 +86,9 @@ def distributed(local: Tensor, mesh: DeviceMesh, cuts: Sequence[int | None]) -> 
             shape[cut] *= mesh.size(number)
     placements = tuple(Replicate() if cut is None else Shard(cut) for cut in cuts)
     meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
-    return DTensor(local.detach(), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)
+    parameter = DTensor(local.detach(), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=requires_grad)
+    parameter._is_param = True  # as nn.Parameter does, which would detach once more, by way of DTensor's dispatcher
+    return cast(nn.Parameter, parameter)
 
 
 def placed_like(local: Tensor, like: DTensor) -> DTensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from foldpar.activations import Activation, check_activation, is_gated
-from foldpar.dtensors import distributed, draw_as_one_process, local_parts
+from foldpar.dtensors import distributed_parameter, draw_as_one_process, local_parts
 from foldpar.errors import ShapeError
 from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT
 from foldpar.grouped import grouped_feed_forward
@@ -273,8 +273,8 @@ class GroupedExperts(nn.Module):
             return nn.Parameter(own, requires_grad=requires_grad)
         pair = self.pairs.get(name)
         own = own if pair is None else own.unflatten(pair, (self._parts, -1))
-        mesh = self.groups.mesh("expert")["ep", "etp"]
-        parameter = nn.Parameter(distributed(own, mesh, (0, self._cut_over_etp(name))), requires_grad=requires_grad)
+        cuts = (0, self._cut_over_etp(name))
+        parameter = distributed_parameter(own, self.groups.mesh_of_shares, cuts, requires_grad=requires_grad)
         draw_as_one_process(parameter)
         return parameter
 

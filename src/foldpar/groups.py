@@ -199,6 +199,13 @@ class FoldedGroups:
             self._meshes[view] = self._make_mesh(view)
         return self._meshes[view]
 
+    @property
+    def mesh_of_shares(self) -> DeviceMesh:
+        """The dimensions ``("ep", "etp")`` of ``mesh("expert")``, over which experts are shared out; made once."""
+        if "ep_etp" not in self._meshes:
+            self._meshes["ep_etp"] = self.mesh("expert")["ep", "etp"]
+        return self._meshes["ep_etp"]
+
     def data_mesh(self, axis: Literal["dp_cp", "edp"]) -> DeviceMesh:
         """The one-dimensional mesh of a data axis, over which FSDP2 shards; its dimension is named like the axis.
 
@@ -270,8 +277,7 @@ class FoldedGroups:
         if self._destroyed:
             return
         self._destroyed = True
-        if self._meshes:
-            _forget_meshes()
+        had_meshes = bool(self._meshes)
         self._meshes.clear()
         for kept in self.kept.values():
             if hasattr(kept, "remove"):  # a hook
@@ -282,6 +288,8 @@ class FoldedGroups:
         for process_group in self.communicators:
             dist.destroy_process_group(process_group)
         self._communicators.clear()
+        if had_meshes and self._factory is not None and (self._factory.generation or _next_generation()):
+            _forget_meshes()
         if self._owns_default:
             dist.destroy_process_group()
 
@@ -308,7 +316,11 @@ class FoldedGroups:
 
 
 def _forget_meshes() -> None:
-    """Drop what DTensor remembers of operations, with meshes that look their groups up by names that are gone now."""
+    """Drop what DTensor remembers of operations: meshes that look their groups up by names that may be gone.
+
+    Groups that live alone are always named alike (generation 0), so what is remembered of them fits the next ones. It
+    does not where groups begin or end beside others.
+    """
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor import debug
 
@@ -365,6 +377,8 @@ def create_groups(
             f"rank(s). Solve the layout with world = torch.distributed.get_world_size()."
         )
     factory = _GroupFactory.of_default_group(backend, timeout, *_agree(layout, backend, chosen))
+    if factory.generation:
+        _forget_meshes()
     return FoldedGroups(layout, dist.get_rank(), factory, chosen, owns_default)
 
 
