@@ -71,7 +71,7 @@ FLOORS = (
         "selection",
         "whole_states",
     ),
-    ("buckets", "marks", "sharded", "steps", "dtensors"),
+    ("buckets", "marks", "sharded", "steps", "dtensors", "kept_dtypes"),
     ("grouped", "activations", "storage", "permutation", "kernels", "peer_kernels"),
     ("collectives", "peers", "groups"),
     ("layout", "config", "foreign_configs", "show", "factors", "families", "boxes", "integers", "errors"),

@@ -35,9 +35,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.utils import parametrize, prune
 from torch.optim import swa_utils
+from toys import gathered
 
 import foldpar
-from foldpar.dtensors import is_dtensor, local_tensor
+from foldpar.dtensors import local_tensor
 from foldpar.testing import run_ranks
 
 PAGE = Path(__file__).parents[1] / "TOOLS.md"
@@ -112,12 +113,6 @@ class Folded:
         optimizer = torch.optim.AdamW(foldpar.parameter_groups(self.model), lr=0.1, **options)
         optimizer.step()
         return optimizer
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """Whole, gate and up as one dimension."""
-    whole = tensor.detach().full_tensor() if is_dtensor(tensor) else tensor.detach()
-    return whole.flatten(1, 2) if whole.dim() == 4 else whole
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor], factor: float = 1.0) -> bool:

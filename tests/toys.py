@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import foldpar
 from foldpar import families
-from foldpar.dtensors import local_tensor
+from foldpar.dtensors import is_dtensor, local_tensor
 
 VOCABULARY, DIM, HIDDEN, EXPERTS, TOP_K, LENGTH = 12, 8, 4, 8, 2, 6
 
@@ -121,6 +121,12 @@ def own(tensor: Tensor | None, like: Tensor | None = None) -> Tensor:
     if like is not None and part.dim() == like.dim() + 1:  # gate and up lie apart
         return part.flatten(1, 2)
     return part
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Whole, gate and up as one dimension."""
+    whole = tensor.detach().full_tensor() if is_dtensor(tensor) else tensor.detach()
+    return whole.flatten(1, 2) if whole.dim() == 4 else whole
 
 
 def plain_model(seed: int = 0, **options: Any) -> Model:

@@ -99,7 +99,7 @@ class GroupedExperts(nn.Module):
             mark_parameters(self, EXPERT_BIAS, names=(self.storage.down_bias,))
         self.reset_parameters(seed)
         take_shares_on_load(self, groups)
-        watch_optimizers(groups)
+        watch_optimizers(groups, self)
 
     @property
     def expert_parameters(self) -> frozenset[str]:

@@ -12,6 +12,7 @@ from foldpar.errors import ModelError
 from foldpar.families import REPLICATED, REPLICATED_PARTIAL, ROUTER_ALL_TOKENS
 from foldpar.folded_experts import FoldedExperts
 from foldpar.groups import FoldedGroups
+from foldpar.kept_dtypes import keep_dtypes
 from foldpar.marks import mark_parameters, mark_what_is_here
 from foldpar.models import MoEAdapter
 from foldpar.placements import parameter_placements
@@ -75,8 +76,9 @@ def fold_model(
     for parameter in model.parameters():
         draw_as_one_process(parameter)
     mark_replaced(before, model)
-    watch_optimizers(groups)
+    watch_optimizers(groups, model)
     take_shares_on_load(model, groups)
+    keep_dtypes(model)
     refuse_what_needs_all_ranks(model, groups)
     _check_done(model, groups, found.plan, [block.name for block in found.blocks if block.adapter.replace is not None])
     return found.plan

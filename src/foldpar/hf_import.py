@@ -21,7 +21,8 @@ from foldpar.errors import CheckpointError, ModelError
 from foldpar.groups import FoldedGroups
 from foldpar.hf_files import Stored, read_folder
 from foldpar.hf_names import Overlap, lay_out, overlaps
-from foldpar.hf_tensors import Held, Slots, compute_buffers, held_tensors, kept_dtype
+from foldpar.hf_tensors import Held, Slots, compute_buffers, held_tensors
+from foldpar.kept_dtypes import kept_dtype
 
 __all__ = ["ImportReport", "import_"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +15,7 @@ from foldpar.errors import CheckpointError, ModelError
 from foldpar.groups import FoldedGroups
 from foldpar.placements import Placement, parameter_placements, plain_name
 
-__all__ = ["Held", "Slots", "compute_buffers", "held_tensors", "kept_dtype"]
+__all__ = ["Held", "Slots", "compute_buffers", "held_tensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +91,6 @@ class Slots:
             cast("dict[str, Tensor]", kept)[attribute] = new
         self._made[id(tensor)] = new
         return new
-
-
-def kept_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a tensor of the model: float32 where its class demands that, as ``from_pretrained`` gives it.
-
-    A balancing bias in bfloat16, for example, would send tokens to other experts.
-    """
-    for attribute, narrow in (
-        ("_keep_in_fp32_modules_strict", (torch.float16, torch.bfloat16)),
-        ("_keep_in_fp32_modules", (torch.float16,)),
-    ):
-        patterns = getattr(model, attribute, None) or ()
-        if dtype in narrow and any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns):
-            return torch.float32
-    return dtype
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from foldpar.dtensors import draw_as_one_process, is_dtensor, local_tensor
 from foldpar.errors import FamilyError, GroupsError, ShapeError, ShardingError
 from foldpar.families import Reduction
 from foldpar.groups import FoldedGroups
+from foldpar.kept_dtypes import kept_dtype
 from foldpar.marks import ResolvedParameter, explicitly_marked, resolve_parameters, tie_marks_to_names
 from foldpar.sharded import (
     Stage,
@@ -107,8 +108,9 @@ def shard_model(
             the order in which they were built; pass False for others.
 
     Parameters whose data axis has one rank are sharded only where ``mixed_precision`` or ``offload`` asks for it; they
-    would be copied for nothing. Scalars stay whole too. :func:`~foldpar.reduce_gradients` reduces those over the data
-    axis.
+    would be copied for nothing. Scalars stay whole too, and so does what the model's class keeps in float32
+    (``_keep_in_fp32_modules``) while the rest is narrower. :func:`~foldpar.reduce_gradients` reduces those over the
+    data axis.
 
     Raises:
         ValueError: an unknown stage. ShardingError: the model is sharded already, a block is not in the model, or one
@@ -127,10 +129,14 @@ def shard_model(
     precision, offload = mixed_precision or MixedPrecisionPolicy(), offload or OffloadPolicy()
     converts = precision != MixedPrecisionPolicy() or type(offload) is not OffloadPolicy
     resolved = resolve_parameters(model, groups)
+    narrow = precision.param_dtype or min(
+        (entry.parameter.dtype for entry in resolved), key=lambda dtype: dtype.itemsize
+    )
     shards = [
         entry
         for entry in resolved
         if shards_over_data(entry.family, entry.groups.layout, dims=entry.parameter.dim(), converts=converts)
+        and kept_dtype(model, entry.name, narrow) == narrow
     ]
     whole = {entry.parameter for entry in resolved} - {entry.parameter for entry in shards}
     units = _units(model, groups, blocks, resolved, shards)
@@ -158,7 +164,7 @@ def shard_model(
         wrapped.set_force_sum_reduction_for_comms(True)
     record_shards(model, stage)
     mark_replaced(before, model)
-    watch_optimizers(groups)
+    watch_optimizers(groups, model)
     take_shares_on_load(model, groups)
     for parameter in model.parameters():
         draw_as_one_process(parameter)
