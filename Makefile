@@ -7,8 +7,10 @@ PYTHON ?= python3
 NPROC ?= 4
 TP ?= 2
 EP ?= 4
+WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+IN_PARALLEL := --numprocesses=$(WORKERS) --dist=worksteal
 
 .PHONY: help setup demo test test-long lint format types clean
 
@@ -27,10 +29,10 @@ demo: $(INSTALLED)
 		examples/train_folded_lm.py --tp $(TP) --ep $(EP) $(if $(STEPS),--steps $(STEPS)) $(DEMO_ARGS)
 
 test: lint types $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
 test-long: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(IN_PARALLEL) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
+from toys import name_of
 
 import foldpar
 from foldpar import FoldedGroups, FoldedLayout, LayoutError, families, mark_parameters, solve_layout
@@ -87,7 +88,7 @@ def ragged(data_rank: int) -> Tensor:
         ({"lanes": "sharded"}, {"lanes": "sharded"}),
         ({"lanes": "sharded"}, {"lanes": "sharded", "lane_rows": lambda rows: (rows, 0)}),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_an_own_layer_in_a_few_lines(options: dict[str, Any], check_options: dict[str, Any]) -> None:
     report = check_against_one_process(
@@ -257,7 +258,7 @@ def test_a_pipeline_is_checked_stage_by_stage() -> None:
         ({"batch": lambda data_rank: [ragged(0)] * (data_rank + 1)}, r"The data ranks have 1, 2 micro-batches\. Every"),
         ({"backend": "nccl"}, r"backend = 'nccl' is unknown"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_arguments_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
     arguments: dict[str, Any] = {"batch": ragged, "whole": stacked, **options}

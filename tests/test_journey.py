@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import name_of
 
 import foldpar
 from foldpar.testing import run_ranks
@@ -41,7 +42,7 @@ class OwnExperts(nn.Module):
             "in messages: the experts have biases, whose gradients are sums over all rows",
         ),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_a_layer_explains_which_way_its_rows_take(options: dict[str, Any], text: str) -> None:
     told = layer(foldpar.create_groups(foldpar.solve_layout(1)), **options).explain()

@@ -234,7 +234,7 @@ def _(of: Folded) -> bool:
     return False
 
 
-@tool("`torch.save(state_dict())` on every rank, loaded there")
+@tool("`torch.save(state_dict())` on every rank, loaded there", "`torch.load(..., weights_only=False)`")
 def _(of: Folded) -> bool:
     file = io.BytesIO()
     torch.save(of.model.state_dict(), file)
@@ -515,15 +515,24 @@ def column_of(layout: Layout) -> dict[str, str]:
     return {row[0]: row[place] for row in rows[1:]}
 
 
+def check_column(found: dict[str, str], layout: Layout) -> None:
+    """Torch before 2.13, with which the table is written, refuses more."""
+    want = column_of(layout)
+    assert found.keys() == want.keys()
+    older = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+    for name in found:
+        assert found[name] == want[name] or (older and found[name] == "refused"), name
+
+
 @pytest.mark.parametrize("layout", QUICK, ids=str)
 def test_the_table_of_tools_is_true(layout: Layout, tmp_path: Path) -> None:
-    assert outcomes_of_ranks(layout, str(tmp_path)) == column_of(layout)
+    check_column(outcomes_of_ranks(layout, str(tmp_path)), layout)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", COLUMNS[len(QUICK) :], ids=str)
 def test_the_other_columns_are_true(layout: Layout, tmp_path: Path) -> None:
-    assert outcomes_of_ranks(layout, str(tmp_path)) == column_of(layout)
+    check_column(outcomes_of_ranks(layout, str(tmp_path)), layout)
 
 
 @pytest.mark.long

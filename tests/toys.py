@@ -6,6 +6,7 @@ The plain model imports nothing from foldpar and computes its experts one after 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,6 +122,11 @@ def own(tensor: Tensor | None, like: Tensor | None = None) -> Tensor:
     if like is not None and part.dim() == like.dim() + 1:  # gate and up lie apart
         return part.flatten(1, 2)
     return part
+
+
+def name_of(value: object) -> str:
+    """For a parametrized test: the same in every process, functions and objects without their addresses."""
+    return re.sub(r"<(?:function )?([\w.<>]+?)(?: object)? at 0x[0-9a-f]+>", r"\1", str(value))
 
 
 def gathered(tensor: Tensor) -> Tensor:

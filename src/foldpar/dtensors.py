@@ -6,7 +6,7 @@ DTensors are told by their attributes, so that models without any need not load 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from foldpar.errors import FamilyError
+from foldpar.errors import FamilyError, GradientError
 from foldpar.groups import FoldedGroups
 from foldpar.layout import AXES
 
@@ -37,6 +37,7 @@ __all__ = [
     "local_tensor",
     "partial_dimension",
     "placed_like",
+    "refuse_foreign_scalers",
 ]
 
 
@@ -126,6 +127,34 @@ def _fill(parameter: DTensor, name: str, *args: Any, **options: Any) -> DTensor:
             own = own.narrow(dim, start, min(size, own.shape[dim] - start))
     parameter.to_local().copy_(own)
     return parameter
+
+
+class _RefuseForeignScaler:
+    """In the place of DTensor's own rule for the look of a gradient scaler at gradients."""
+
+    def __init__(self, usual: Callable[..., Any]) -> None:
+        self.usual = usual
+
+    def __call__(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for gradient in args[0]:
+            if is_dtensor(gradient) and {"ep", "etp", "edp", "dp_cp"} & set(gradient.device_mesh.mesh_dim_names or ()):
+                raise GradientError(
+                    "torch's gradient scalers cannot be used on a folded model: they look for an overflow over the "
+                    "ranks of one gradient, and experts and dense parameters lie on different ones, so that some ranks "
+                    "would skip a step that others take. Use foldpar.GradScaler(device, groups=groups), which is "
+                    "torch's but for that."
+                )
+        return self.usual(op, args, kwargs)
+
+
+def refuse_foreign_scalers() -> None:
+    """Let torch's gradient scalers refuse gradients over foldpar's meshes, and no others; repeating it does nothing."""
+    from torch.distributed.tensor import DTensor
+
+    op = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
+    rules: dict[Any, Callable[..., Any]] = DTensor._op_dispatcher._custom_op_handlers
+    if not isinstance(rules[op], _RefuseForeignScaler):
+        rules[op] = _RefuseForeignScaler(rules[op])
 
 
 def local_parts(*tensors: Tensor | None, partial_over: str | None = None) -> tuple[Tensor | None, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from foldpar.dtensors import is_dtensor, local_tensor
+from foldpar.dtensors import is_dtensor, local_tensor, refuse_foreign_scalers
 from foldpar.errors import GradientError
 from foldpar.groups import FoldedGroups
 from foldpar.sharded import bring_back_shards
@@ -104,7 +104,7 @@ def mark_replaced(before: Iterable[nn.Parameter], model: nn.Module) -> None:
 
 
 def watch_optimizers(groups: FoldedGroups, model: nn.Module) -> None:
-    """Look at every optimizer before it steps, for as long as the groups live.
+    """Look at every optimizer before it steps, for as long as the groups live, and refuse torch's gradient scalers.
 
     Args:
         model: whose parameters, those that enter it later included, must have been reduced when an optimizer takes
@@ -115,6 +115,8 @@ def watch_optimizers(groups: FoldedGroups, model: nn.Module) -> None:
             reduced.
     """
     if _WATCH not in groups.kept:
+        if groups.layout.world > 1:
+            refuse_foreign_scalers()
         groups.kept[_WATCH] = _Watch(are_several=groups.layout.world > 1)
     groups.kept[_WATCH].models.add(model)
 
