@@ -11,7 +11,7 @@ import logging
 import pickle
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor], factor: float = 1.0) 
 
 Use = Callable[[Folded], bool]
 TOOLS: dict[str, tuple[Use, str]] = {}
+SLOW = {"`torch.compile`"}
 
 
 def tool(name: str, instead: str = "") -> Callable[[Use], Use]:
@@ -407,6 +408,19 @@ def _(of: Folded) -> bool:
     return torch.equal(torch.func.functional_call(of.model, of.whole, (), {"input_ids": of.tokens()}).logits, want)
 
 
+@tool("`torch.compile`")
+def _(of: Folded) -> bool:
+    of.backward()
+    want = {name: gathered(parameter.grad) for name, parameter in of.model.named_parameters()}
+    compiled = torch.compile(of.model, backend="aot_eager")
+    compiled.zero_grad()
+    compiled(input_ids=of.tokens(), labels=of.tokens()).loss.backward()
+    foldpar.reduce_gradients(of.model, of.groups)
+    found = {name: gathered(parameter.grad) for name, parameter in of.model.named_parameters()}
+    torch._dynamo.reset()
+    return all(torch.allclose(found[name], want[name], rtol=1e-6, atol=1e-12) for name in want)
+
+
 @tool("torch's `GradScaler`", "`foldpar.GradScaler`")
 def _(of: Folded) -> bool:
     return scaled(of, torch.amp.GradScaler("cpu", init_scale=1024.0))
@@ -489,11 +503,11 @@ def outcomes(layout: Layout, folder: str, names: list[str]) -> dict[str, str]:
     return found
 
 
-def outcomes_of_ranks(layout: Layout, folder: str) -> dict[str, str]:
+def outcomes_of_ranks(layout: Layout, folder: str, names: Collection[str] = TOOLS) -> dict[str, str]:
     """Of each tool; the same on every rank, and nothing but exact or refused."""
-    ranks = run_ranks(outcomes, 4, layout, folder, list(TOOLS), timeout=300.0)
+    ranks = run_ranks(outcomes, 4, layout, folder, list(names), timeout=300.0)
     found = {}
-    for name in TOOLS:
+    for name in names:
         kinds = {rank[name].partition(":")[0] for rank in ranks}
         assert len(kinds) == 1 and kinds <= {"exact", "refused"}, (name, [rank[name][:300] for rank in ranks])
         found[name] = kinds.pop()
@@ -518,7 +532,7 @@ def column_of(layout: Layout) -> dict[str, str]:
 def check_column(found: dict[str, str], layout: Layout) -> None:
     """Torch before 2.13, with which the table is written, refuses more."""
     want = column_of(layout)
-    assert found.keys() == want.keys()
+    assert want.keys() == TOOLS.keys()
     older = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
     for name in found:
         assert found[name] == want[name] or (older and found[name] == "refused"), name
@@ -526,7 +540,13 @@ def check_column(found: dict[str, str], layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", QUICK, ids=str)
 def test_the_table_of_tools_is_true(layout: Layout, tmp_path: Path) -> None:
-    check_column(outcomes_of_ranks(layout, str(tmp_path)), layout)
+    check_column(outcomes_of_ranks(layout, str(tmp_path), TOOLS.keys() - SLOW), layout)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", QUICK, ids=str)
+def test_the_table_of_slow_tools_is_true(layout: Layout, tmp_path: Path) -> None:
+    check_column(outcomes_of_ranks(layout, str(tmp_path), SLOW), layout)
 
 
 @pytest.mark.long
