@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hf_models import tiny_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,8 +32,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.utils import parametrize, prune
 from torch.optim import swa_utils
 from toys import gathered
@@ -350,6 +352,58 @@ def _(of: Folded) -> bool:
     found = gathered(of.model.get_input_embeddings().weight)
     of.backward()
     return torch.equal(found[:32], of.whole["model.embed_tokens.weight"]) and found.shape[0] == 40
+
+
+@tool("`parameter.data = tensor`, `vector_to_parameters`", "`load_state_dict`, `parameter.copy_(dtensor)`")
+def _(of: Folded) -> bool:
+    for name, parameter in of.model.named_parameters():
+        parameter.data = of.whole[name] * 2
+    of.backward()
+    return of.holds(2)
+
+
+@tool("`parameter.data = other.data`, of DTensors", "`parameter.copy_(dtensor)`")
+def _(of: Folded) -> bool:
+    doubled = [parameter.detach() * 2 for parameter in of.model.parameters()]
+    for parameter, other in zip(of.model.parameters(), doubled, strict=True):
+        parameter.data = other.data
+    of.backward()
+    return of.holds(2)
+
+
+@tool("`parameter.copy_(dtensor)`")
+def _(of: Folded) -> bool:
+    doubled = [parameter.detach() * 2 for parameter in of.model.parameters()]
+    with torch.no_grad():
+        for parameter, other in zip(of.model.parameters(), doubled, strict=True):
+            parameter.copy_(other)
+    return of.holds(2)
+
+
+@tool("`broadcast`, `all_reduce` of parameters or gradients by hand", "`reduce_gradients`")
+def _(of: Folded) -> bool:
+    for parameter in of.model.parameters():
+        dist.broadcast(parameter.data, 0)
+    return of.holds()
+
+
+@tool("`ZeroRedundancyOptimizer`", "`shard_model(stage=1)`")
+def _(of: Folded) -> bool:
+    of.backward()
+    ZeroRedundancyOptimizer(of.model.parameters(), torch.optim.SGD, lr=0.1).step()
+    return False
+
+
+@tool("`FullyShardedDataParallel` (FSDP1)", "`shard_model`")
+def _(of: Folded) -> bool:
+    FullyShardedDataParallel(of.model, device_id=torch.device("cpu"))
+    return False
+
+
+@tool("`safetensors.torch.save_file`, `save_model`", "`foldpar.hf.export`")
+def _(of: Folded) -> bool:
+    save_file(of.model.state_dict(), f"{of.folder}.{of.groups.rank}.safetensors")
+    return False
 
 
 @tool("`tie_weights`")

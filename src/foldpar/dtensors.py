@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 __all__ = [
     "MeshAxes",
     "MeshDim",
+    "adopt",
     "communication_device",
+    "data_was_assigned",
     "distributed_parameter",
-    "draw_as_one_process",
     "is_dtensor",
     "is_sharding",
     "local_parts",
@@ -99,19 +100,30 @@ def placed_like(local: Tensor, like: DTensor) -> DTensor:
     return DTensor(local.detach(), like._spec, requires_grad=False)
 
 
+_STORAGE = "_foldpar_storage"
 _RANDOM = ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_")
 
 
-def draw_as_one_process(parameter: Tensor) -> None:
-    """Let ``torch.nn.init`` fill a DTensor parameter on CPU ranks with the random numbers of one process.
+def adopt(parameter: Tensor) -> None:
+    """What every DTensor parameter of a folded model gets; repeating it does nothing.
 
-    There DTensor draws from the generator of each rank, so that equal seeds give equal shards: the same experts
-    everywhere. Here every rank draws the whole tensor and keeps its part; equal seeds are needed as for any replica. On
-    GPUs DTensor takes care of it.
+    ``torch.nn.init`` fills it on CPU ranks with the random numbers of one process. There DTensor draws from the
+    generator of each rank, so that equal seeds give equal shards: the same experts everywhere. Here every rank draws
+    the whole tensor and keeps its part; equal seeds are needed as for any replica. On GPUs DTensor takes care of it.
+
+    And its storage is noted, for :func:`data_was_assigned`.
     """
-    if is_dtensor(parameter) and parameter.device_mesh.device_type == "cpu":
-        for name in _RANDOM:
-            setattr(parameter, name, partial(_fill, parameter, name))
+    if is_dtensor(parameter):
+        setattr(parameter, _STORAGE, parameter.untyped_storage())
+        if parameter.device_mesh.device_type == "cpu":
+            for name in _RANDOM:
+                setattr(parameter, name, partial(_fill, parameter, name))
+
+
+def data_was_assigned(parameter: Tensor) -> bool:
+    """Whether somebody assigned ``.data`` of a DTensor: torch takes that without a word and keeps the old values."""
+    noted = getattr(parameter, _STORAGE, None)
+    return noted is not None and parameter.untyped_storage()._cdata != noted._cdata
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from foldpar.activations import Activation, check_activation, is_gated
-from foldpar.dtensors import distributed_parameter, draw_as_one_process, local_parts
+from foldpar.dtensors import adopt, distributed_parameter, local_parts
 from foldpar.errors import ShapeError
 from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT
 from foldpar.grouped import grouped_feed_forward
@@ -263,7 +263,7 @@ class GroupedExperts(nn.Module):
     def _draw_alike(self) -> None:
         for parameter in self._parameters.values():
             if parameter is not None:
-                draw_as_one_process(parameter)
+                adopt(parameter)
 
     # How the parameters lie.
 
@@ -275,7 +275,7 @@ class GroupedExperts(nn.Module):
         own = own if pair is None else own.unflatten(pair, (self._parts, -1))
         cuts = (0, self._cut_over_etp(name))
         parameter = distributed_parameter(own, self.groups.mesh_of_shares, cuts, requires_grad=requires_grad)
-        draw_as_one_process(parameter)
+        adopt(parameter)
         return parameter
 
     def _cut_over_etp(self, name: str) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from foldpar.dispatching import Partition
-from foldpar.dtensors import draw_as_one_process
+from foldpar.dtensors import adopt
 from foldpar.errors import ModelError
 from foldpar.families import REPLICATED, REPLICATED_PARTIAL, ROUTER_ALL_TOKENS
 from foldpar.folded_experts import FoldedExperts
@@ -74,7 +74,7 @@ def fold_model(
         mark_parameters(model.get_submodule(owner), REPLICATED_PARTIAL, names=(own_name,))
     mark_what_is_here(model, REPLICATED)
     for parameter in model.parameters():
-        draw_as_one_process(parameter)
+        adopt(parameter)
     mark_replaced(before, model)
     watch_optimizers(groups, model)
     take_shares_on_load(model, groups)

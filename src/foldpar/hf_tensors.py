@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foldpar.boxes import Share
-from foldpar.dtensors import draw_as_one_process, is_dtensor, is_sharding, local_tensor
+from foldpar.dtensors import adopt, is_dtensor, is_sharding, local_tensor
 from foldpar.errors import CheckpointError, ModelError
 from foldpar.groups import FoldedGroups
 from foldpar.placements import Placement, parameter_placements, plain_name
@@ -86,7 +86,7 @@ class Slots:
         if isinstance(tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         new.__dict__.update(tensor.__dict__)  # marks
-        draw_as_one_process(new)
+        adopt(new)
         for kept, attribute in self._places[id(tensor)]:
             cast("dict[str, Tensor]", kept)[attribute] = new
         self._made[id(tensor)] = new

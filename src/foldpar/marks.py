@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from foldpar.dtensors import MeshAxes, MeshDim, communication_device, is_dtensor, is_sharding
-from foldpar.errors import FamilyError, GroupsError, ShardingError
+from foldpar.dtensors import (
+    MeshAxes,
+    MeshDim,
+    communication_device,
+    data_was_assigned,
+    is_dtensor,
+    is_sharding,
+)
+from foldpar.errors import FamilyError, GroupsError, ModelError, ShardingError
 from foldpar.families import DENSE_SHARDED, REPLICATED, ParameterFamily
 from foldpar.groups import FoldedGroups
 from foldpar.layout import Axis
@@ -271,6 +278,8 @@ def resolve_parameters(model: nn.Module, groups: FoldedGroups) -> list[ResolvedP
     uses_of: dict[int, list[_Use]] = {}
     for use in _uses(model):
         uses_of.setdefault(id(use.parameter), []).append(use)
+        if data_was_assigned(use.parameter):
+            raise ModelError(_data_was_assigned(use.name))
     resolved, unmarked = [], []
     for uses in uses_of.values():
         found = [(use, family) for use in uses if (family := _family_of(use, axes_of, groups)) is not None]
@@ -366,6 +375,14 @@ def _check_placements(use: _Use, family: ParameterFamily, dims: list[MeshDim]) -
                 f"{name} is a DTensor replicated over {dim}, but its family {family.name!r} shards over {twice}: its "
                 f"norm would be counted once per {'lane' if twice == 'tp' else 'rank'}. {advice}"
             )
+
+
+def _data_was_assigned(name: str) -> str:
+    return (
+        f"{name}.data was assigned, and {name} is a DTensor, of which torch takes that without a word and goes on with "
+        f"the old values. Copy values instead: model.load_state_dict(...) takes a whole model's tensors, and "
+        f"parameter.copy_(other) under torch.no_grad() those of another DTensor that lies alike."
+    )
 
 
 def _label(use: _Use) -> str:

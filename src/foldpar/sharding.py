@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from foldpar.dtensors import draw_as_one_process, is_dtensor, local_tensor
+from foldpar.dtensors import adopt, is_dtensor, local_tensor
 from foldpar.errors import FamilyError, GroupsError, ShapeError, ShardingError
 from foldpar.families import Reduction
 from foldpar.groups import FoldedGroups
@@ -167,7 +167,7 @@ def shard_model(
     watch_optimizers(groups, model)
     take_shares_on_load(model, groups)
     for parameter in model.parameters():
-        draw_as_one_process(parameter)
+        adopt(parameter)
     model.register_forward_pre_hook(refuse_replaced, prepend=True)
     model.register_forward_hook(_shards_again)
     if prefetch:
