@@ -365,7 +365,7 @@ def test_around_must_keep_the_names() -> None:
             MoEAdapter(
                 "HandMade", experts="specialists", weights=lambda experts: ExpertWeights(experts.w1, experts.w2)
             ),
-            "moe.specialists has the activation NoneType, which is none of swiglu, geglu as gated experts have them.",
+            "moe.specialists (StackedExperts) has no act_fn to tell its activation by. Say which it is with ",
         ),
         (
             MoEAdapter(

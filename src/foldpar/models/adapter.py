@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from foldpar.activations import Activation
+from foldpar.activations import ELEMENTWISE, Activation, OwnActivation, is_activation
 from foldpar.errors import ModelError
 from foldpar.folded_experts import FoldedExperts
 from foldpar.groups import FoldedGroups
+from foldpar.recognition import activation_of, check_own_activation
 from foldpar.storage import ExpertStorage
 
-__all__ = ["ExpertWeights", "MoEAdapter", "known_activation"]
+__all__ = ["ExpertWeights", "MoEAdapter"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +45,8 @@ class MoEAdapter:
         routers: children of the block that route, those of them that a block has. They see all tokens on every lane.
         storage: how the experts' weights are laid out, and what the biases are called.
         activation: an activation of :class:`foldpar.GroupedExperts`, or a function of the experts' module. ``None``
-            looks at the module's ``act_fn``.
+            looks at the module's ``act_fn``, or a gate of its own: one that is known by its code becomes foldpar's,
+            and any other is kept as it is, a :class:`~foldpar.activations.OwnActivation`.
         weights: ``experts -> ExpertWeights``, where a module stores them under other names or in several tensors. The
             folded parameters are then called ``gate_up_proj`` and ``down_proj``.
         call: ``(folded, *arguments) -> output``: the convention in which the block calls its experts, where that is
@@ -115,23 +115,23 @@ class MoEAdapter:
 
     def activation_of(self, experts: nn.Module, where: str) -> Activation:
         """The experts' activation, given or looked up."""
-        if callable(self.activation) and not isinstance(self.activation, str):
-            found: Activation = self.activation(experts)
-            return found
-        return known_activation(getattr(experts, "act_fn", None), where) if self.activation is None else self.activation
-
-
-def known_activation(function: Any, where: str) -> Activation:
-    """Which activation a model's function is, by what it computes."""
-    points = torch.linspace(-3, 3, 13, device="cpu")
-    known: dict[str, Tensor] = {"swiglu": F.silu(points), "geglu": F.gelu(points)}
-    if callable(function):
-        values = function(points)
-        for name, wanted in known.items():
-            if torch.allclose(values, wanted):
-                return name  # type: ignore[return-value]
-    name = getattr(function, "__name__", None) or type(function).__name__
-    raise ModelError(
-        f"{where} has the activation {name}, which is none of {', '.join(known)} as gated experts have them. Say which "
-        f"it is with MoEAdapter(..., activation=...)."
-    )
+        interleaved = self.storage.interleaved
+        if self.activation is None:
+            return activation_of(experts, where, interleaved=interleaved)
+        found: object = self.activation
+        if callable(found):
+            try:
+                found = found(experts)
+            except Exception as error:
+                raise ModelError(
+                    f"The activation of the adapter for {self.blocks[0]}, called with {where} "
+                    f"({type(experts).__name__}), raised {type(error).__name__}: {error}"
+                ) from error
+        if not is_activation(found):
+            raise ModelError(
+                f"The adapter for {self.blocks[0]} gives {where} the activation {found!r}; it is one of "
+                f"{', '.join(map(repr, ELEMENTWISE))}, a ClampedSwiGLU, or an OwnActivation."
+            )
+        if isinstance(found, OwnActivation):
+            check_own_activation(found, where, interleaved=interleaved)
+        return cast(Activation, found)
