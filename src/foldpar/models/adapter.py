@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from foldpar.activations import ELEMENTWISE, Activation, OwnActivation, is_activation
 from foldpar.errors import ModelError
 from foldpar.folded_experts import FoldedExperts
 from foldpar.groups import FoldedGroups
+from foldpar.meta_copy import on_meta
 from foldpar.recognition import activation_of, check_own_activation
 from foldpar.storage import ExpertStorage
 
@@ -112,6 +114,21 @@ class MoEAdapter:
                 f"storage=ExpertStorage(gate_up_bias=..., down_bias=...)."
             )
         return ExpertWeights(*(parameters.get(name) for name in names))  # type: ignore[arg-type]
+
+    def unused(self, experts: nn.Module) -> list[str]:
+        """Parameters of the experts that ``weights`` does not read; none where it hides what it reads (``detach``)."""
+        stand_in = on_meta(experts)
+        for parameter in stand_in.parameters():
+            parameter.requires_grad_(parameter.dtype.is_floating_point)
+        with torch.enable_grad():
+            weights = self.weights_of(stand_in, "the experts")
+        made = [weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias]
+        given = [each for each in made if each is not None]
+        if not all(each.requires_grad for each in given):
+            return []
+        names, parameters = zip(*stand_in.named_parameters(), strict=True)
+        read = torch.autograd.grad(given, parameters, [torch.empty_like(each) for each in given], allow_unused=True)
+        return [name for name, gradient in zip(names, read, strict=True) if gradient is None]
 
     def activation_of(self, experts: nn.Module, where: str) -> Activation:
         """The experts' activation, given or looked up."""
