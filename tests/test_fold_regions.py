@@ -16,7 +16,7 @@ from foldpar.planner import plan_fold
 
 LAYOUT = foldpar.solve_layout(2, tp=2, ep=2)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-LATENT = ("q_proj", "q_b_proj", "kv_b_proj", "o_proj")
+LATENT = ("q_b_proj", "kv_b_proj", "o_proj")
 BLOCKS = {
     "qwen3_moe": "Qwen3MoeSparseMoeBlock",
     "qwen3_next": "Qwen3NextSparseMoeBlock",

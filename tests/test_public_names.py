@@ -19,6 +19,7 @@ MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 FLOORS = (
     ("__init__", "__main__", "cli", "testing", "checkpoint"),
     (
+        "block_proof",
         "folding",
         "hf",
         "hf_experts",

@@ -15,7 +15,7 @@ from torch import nn
 from foldpar.errors import ModelError, ShapeError
 from foldpar.integers import divisors, listed
 
-__all__ = ["HEAD_COUNTS", "DenseStep", "Kind", "model_plan", "plan_dense"]
+__all__ = ["HEAD_COUNTS", "DenseStep", "Kind", "ending_in", "model_plan", "plan_dense"]
 
 Kind = Literal["columns", "columns_gathered", "rows", "rows_split", "vocabulary", "rope", "slice", "one_head"]
 
@@ -174,7 +174,7 @@ def _styles(
     model: nn.Module, names: list[str], plan: Mapping[str, str], extra: Mapping[str, str], skip: tuple[str, ...]
 ) -> dict[str, str]:
     """Style by full name, in the order of the model."""
-    ends = [(re.compile(rf"(?:.*\.)?{_pattern(key)}$"), style) for key, style in extra.items()]
+    ends = [(ending_in(key), style) for key, style in extra.items()]
     exact = [(re.compile(rf"{_pattern(key)}$"), style) for key, style in plan.items()]
     found: dict[str, str] = {}
     for name in names:
@@ -193,6 +193,11 @@ def _styles(
                 found[name] = style
                 break
     return found
+
+
+def ending_in(key: str) -> re.Pattern[str]:
+    """Names that end in the key of an adapter's plan."""
+    return re.compile(rf"(?:.*\.)?{_pattern(key)}$")
 
 
 def _pattern(key: str) -> str:

@@ -6,13 +6,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
 from foldpar.activations import Activation, is_gated
-from foldpar.dense_plan import DensePlan, DenseStep, model_plan, plan_dense
+from foldpar.dense_plan import DensePlan, DenseStep, ending_in, model_plan, plan_dense
 from foldpar.dtensors import is_dtensor
 from foldpar.errors import ModelError, ShapeError
 from foldpar.experts import GroupedExperts
@@ -58,11 +59,14 @@ class FoldPlan:
         model: the class of the model.
         layout: the layout it is folded on.
         rows: a :class:`FoldPlanRow` for each parameter after folding, in the order of the model.
+        proof: for each kind of block what came of running it beside its folded self; :func:`foldpar.fold_model` does
+            that, and a plan alone does not.
     """
 
     model: str
     layout: FoldedLayout
     rows: tuple[FoldPlanRow, ...]
+    proof: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def left_whole(self) -> dict[str, str]:
@@ -98,7 +102,7 @@ class FoldPlan:
             lines.append((name + times, row.module, row.action, _shape(row.shape), own, row.family, row.reason))
         widths = [max(len(line[column]) for line in lines) for column in range(7)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        return "\n".join([title, *(line.rstrip() for line in table)])
+        return "\n".join([title, *(line.rstrip() for line in table), *self.proof])
 
 
 def plan_fold(model: nn.Module, layout: FoldedLayout, *, adapters: Iterable[MoEAdapter] = ()) -> FoldPlan:
@@ -160,11 +164,10 @@ class Survey:
 def survey(model: nn.Module, layout: FoldedLayout, adapters: Iterable[MoEAdapter]) -> Survey:
     """Look at everything and check it."""
     _check_untouched(model)
-    own = tuple(adapters)
-    for adapter in own:
-        if not isinstance(adapter, MoEAdapter):
-            raise TypeError(f"adapters holds {adapter!r}, which is no MoEAdapter.")
+    own = _checked(model, layout, adapters)
     blocks = tuple(_find_blocks(model, (*own, *DEFAULT_ADAPTERS)))
+    for adapter in own:
+        _check_names(model, layout, adapter, [block for block in blocks if block.adapter is adapter])
     _check_ties(model, blocks)
     kept = [block for block in blocks if block.adapter.replace is None]
     adapters_used = list({id(block.adapter): block.adapter for block in blocks}.values())
@@ -186,6 +189,79 @@ def survey(model: nn.Module, layout: FoldedLayout, adapters: Iterable[MoEAdapter
     )
     rows = tuple(_rows(model, layout, blocks, dense))
     return Survey(blocks, dense, FoldPlan(type(model).__name__, layout, rows))
+
+
+def _checked(model: nn.Module, layout: FoldedLayout, adapters: Iterable[MoEAdapter]) -> tuple[MoEAdapter, ...]:
+    """The adapters, if all arguments are what they should be."""
+    if isinstance(adapters, MoEAdapter):
+        raise _ArgumentError(f"adapters is a tuple: adapters=(MoEAdapter({adapters.blocks[0]!r}, ...),).")
+    if isinstance(adapters, str) or not isinstance(adapters, Iterable):
+        raise _ArgumentError(f"adapters is a tuple of MoEAdapter, and not {adapters!r}.")
+    own = tuple(adapters)
+    for adapter in own:
+        if not isinstance(adapter, MoEAdapter):
+            raise _ArgumentError(f"adapters holds {adapter!r}, which is no MoEAdapter.")
+    return own
+
+
+class _ArgumentError(ModelError, TypeError):
+    """An argument of another type."""
+
+
+def _check_names(model: nn.Module, layout: FoldedLayout, adapter: MoEAdapter, blocks: list[Block]) -> None:
+    """Every name in a user's adapter must match something; in a pipeline, other stages may have what it matches."""
+    if layout.pp > 1:
+        return
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    _check_match(adapter, "block", adapter.blocks, classes, classes)
+    children = {child for block in blocks for child, _ in block.module.named_children()}
+    if blocks and adapter.routers != _default("routers"):
+        _check_match(adapter, "routers", adapter.routers, children, children, every=True)
+    names = [
+        *(name for name, _ in model.named_modules() if name),
+        *(name for name, _ in model.named_parameters(remove_duplicate=False)),
+    ]
+    for key in adapter.tp_plan:
+        matched = {key} if any(map(ending_in(key).match, names)) else set()
+        _check_match(adapter, "tp_plan", (key,), matched, _ends(names, key))
+    for attribute in ("partial", "whole"):
+        if getattr(adapter, attribute) == _default(attribute):
+            continue
+        for inner in getattr(adapter, attribute):
+            matched = {inner} if any(f".{inner}." in f".{name}." for name in names) else set()
+            _check_match(adapter, attribute, (inner,), matched, _ends(names, inner))
+
+
+def _default(attribute: str) -> object:
+    return getattr(MoEAdapter("Any"), attribute)
+
+
+def _ends(names: Iterable[str], like: str) -> set[str]:
+    """The last parts of names, as many as the given one has."""
+    parts = like.count(".") + 1
+    return {".".join(re.sub(r"\.\d+(?=\.)", ".*", name).split(".")[-parts:]) for name in names}
+
+
+def _check_match(
+    adapter: MoEAdapter,
+    attribute: str,
+    given: Iterable[str],
+    matched: set[str],
+    known: Iterable[str],
+    *,
+    every: bool = False,
+) -> None:
+    """One of the given names must match, or every one."""
+    unmatched = [name for name in given if name not in matched]
+    if not unmatched or (not every and len(unmatched) < len(tuple(given))):
+        return
+    candidates = sorted(known)
+    near = get_close_matches(unmatched[0], candidates, 1, 0.0)
+    listed_names = ", ".join(candidates[:20]) + (", ..." if len(candidates) > 20 else "")
+    raise ModelError(
+        f"The adapter for {adapter.blocks[0]} has {unmatched[0]!r} in its {attribute}, which matches nothing in this "
+        f"model, so it would do nothing. The nearest is {near[0] if near else 'none'!r}; there are {listed_names}."
+    )
 
 
 def _check_untouched(model: nn.Module) -> None:

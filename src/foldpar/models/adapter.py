@@ -90,6 +90,28 @@ class MoEAdapter:
     whole: tuple[str, ...] = ()
     refused: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raise a ``ModelError`` for what is of another type than its attribute."""
+        if not self.block or not _are_names(self.blocks):
+            raise ModelError(f"MoEAdapter takes the name of a block's class, or several, and got {self.block!r}.")
+        for name in ("routers", "partial", "whole"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not _are_names(value):
+                example = f"({value!r},)" if isinstance(value, str) else "('name', ...)"
+                raise ModelError(f"MoEAdapter's {name} is a tuple of names, such as {example}, and not {value!r}.")
+        if not isinstance(self.experts, str):
+            raise ModelError(f"MoEAdapter's experts is the name of a child, and not {self.experts!r}.")
+        if not isinstance(self.storage, ExpertStorage):
+            raise ModelError(f"MoEAdapter's storage is an ExpertStorage, and not {self.storage!r}.")
+        if not isinstance(self.tp_plan, Mapping) or not _are_names([*self.tp_plan, *self.tp_plan.values()]):
+            raise ModelError(
+                f"MoEAdapter's tp_plan is a dict of names to styles, such as {{'self_attn.q_proj': 'colwise'}}, and "
+                f"not {self.tp_plan!r}."
+            )
+        for name in ("weights", "call", "around", "replace"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise ModelError(f"MoEAdapter's {name} is a function, and not {getattr(self, name)!r}.")
+
     @property
     def blocks(self) -> tuple[str, ...]:
         """The names of the classes that it is for."""
@@ -98,7 +120,7 @@ class MoEAdapter:
     def weights_of(self, experts: nn.Module, where: str) -> ExpertWeights:
         """The experts' weights, by ``weights`` or by the names of the convention."""
         if self.weights is not None:
-            return self.weights(experts)
+            return self._made_weights(self.weights, experts, where)
         parameters = dict(experts.named_parameters(recurse=False))
         names = ("gate_up_proj", "down_proj", self.storage.gate_up_bias, self.storage.down_bias)
         if missing := [name for name in names[:2] if name not in parameters]:
@@ -114,6 +136,26 @@ class MoEAdapter:
                 f"storage=ExpertStorage(gate_up_bias=..., down_bias=...)."
             )
         return ExpertWeights(*(parameters.get(name) for name in names))  # type: ignore[arg-type]
+
+    def _made_weights(
+        self, make: Callable[[nn.Module], ExpertWeights], experts: nn.Module, where: str
+    ) -> ExpertWeights:
+        try:
+            made = make(experts)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"The weights of the adapter for {self.blocks[0]}, called with {where} ({type(experts).__name__}), "
+                f"raised {type(error).__name__}: {error}"
+            ) from error
+        tensors = [getattr(made, name, None) for name in ("gate_up", "down", "gate_up_bias", "down_bias")]
+        if not isinstance(made, ExpertWeights) or not all(isinstance(each, Tensor) for each in tensors[:2]):
+            raise ModelError(
+                f"The weights of the adapter for {self.blocks[0]} must return an ExpertWeights of tensors for {where}, "
+                f"and returned a {type(made).__name__}: ExpertWeights(gate_up, down)."
+            )
+        return made
 
     def unused(self, experts: nn.Module) -> list[str]:
         """Parameters of the experts that ``weights`` does not read; none where it hides what it reads (``detach``)."""
@@ -152,3 +194,7 @@ class MoEAdapter:
         if isinstance(found, OwnActivation):
             check_own_activation(found, where, interleaved=interleaved)
         return cast(Activation, found)
+
+
+def _are_names(values: object) -> bool:
+    return isinstance(values, (tuple, list)) and all(isinstance(each, str) for each in values)
