@@ -338,6 +338,10 @@ def test_around_must_keep_the_names() -> None:
             self.router = self.gate
             del self.gate
 
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.router(x).softmax(-1).topk(1)
+            return self.experts(x * weights, ids, torch.ones_like(weights))
+
     adapter = MoEAdapter("Fused", activation="swiglu", around=Renamed)
     with foldpar.create_groups(foldpar.solve_layout(1)) as groups, pytest.raises(ModelError) as raised:
         fold_model(nn.Sequential(Fused()), groups, adapters=(adapter,))
@@ -365,7 +369,7 @@ def test_around_must_keep_the_names() -> None:
             MoEAdapter(
                 "HandMade", experts="specialists", weights=lambda experts: ExpertWeights(experts.w1, experts.w2)
             ),
-            "moe.specialists has the activation NoneType, which is none of swiglu, geglu as gated experts have them.",
+            "moe.specialists (StackedExperts) has no act_fn to tell its activation by. Say which it is with ",
         ),
         (
             MoEAdapter(

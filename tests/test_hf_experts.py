@@ -74,8 +74,53 @@ def test_experts_that_are_elsewhere_count_for_nothing() -> None:
         assert torch.allclose(one, other, atol=1e-12)
 
 
-def test_another_activation_is_refused() -> None:
+def test_another_activation_is_kept() -> None:
     model = tiny_model("qwen3_moe", hidden_act="tanh")
+    wanted = gradients_of(model)
     model.set_experts_implementation(register_with_transformers())
-    with pytest.raises(ModelError, match=r"activation that is none of swiglu, geglu.*set_experts_implementation"):
+    found = gradients_of(model)
+    for name, value in wanted.items():
+        assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-8), name
+
+
+@pytest.mark.parametrize("scale", [1, 1e3])
+def test_a_clamp_beyond_any_sample_is_kept(scale: float) -> None:
+    model = tiny_model("qwen3_moe", num_hidden_layers=1, hidden_act="gelu_10")
+    experts: Any = model.model.layers[0].mlp.experts
+    clamp_gates_of(experts, 40.0)
+    x = scale * torch.randn(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ids = torch.tensor([[0, 1], [2, 3], [3, 1], [1, 2], [0, 3]])
+    wanted = experts(x, ids, torch.ones(5, 2, dtype=torch.float64))
+    model.set_experts_implementation(register_with_transformers())
+    assert torch.allclose(experts(x, ids, torch.ones(5, 2, dtype=torch.float64)), wanted, rtol=1e-10)
+
+
+def clamp_gates_of(experts: Any, limit: float) -> None:
+    """A gate of the module's own, which reads an attribute of it."""
+
+    def apply_gate(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up.clamp(-self.limit, self.limit)
+
+    def forward(self: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self.config._experts_implementation != "eager":
+            return kind.forward(self, x, ids, weights)
+        rows = [
+            sum(
+                w * self.down_proj[e] @ self._apply_gate((self.gate_up_proj[e] @ row)[None])[0]
+                for e, w in zip(chosen.tolist(), given, strict=True)
+            )
+            for row, chosen, given in zip(x, ids, weights, strict=True)
+        ]
+        return torch.stack(rows)
+
+    kind = type(experts)
+    experts.limit = limit
+    experts.__class__ = type("Clamped", (kind,), {"_apply_gate": apply_gate, "forward": forward})
+
+
+def test_an_activation_with_tensors_is_refused() -> None:
+    model = tiny_model("qwen3_moe", hidden_act="prelu")
+    model.set_experts_implementation(register_with_transformers())
+    with pytest.raises(ModelError, match=r"holds the tensor\(s\) weight, which .*set_experts_implementation"):
         gradients_of(model)

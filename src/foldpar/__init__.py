@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from foldpar import families as families
 
 if TYPE_CHECKING:
-    from foldpar.activations import ClampedSwiGLU
+    from foldpar.activations import ClampedSwiGLU, OwnActivation
     from foldpar.auxiliary import load_balancing_loss, router_z_loss
     from foldpar.balanced_router import BalancedRouter
     from foldpar.capacity import Capacity, limit_capacity
@@ -108,6 +108,7 @@ __all__ = [
     "MoEAdapter",
     "ModelError",
     "OneSided",
+    "OwnActivation",
     "ParameterFamily",
     "PendingSave",
     "Placement",
@@ -161,7 +162,7 @@ __all__ = [
 
 # No public name may be the name of a module: importing the module would shadow it. tests/test_public_names.py holds it.
 _NAMES_OF_MODULE = {
-    "activations": ("ClampedSwiGLU",),
+    "activations": ("ClampedSwiGLU", "OwnActivation"),
     "auxiliary": ("load_balancing_loss", "router_z_loss"),
     "balanced_router": ("BalancedRouter",),
     "capacity": ("Capacity", "limit_capacity"),

@@ -3,7 +3,8 @@
 For a gated expert ``gate_up`` is ``[rows, 2 * hidden]``, gate first, and the value ``f(gate) * up``; for a plain one it
 is ``[rows, hidden]`` and the value ``f(x)``. Either way it is multiplied by the row's routing weight, once, in float32
 or wider. Where a model stores gate and up interleaved, they are every other column. On GPUs SwiGLU (gate first) is one
-Triton kernel each way; the torch code here is its twin.
+Triton kernel each way; the torch code here is its twin. A function of the model's own is called as it is, and its
+gradient is autograd's.
 """
 
 from __future__ import annotations
@@ -35,18 +36,62 @@ class ClampedSwiGLU:
     limit: float = 7.0
 
 
-Activation = Literal["swiglu", "geglu", "silu", "gelu", "relu"] | ClampedSwiGLU
+@dataclass(frozen=True, slots=True, repr=False)
+class OwnActivation:
+    """A function of the model's own, kept because it is none that is known here.
+
+    It works on each hidden unit of each row by itself, holds no tensors and draws no random numbers. It is called in
+    the forward and once more in the backward, in float32 or wider.
+
+    Attributes:
+        function: what is called.
+        form: ``"gate"``: ``function(gate) * up``. ``"gate_up"``: ``function(gate_up)``, ``[rows, 2 * hidden]`` as the
+            model stores it to ``[rows, hidden]``. ``"plain"``: ``function(x)``, of experts without a gate.
+
+    Example:
+        >>> OwnActivation(torch.tanh, "gate")
+        OwnActivation(tanh, 'gate')
+    """
+
+    function: Callable[[Tensor], Tensor]
+    form: Literal["gate", "gate_up", "plain"]
+
+    def value(self, x: Tensor, interleaved: bool) -> Tensor:
+        """``[rows, columns]`` of the first product to ``[rows, hidden]``."""
+        if self.form == "gate":
+            gate, up = _halves(x, interleaved)
+            return self.function(gate) * up
+        return self.function(x)
+
+    def __repr__(self) -> str:
+        return f"OwnActivation({name_of(self.function)}, {self.form!r})"
+
+
+Activation = Literal["swiglu", "geglu", "silu", "gelu", "relu"] | ClampedSwiGLU | OwnActivation
 _GATED = ("swiglu", "geglu")
+
+
+def name_of(function: object) -> str:
+    """What to call a function or a module in a text."""
+    return str(getattr(function, "__name__", None) or type(function).__name__)
 
 
 def is_gated(activation: Activation) -> bool:
     """Whether the first product has two columns for each hidden unit, a gate and a value."""
+    if isinstance(activation, OwnActivation):
+        return activation.form != "plain"
     return isinstance(activation, ClampedSwiGLU) or activation in _GATED
+
+
+def is_activation(activation: object) -> bool:
+    """Whether it is one."""
+    by_name = isinstance(activation, str) and activation in ELEMENTWISE
+    return by_name or isinstance(activation, (ClampedSwiGLU, OwnActivation))
 
 
 def check_activation(activation: object) -> None:
     """Raise a ``ValueError`` for what is no activation."""
-    if not isinstance(activation, ClampedSwiGLU) and activation not in ELEMENTWISE:
+    if not is_activation(activation):
         raise ValueError(
             f"activation is {activation!r}; choose one of {', '.join(map(repr, ELEMENTWISE))}, or a ClampedSwiGLU."
         )
@@ -94,7 +139,9 @@ def forward(
 
         return kernels.swiglu_forward(gate_up, weights, end)
     x = gate_up.to(wide(gate_up.dtype))
-    if isinstance(activation, ClampedSwiGLU):
+    if isinstance(activation, OwnActivation):
+        value = activation.value(x, interleaved)
+    elif isinstance(activation, ClampedSwiGLU):
         gated, up = _clamped(activation, *_halves(x, interleaved))[:2]
         value = gated * up
     elif is_gated(activation):
@@ -124,7 +171,13 @@ def backward(
         return kernels.swiglu_backward(grad, gate_up, weights, end)
     x, arriving = gate_up.to(wide(gate_up.dtype)), grad.to(wide(grad.dtype))
     scale: Tensor | float = 1.0 if weights is None else weights.to(x.dtype)[:, None]
-    if isinstance(activation, ClampedSwiGLU):
+    if isinstance(activation, OwnActivation):
+        with torch.enable_grad():
+            given = x.detach().requires_grad_()
+            computed = activation.value(given, interleaved)
+        (grad_x,) = torch.autograd.grad(computed, given, (arriving * scale).to(computed.dtype))
+        value = computed.detach()
+    elif isinstance(activation, ClampedSwiGLU):
         value, up, slope, inside = _clamped(activation, *_halves(x, interleaved))
         grad_x = _joined(arriving * scale * up * slope, arriving * scale * value * inside, interleaved)
         value = value * up

@@ -6,7 +6,7 @@ Styles come from the model's own plan (transformers: ``model._tp_plan``) and fro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import nn
 from foldpar.errors import ModelError, ShapeError
 from foldpar.integers import divisors, listed
 
-__all__ = ["HEAD_COUNTS", "DenseStep", "Kind", "model_plan", "plan_dense"]
+__all__ = ["HEAD_COUNTS", "DenseStep", "Kind", "ending_in", "model_plan", "plan_dense"]
 
 Kind = Literal["columns", "columns_gathered", "rows", "rows_split", "vocabulary", "rope", "slice", "one_head"]
 
@@ -100,15 +100,17 @@ def plan_dense(
             nobody declared. ShapeError: ``tp`` does not divide heads or widths.
     """
     modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {
+        f"{name}.{own}" if name else own: each for name, module in modules.items() for own, each in _own(module)
+    }
     styles = _styles(model, [*modules, *parameters], plan, extra, tuple(skip))
     if tp == 1:
         return DensePlan({}, frozenset(), (), {})
-    steps, marked, left = {}, set(), {}
+    steps, on_own_heads, left = {}, set(), {}
     for name, style in styles.items():
         kind = _KIND_OF_STYLE[style]
         if kind == "partial":
-            marked |= {each for each in parameters if each == name or each.startswith(name + ".")}
+            on_own_heads |= {each for each in parameters if each == name or each.startswith(name + ".")}
         elif kind == "whole":
             left[name] = "left whole by the plan"
         else:
@@ -122,6 +124,9 @@ def plan_dense(
                 steps[name] = step
     _keep_tied_alike(parameters, steps, left)
     by_heads = sorted({name.rpartition(".")[0] for name, step in steps.items() if step.kind == "columns"})
+    _check_regions(by_heads, modules, steps, left)
+    _leave_what_feeds_no_own_heads(by_heads, steps, left)
+    marked = {each for each in on_own_heads if _is_inside(each, by_heads)}
     for attention in by_heads:
         shared = _shared_heads(attention, modules[attention], steps, tp)
         steps |= {step.name: step for step in shared}
@@ -131,11 +136,45 @@ def plan_dense(
     return DensePlan(steps, frozenset(marked), tuple(by_heads), left)
 
 
+def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Its own parameters; each also where one tensor is two of them."""
+    return module.named_parameters(recurse=False, remove_duplicate=False)
+
+
+def _is_inside(name: str, regions: Iterable[str]) -> bool:
+    return any(name.startswith(f"{region}." if region else "") for region in regions)
+
+
+def _leave_what_feeds_no_own_heads(by_heads: list[str], steps: dict[str, DenseStep], left: dict[str, str]) -> None:
+    """Steps that are about the lane's own heads mean nothing in an attention that every lane computes whole."""
+    for name, step in list(steps.items()):
+        if step.kind in ("rope", "slice") and not _is_inside(name, by_heads):
+            del steps[name]
+            left[name] = "the heads beside it are left whole"
+
+
+def _check_regions(
+    by_heads: list[str], modules: Mapping[str, nn.Module], steps: Mapping[str, DenseStep], left: Mapping[str, str]
+) -> None:
+    """A layer that takes the lane's columns needs one that gives them."""
+    for name, step in steps.items():
+        parent = name.rpartition(".")[0]
+        beside = [
+            each for each in left if each.rpartition(".")[0] == parent and isinstance(modules.get(each), nn.Linear)
+        ]
+        if step.kind == "rows" and beside and not _is_inside(name, by_heads):
+            raise ModelError(
+                f"{name} is sharded by rows, so it takes the lane's own columns, and {', '.join(beside)} beside it "
+                f"stay(s) whole and give(s) all. Shard all layers of {parent} or none: give {name} the style "
+                f"'replicate' too, in an adapter's tp_plan."
+            )
+
+
 def _styles(
     model: nn.Module, names: list[str], plan: Mapping[str, str], extra: Mapping[str, str], skip: tuple[str, ...]
 ) -> dict[str, str]:
     """Style by full name, in the order of the model."""
-    ends = [(re.compile(rf"(?:.*\.)?{_pattern(key)}$"), style) for key, style in extra.items()]
+    ends = [(ending_in(key), style) for key, style in extra.items()]
     exact = [(re.compile(rf"{_pattern(key)}$"), style) for key, style in plan.items()]
     found: dict[str, str] = {}
     for name in names:
@@ -143,7 +182,7 @@ def _styles(
             continue
         for pattern, style in (*ends, *exact):
             if pattern.match(name):
-                if style not in _KIND_OF_STYLE:
+                if not isinstance(style, str) or style not in _KIND_OF_STYLE:
                     raise ModelError(
                         f"{name} has the tensor-parallel style {style!r} in the plan of {type(model).__name__}, and "
                         f"what it means for gradients is not known here. Known styles are "
@@ -154,6 +193,11 @@ def _styles(
                 found[name] = style
                 break
     return found
+
+
+def ending_in(key: str) -> re.Pattern[str]:
+    """Names that end in the key of an adapter's plan."""
+    return re.compile(rf"(?:.*\.)?{_pattern(key)}$")
 
 
 def _pattern(key: str) -> str:
@@ -208,17 +252,34 @@ def _reason_to_leave(step: DenseStep, modules: Mapping[str, nn.Module], tp: int)
 
 
 def _keep_tied_alike(parameters: Mapping[str, nn.Parameter], steps: dict[str, DenseStep], left: dict[str, str]) -> None:
-    """A parameter with two names, such as tied embeddings, is sharded by rows at all its places or at none."""
+    """A parameter of several modules, such as tied embeddings, is sharded in one way at all its places or at none.
+
+    Raises:
+        ModelError: it cannot stay whole at one of them, because its neighbours do not.
+    """
     names_of: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         names_of.setdefault(id(parameter), []).append(name)
     for names in names_of.values():
-        owners = [name.rpartition(".")[0] for name in names]
+        owners = [name if name in steps else name.rpartition(".")[0] for name in names]
         kinds = {steps[owner].kind if owner in steps else None for owner in owners}
-        if len(names) > 1 and kinds != {None} and not kinds <= {"columns_gathered", "vocabulary"}:
+        alike = len(kinds) == 1 or kinds <= {"columns_gathered", "vocabulary"}
+        if len(names) > 1 and not alike:
+            bound = [owner for owner in owners if owner in steps and steps[owner].kind not in _OPTIONAL]
+            if bound:
+                raise ModelError(
+                    f"{' and '.join(names)} are one tensor, which would be sharded "
+                    f"{' and '.join(_way(steps.get(owner)) for owner in owners)}: it cannot stay one. Give the "
+                    f"layers of {', '.join(sorted({each.rpartition('.')[0] for each in bound}))} the style 'replicate' "
+                    f"in an adapter's tp_plan, or untie it."
+                )
             for owner in owners:
                 steps.pop(owner, None)
                 left.setdefault(owner, f"one tensor as {' and '.join(names)}")
+
+
+def _way(step: DenseStep | None) -> str:
+    return "not at all" if step is None else f"as {step.kind!r}"
 
 
 def _shared_heads(name: str, attention: nn.Module, steps: Mapping[str, DenseStep], tp: int) -> list[DenseStep]:

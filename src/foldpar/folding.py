@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from foldpar.block_proof import kind_of, prove_block
 from foldpar.dispatching import Partition
 from foldpar.dtensors import adopt
 from foldpar.errors import ModelError
@@ -14,6 +16,7 @@ from foldpar.folded_experts import FoldedExperts
 from foldpar.groups import FoldedGroups
 from foldpar.kept_dtypes import keep_dtypes
 from foldpar.marks import mark_parameters, mark_what_is_here
+from foldpar.meta_copy import HOOKS
 from foldpar.models import MoEAdapter
 from foldpar.placements import parameter_placements
 from foldpar.planner import Block, FoldPlan, survey
@@ -56,18 +59,24 @@ def fold_model(
     linear attention in some models, stay whole, and the plan lists them with the reason.
 
     Args:
-        model: what is loaded here; for a pipeline, this stage's part. Hooks on the experts' modules are not kept.
+        model: what is loaded here; for a pipeline, this stage's part. What is at several places in it, such as tied
+            weights or layers shared between depths, stays one.
         adapters: :class:`~foldpar.models.MoEAdapter` for blocks that are not known here; they come first.
         partition: how lanes share the experts' work, see :class:`foldpar.FoldedExperts`.
 
     Raises:
-        ModelError, ShapeError: as :func:`foldpar.plan_fold`, on every rank, before anything is touched.
+        ModelError, ShapeError: as :func:`foldpar.plan_fold`, on every rank, before anything is touched. ModelError: a
+            block is not equal to its folded self: one of each kind is run beside it first, in this process alone, at
+            inputs from 0.1 to 1000, values and gradients. A large block is cut to a few hidden units for that, and one
+            on the meta device gets numbers. What could not be compared stands in the plan's ``proof``, with the reason.
 
     Source: tensor parallelism: Shoeybi et al. 2019; folding: Liu et al. 2025.
     """
     found, before = survey(model, groups.layout, adapters), list(model.parameters())
+    proof = _proof(found.blocks)
+    shared = _Shared({}, {})
     for block in found.blocks:
-        _fold(model, block, groups, partition)
+        _fold(model, block, groups, partition, shared)
     shard_dense(model, found.dense, groups)
     for name in found.dense.partial:
         owner, _, own_name = name.rpartition(".")
@@ -81,16 +90,47 @@ def fold_model(
     keep_dtypes(model)
     refuse_what_needs_all_ranks(model, groups)
     _check_done(model, groups, found.plan, [block.name for block in found.blocks if block.adapter.replace is not None])
-    return found.plan
+    return replace(found.plan, proof=proof)
 
 
-def _fold(model: nn.Module, block: Block, groups: FoldedGroups, partition: Partition) -> None:
+def _proof(blocks: Iterable[Block]) -> tuple[str, ...]:
+    """One block of each kind, beside its folded self."""
+    of_each_kind = {kind_of(block.module, block.adapter): block for block in reversed(tuple(blocks))}
+    return tuple(
+        prove_block(block.name, block.module, block.adapter, block.activation)
+        for block in reversed(of_each_kind.values())
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shared:
+    """What is at several places of the model stays one thing: experts by their module, weights by their tensor."""
+
+    experts: dict[int, FoldedExperts]
+    weights: dict[int, nn.Parameter]
+
+
+def _fold(model: nn.Module, block: Block, groups: FoldedGroups, partition: Partition, shared: _Shared) -> None:
     adapter = block.adapter
     if adapter.replace is not None:
-        _put(model, block.name, adapter.replace(block.module, groups).train(block.module.training))
+        _put(model, block.module, adapter.replace(block.module, groups).train(block.module.training))
         return
+    experts = block.experts
+    if not isinstance(experts, FoldedExperts) and id(experts) not in shared.experts:
+        shared.experts[id(experts)] = _folded(block, groups, partition, shared)
+    folded = experts if isinstance(experts, FoldedExperts) else shared.experts[id(experts)]
+    for router in block.routers:
+        mark_parameters(model.get_submodule(router), ROUTER_ALL_TOKENS)
+    if adapter.around is None:
+        _put(model, experts, folded)
+    else:
+        _put(model, block.module, adapter.around(block.module, folded).train(block.module.training))
+
+
+def _folded(block: Block, groups: FoldedGroups, partition: Partition, shared: _Shared) -> FoldedExperts:
     assert block.activation is not None
-    weights = adapter.weights_of(block.experts, block.experts_name)
+    adapter, experts = block.adapter, block.experts
+    weights = adapter.weights_of(experts, block.experts_name)
     folded = FoldedExperts.from_dense(
         weights.gate_up,
         weights.down,
@@ -101,20 +141,23 @@ def _fold(model: nn.Module, block: Block, groups: FoldedGroups, partition: Parti
         storage=adapter.storage,
         partition=partition,
         call=adapter.call,
-    ).train(block.experts.training)
-    for router in block.routers:
-        mark_parameters(model.get_submodule(router), ROUTER_ALL_TOKENS)
-    if adapter.around is None:
-        _put(model, block.experts_name, folded)
-    else:
-        _put(model, block.name, adapter.around(block.module, folded).train(block.module.training))
+    ).train(experts.training)
+    for name in HOOKS:  # the same objects, so that handles of hooks still remove them
+        setattr(folded, name, getattr(experts, name))
+    if adapter.weights is None:
+        for name, whole in experts.named_parameters(recurse=False):
+            setattr(folded, name, shared.weights.setdefault(id(whole), folded.get_parameter(name)))
+    return folded
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    if not child:
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """At every place of the old one."""
+    if old is model:
         raise ModelError("The model itself is an MoE block; put it into a module, since it is replaced in its parent.")
-    setattr(model.get_submodule(parent), child, module)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old and new is not old:
+                setattr(parent, name, new)
 
 
 def _check_done(model: nn.Module, groups: FoldedGroups, plan: FoldPlan, replaced: list[str]) -> None:

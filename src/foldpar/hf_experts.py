@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldpar import activations
-from foldpar.activations import Activation, ClampedSwiGLU
+from foldpar.activations import Activation
 from foldpar.errors import ModelError
 from foldpar.grouped import grouped_feed_forward, in_autocast_dtype
 from foldpar.permutation import collect, pick, spread
+from foldpar.recognition import activation_of
 from foldpar.storage import ExpertStorage
 
 __all__ = ["register_with_transformers"]
@@ -30,7 +30,7 @@ def register_with_transformers(name: str = "foldpar") -> str:
         Exact, of all parameters, inputs and routing weights; also in float64.
 
     Raises:
-        ModelError: in forward, experts with an activation or a norm that is not known here.
+        ModelError: in forward, experts with a norm behind them, or an activation that cannot be kept as a function.
 
     Source: transformers' experts interface, ``integrations/moe.py``.
     """
@@ -79,33 +79,25 @@ def _experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, t
 
 
 def _activation_of(experts: Any) -> Activation:
-    """Which activation a module has, by what it computes; looked up once for each module."""
-    known: Activation | None = experts.__dict__.get("_foldpar_activation")
-    if known is None:
-        known = experts.__dict__["_foldpar_activation"] = _look_up(experts)
-    return known
+    """Which activation a module has; looked up anew when its function is another one."""
+    gate = getattr(getattr(experts, "_apply_gate", None), "__func__", None)
+    key = (getattr(experts, "act_fn", None), gate, getattr(experts, "alpha", None), getattr(experts, "limit", None))
+    known: tuple[object, Activation] | None = experts.__dict__.get("_foldpar_activation")
+    if known is None or known[0] != key:
+        known = experts.__dict__["_foldpar_activation"] = key, _look_up(experts)
+    return known[1]
 
 
 def _look_up(experts: Any) -> Activation:
     kind = type(experts).__name__
     if getattr(experts, "has_post_expert_norm", False):
         raise ModelError(
-            f"{kind} has a norm behind each expert, which foldpar's grouped products do not compute. Use another "
-            f'implementation: model.set_experts_implementation("grouped_mm").'
+            f"{kind} has a norm behind each expert, which foldpar's grouped products do not compute. {_ANOTHER}"
         )
-    candidates: list[Activation] = ["silu", "gelu", "relu"]
-    if experts.has_gate:
-        candidates = ["swiglu", "geglu"]
-        if hasattr(experts, "alpha") and hasattr(experts, "limit"):
-            candidates = [ClampedSwiGLU(alpha=experts.alpha, limit=experts.limit)]
-    with torch.no_grad():
-        points = torch.linspace(-9, 9, 24, device="cpu").view(2, 12)
-        values = experts._apply_gate(points) if experts.has_gate else experts.act_fn(points)
-        for activation in candidates:
-            mine = activations.forward(points, None, activation, interleaved=not experts.is_concatenated)
-            if values.shape == mine.shape and torch.allclose(values, mine, atol=1e-5):
-                return activation
-    raise ModelError(
-        f"{kind} has an activation that is none of {', '.join(map(str, candidates))}, so foldpar's grouped products "
-        f'cannot stand in for it. Use another implementation: model.set_experts_implementation("grouped_mm").'
-    )
+    try:
+        return activation_of(experts, kind, gated=experts.has_gate, interleaved=not experts.is_concatenated)
+    except ModelError as error:
+        raise ModelError(f"{error} {_ANOTHER}") from error
+
+
+_ANOTHER = 'Use another implementation: model.set_experts_implementation("grouped_mm").'

@@ -1,15 +1,62 @@
-"""A copy of a module without its numbers."""
+"""Copies of modules with other tensors, or without their numbers."""
 
 from __future__ import annotations
 
-import copy
-from typing import TypeVar
+from collections import OrderedDict
+from collections.abc import Callable
+from types import MethodType
+from typing import TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["on_meta"]
+__all__ = ["HOOKS", "on_meta", "with_tensors"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+"""Where a module keeps what is called around its forward and backward."""
+
+
+def with_tensors(module: _Module, stand_in: Callable[[Tensor], Tensor]) -> _Module:
+    """A copy with ``stand_in(tensor)`` for each parameter and buffer, called once for each; without hooks.
+
+    Everything else, such as configurations and plain attributes, is shared with the original, so that nothing need be
+    copyable. What is one tensor or one module at several places stays one. Methods that were put on the module
+    itself are bound to the copy.
+    """
+    return cast(_Module, _copied(module, stand_in, {}, {}))
+
+
+def _copied(
+    module: nn.Module, stand_in: Callable[[Tensor], Tensor], modules: dict[int, nn.Module], tensors: dict[int, Tensor]
+) -> nn.Module:
+    if id(module) in modules:
+        return modules[id(module)]
+    copy = modules[id(module)] = module.__class__.__new__(module.__class__)
+    own = vars(copy)
+    for name, value in vars(module).items():
+        is_own_method = isinstance(value, MethodType) and value.__self__ is module
+        own[name] = MethodType(value.__func__, copy) if is_own_method else value
+    own |= {name: OrderedDict() for name in HOOKS if name != "_is_full_backward_hook"}
+    for kind in ("_parameters", "_buffers"):
+        own[kind] = {
+            name: None if tensor is None else tensors.setdefault(id(tensor), stand_in(tensor))
+            for name, tensor in own[kind].items()
+        }
+    own["_modules"] = {
+        name: None if child is None else _copied(child, stand_in, modules, tensors)
+        for name, child in own["_modules"].items()
+    }
+    return copy
 
 
 def on_meta(module: _Module) -> _Module:
@@ -20,9 +67,9 @@ def on_meta(module: _Module) -> _Module:
         Parameter containing:
         tensor(..., device='meta', size=(2, 4), requires_grad=True)
     """
-    stand_ins: dict[int, object] = {}
-    for parameter in module.parameters():
-        stand_ins[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    for buffer in module.buffers():
-        stand_ins[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(module, stand_ins)
+    return with_tensors(module, _without_numbers)
+
+
+def _without_numbers(tensor: Tensor) -> Tensor:
+    there = tensor.detach().to("meta")
+    return nn.Parameter(there, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there

@@ -6,13 +6,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
 from foldpar.activations import Activation, is_gated
-from foldpar.dense_plan import DensePlan, DenseStep, model_plan, plan_dense
+from foldpar.dense_plan import DensePlan, DenseStep, ending_in, model_plan, plan_dense
 from foldpar.dtensors import is_dtensor
 from foldpar.errors import ModelError, ShapeError
 from foldpar.experts import GroupedExperts
@@ -58,11 +59,14 @@ class FoldPlan:
         model: the class of the model.
         layout: the layout it is folded on.
         rows: a :class:`FoldPlanRow` for each parameter after folding, in the order of the model.
+        proof: for each kind of block what came of running it beside its folded self; :func:`foldpar.fold_model` does
+            that, and a plan alone does not.
     """
 
     model: str
     layout: FoldedLayout
     rows: tuple[FoldPlanRow, ...]
+    proof: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def left_whole(self) -> dict[str, str]:
@@ -98,7 +102,7 @@ class FoldPlan:
             lines.append((name + times, row.module, row.action, _shape(row.shape), own, row.family, row.reason))
         widths = [max(len(line[column]) for line in lines) for column in range(7)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        return "\n".join([title, *(line.rstrip() for line in table)])
+        return "\n".join([title, *(line.rstrip() for line in table), *self.proof])
 
 
 def plan_fold(model: nn.Module, layout: FoldedLayout, *, adapters: Iterable[MoEAdapter] = ()) -> FoldPlan:
@@ -160,11 +164,11 @@ class Survey:
 def survey(model: nn.Module, layout: FoldedLayout, adapters: Iterable[MoEAdapter]) -> Survey:
     """Look at everything and check it."""
     _check_untouched(model)
-    own = tuple(adapters)
-    for adapter in own:
-        if not isinstance(adapter, MoEAdapter):
-            raise TypeError(f"adapters holds {adapter!r}, which is no MoEAdapter.")
+    own = _checked(model, layout, adapters)
     blocks = tuple(_find_blocks(model, (*own, *DEFAULT_ADAPTERS)))
+    for adapter in own:
+        _check_names(model, layout, adapter, [block for block in blocks if block.adapter is adapter])
+    _check_ties(model, blocks)
     kept = [block for block in blocks if block.adapter.replace is None]
     adapters_used = list({id(block.adapter): block.adapter for block in blocks}.values())
     extra: dict[str, str] = {}
@@ -185,6 +189,79 @@ def survey(model: nn.Module, layout: FoldedLayout, adapters: Iterable[MoEAdapter
     )
     rows = tuple(_rows(model, layout, blocks, dense))
     return Survey(blocks, dense, FoldPlan(type(model).__name__, layout, rows))
+
+
+def _checked(model: nn.Module, layout: FoldedLayout, adapters: Iterable[MoEAdapter]) -> tuple[MoEAdapter, ...]:
+    """The adapters, if all arguments are what they should be."""
+    if isinstance(adapters, MoEAdapter):
+        raise _ArgumentError(f"adapters is a tuple: adapters=(MoEAdapter({adapters.blocks[0]!r}, ...),).")
+    if isinstance(adapters, str) or not isinstance(adapters, Iterable):
+        raise _ArgumentError(f"adapters is a tuple of MoEAdapter, and not {adapters!r}.")
+    own = tuple(adapters)
+    for adapter in own:
+        if not isinstance(adapter, MoEAdapter):
+            raise _ArgumentError(f"adapters holds {adapter!r}, which is no MoEAdapter.")
+    return own
+
+
+class _ArgumentError(ModelError, TypeError):
+    """An argument of another type."""
+
+
+def _check_names(model: nn.Module, layout: FoldedLayout, adapter: MoEAdapter, blocks: list[Block]) -> None:
+    """Every name in a user's adapter must match something; in a pipeline, other stages may have what it matches."""
+    if layout.pp > 1:
+        return
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    _check_match(adapter, "block", adapter.blocks, classes, classes)
+    children = {child for block in blocks for child, _ in block.module.named_children()}
+    if blocks and adapter.routers != _default("routers"):
+        _check_match(adapter, "routers", adapter.routers, children, children, every=True)
+    names = [
+        *(name for name, _ in model.named_modules() if name),
+        *(name for name, _ in model.named_parameters(remove_duplicate=False)),
+    ]
+    for key in adapter.tp_plan:
+        matched = {key} if any(map(ending_in(key).match, names)) else set()
+        _check_match(adapter, "tp_plan", (key,), matched, _ends(names, key))
+    for attribute in ("partial", "whole"):
+        if getattr(adapter, attribute) == _default(attribute):
+            continue
+        for inner in getattr(adapter, attribute):
+            matched = {inner} if any(f".{inner}." in f".{name}." for name in names) else set()
+            _check_match(adapter, attribute, (inner,), matched, _ends(names, inner))
+
+
+def _default(attribute: str) -> object:
+    return getattr(MoEAdapter("Any"), attribute)
+
+
+def _ends(names: Iterable[str], like: str) -> set[str]:
+    """The last parts of names, as many as the given one has."""
+    parts = like.count(".") + 1
+    return {".".join(re.sub(r"\.\d+(?=\.)", ".*", name).split(".")[-parts:]) for name in names}
+
+
+def _check_match(
+    adapter: MoEAdapter,
+    attribute: str,
+    given: Iterable[str],
+    matched: set[str],
+    known: Iterable[str],
+    *,
+    every: bool = False,
+) -> None:
+    """One of the given names must match, or every one."""
+    unmatched = [name for name in given if name not in matched]
+    if not unmatched or (not every and len(unmatched) < len(tuple(given))):
+        return
+    candidates = sorted(known)
+    near = get_close_matches(unmatched[0], candidates, 1, 0.0)
+    listed_names = ", ".join(candidates[:20]) + (", ..." if len(candidates) > 20 else "")
+    raise ModelError(
+        f"The adapter for {adapter.blocks[0]} has {unmatched[0]!r} in its {attribute}, which matches nothing in this "
+        f"model, so it would do nothing. The nearest is {near[0] if near else 'none'!r}; there are {listed_names}."
+    )
 
 
 def _check_untouched(model: nn.Module) -> None:
@@ -246,7 +323,37 @@ def _block(name: str, module: nn.Module, adapter: MoEAdapter) -> Block:
             f"{name} ({type(module).__name__}) has no child {adapter.experts!r} to hold its experts; its children are "
             f"{', '.join(children)}. Say which it is: MoEAdapter({adapter.blocks[0]!r}, experts=...)."
         ) from None
-    return Block(name, module, adapter, adapter.activation_of(experts, f"{name}.{adapter.experts}"))
+    where = f"{name}.{adapter.experts}" if name else adapter.experts
+    activation = adapter.activation_of(experts, where)
+    _expert_sizes(adapter.weights_of(on_meta(experts), where), adapter, activation, where)
+    _check_nothing_is_lost(experts, adapter, where)
+    return Block(name, module, adapter, activation)
+
+
+def _check_nothing_is_lost(experts: nn.Module, adapter: MoEAdapter, where: str) -> None:
+    """Folding keeps the experts' weights, their activation and their hooks; there must be nothing else in them."""
+    lost = [f"the buffer {name}" for name, _ in experts.named_buffers()]
+    if adapter.weights is None:
+        for name, child in experts.named_children():
+            inside = [f"{name}.{inner}" for inner, _ in child.named_parameters()]
+            if name != "act_fn" or inside:
+                holding = f" with {', '.join(inside)}" if inside else ""
+                lost.append(f"the child {name} ({type(child).__name__}){holding}")
+    else:
+        lost += [f"the parameter {name}, which the adapter's weights does not use" for name in adapter.unused(experts)]
+        lost += [
+            f"the child {name} ({type(child).__name__})"
+            for name, child in experts.named_modules()
+            if isinstance(child, _RandomInTraining)
+        ]
+    if "forward" in vars(experts):
+        lost.append("a forward that was put on this very module")
+    if lost:
+        raise ModelError(
+            f"{where} ({type(experts).__name__}) does more than its products: it has {', and '.join(lost)}, and "
+            f"folding would lose that. Move it into the block around the experts, where it stays as it is; or write "
+            f"the block anew with an adapter's around or replace."
+        )
 
 
 def _looks_like_experts(name: str, module: nn.Module) -> str:
@@ -273,27 +380,79 @@ def _listed(adapters: tuple[MoEAdapter, ...]) -> str:
 
 
 def _rows(model: nn.Module, layout: FoldedLayout, blocks: tuple[Block, ...], dense: DensePlan) -> Iterator[FoldPlanRow]:
+    """Each parameter once, under its first name.
+
+    Raises:
+        ModelError: a parameter of several places would not be treated alike at all of them.
+    """
+    first: dict[int, FoldPlanRow] = {}
+    for row, parameter in _rows_of_all_places(model, layout, blocks, dense):
+        before = first.setdefault(id(parameter), row) if parameter is not None else row
+        if before is row:
+            yield row
+        elif _treatment(before) != _treatment(row):
+            raise ModelError(
+                f"{before.name} and {row.name} are one tensor, and folding would treat it in two ways: "
+                f"{before.action} ({before.family}) there and {row.action} ({row.family}) here. It "
+                f"cannot stay one parameter; untie it, or have both places treated alike by an adapter."
+            )
+
+
+def _treatment(row: FoldPlanRow) -> tuple[object, ...]:
+    """What must be equal wherever a tensor is; experts' weights must be the same ones of the two."""
+    role = row.name.rpartition(".")[2] if row.family in (ROUTED_EXPERT.name, EXPERT_BIAS.name) else ""
+    return row.family, row.local_shape, role
+
+
+def _rows_of_all_places(
+    model: nn.Module, layout: FoldedLayout, blocks: tuple[Block, ...], dense: DensePlan
+) -> Iterator[tuple[FoldPlanRow, nn.Parameter | None]]:
     block_of = {block.experts_name if block.adapter.replace is None else block.name: block for block in blocks}
     routers = {router for block in blocks if block.adapter.replace is None for router in block.routers}
-    done: set[int] = set()
     for module_name, module in model.named_modules():
         block = next((block for each, block in block_of.items() if _is_in(module_name, each)), None)
         if block is not None and block.adapter.replace is None:
             if module_name == block.experts_name:
-                yield from _expert_rows(block, layout)
+                for row in _expert_rows(block, layout):
+                    own = module._parameters.get(row.name.rpartition(".")[2]) if block.adapter.weights is None else None
+                    yield row, own
             continue
-        for own_name, parameter in module.named_parameters(recurse=False):
+        for own_name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{module_name}.{own_name}" if module_name else own_name
-            if id(parameter) in done:
-                continue
-            done.add(id(parameter))
             shape, kind = tuple(parameter.shape), type(module).__name__
             if block is not None:
-                yield FoldPlanRow(name, kind, "replaced by its adapter", shape, None, "-")
+                yield FoldPlanRow(name, kind, "replaced by its adapter", shape, None, "-"), parameter
             elif any(_is_in(module_name, router) for router in routers):
-                yield FoldPlanRow(name, kind, "router of all tokens", shape, shape, ROUTER_ALL_TOKENS.name)
+                yield FoldPlanRow(name, kind, "router of all tokens", shape, shape, ROUTER_ALL_TOKENS.name), parameter
             else:
-                yield _dense_row(name, kind, shape, layout.tp, dense)
+                yield _dense_row(name, kind, shape, layout.tp, dense), parameter
+
+
+def _check_ties(model: nn.Module, blocks: tuple[Block, ...]) -> None:
+    """Experts that an adapter brings into another shape are tensors of their own; shared ones have one adapter."""
+    adapter_of: dict[int, Block] = {}
+    for block in blocks:
+        if block.adapter.replace is not None:
+            continue
+        first = adapter_of.setdefault(id(block.experts), block)
+        if first.adapter is not block.adapter:
+            raise ModelError(f"{first.experts_name} and {block.experts_name} are one module, with two adapters.")
+    places: dict[int, dict[int, str]] = {}
+    for name, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), {})[id(module)] = f"{name}.{own_name}"
+    for block in blocks:
+        if block.adapter.weights is None or block.adapter.replace is not None:
+            continue
+        inside = {id(module) for module in block.experts.modules()}
+        for name, parameter in block.experts.named_parameters():
+            elsewhere = [place for module, place in places[id(parameter)].items() if module not in inside]
+            if elsewhere:
+                raise ModelError(
+                    f"{block.experts_name}.{name} and {elsewhere[0]} are one tensor. The adapter's weights makes new "
+                    f"ones of it, which would not be one parameter; untie them, or store the experts as gate_up_proj "
+                    f"and down_proj."
+                )
 
 
 def _is_in(name: str, place: str) -> bool:
@@ -352,6 +511,8 @@ def _expert_sizes(
     return num_experts, dim, hidden
 
 
+_RandomInTraining = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 _ACTIONS = {
     "columns": "by columns",
     "columns_gathered": "by columns, output gathered",
@@ -377,7 +538,9 @@ def _dense_row(name: str, kind: str, shape: tuple[int, ...], tp: int, dense: Den
         return FoldPlanRow(name, kind, "whole, added once", shape, shape, REPLICATED.name)
     if name in dense.partial:
         return FoldPlanRow(name, kind, "whole, on own heads", shape, shape, REPLICATED_PARTIAL.name)
-    reason = dense.left.get(owner) or ("no style in the plan" if tp > 1 and len(shape) > 1 else "")
+    reason = (
+        dense.left.get(name) or dense.left.get(owner) or ("no style in the plan" if tp > 1 and len(shape) > 1 else "")
+    )
     return FoldPlanRow(name, kind, "whole", shape, shape, REPLICATED.name, reason)
 
 

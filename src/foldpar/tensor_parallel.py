@@ -58,7 +58,7 @@ def _take(model: nn.Module, step: DenseStep, mesh: DeviceMesh, tp: AxisGroup, sh
     if step.kind == "slice":
         whole = getattr(parent, child)
         own = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
-        setattr(parent, child, nn.Parameter(own, requires_grad=whole.requires_grad))
+        setattr(parent, child, shared.setdefault(id(whole), nn.Parameter(own, requires_grad=whole.requires_grad)))
         mark_parameters(parent, DENSE_SHARDED, names=(child,))
         _read_own_part(parent, child)
         return
@@ -69,7 +69,7 @@ def _take(model: nn.Module, step: DenseStep, mesh: DeviceMesh, tp: AxisGroup, sh
     if step.kind == "one_head":
         OneHeadLinear.use(module, step.width, tp)
         return
-    before = id(module.weight)
+    before = dict(module.named_parameters(remove_duplicate=False))
     if step.kind == "vocabulary":
         VocabularyParallelEmbedding.cut(module, mesh, tp)
     else:
@@ -85,7 +85,8 @@ def _take(model: nn.Module, step: DenseStep, mesh: DeviceMesh, tp: AxisGroup, sh
             module.get_parameter(name).requires_grad_(False)
         if step.kind == "columns_gathered":
             module.register_forward_hook(_arrived)
-    module.weight = shared.setdefault(before, module.weight)  # a parameter with two names stays one
+    for name, whole in before.items():  # a parameter with two names stays one
+        setattr(module, name, shared.setdefault(id(whole), module.get_parameter(name)))
 
 
 def _read_own_part(module: nn.Module, name: str) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from foldpar.activations import Activation
+from foldpar.activations import ELEMENTWISE, Activation, OwnActivation, is_activation
 from foldpar.errors import ModelError
 from foldpar.folded_experts import FoldedExperts
 from foldpar.groups import FoldedGroups
+from foldpar.meta_copy import on_meta
+from foldpar.recognition import activation_of, check_own_activation
 from foldpar.storage import ExpertStorage
 
-__all__ = ["ExpertWeights", "MoEAdapter", "known_activation"]
+__all__ = ["ExpertWeights", "MoEAdapter"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +47,8 @@ class MoEAdapter:
         routers: children of the block that route, those of them that a block has. They see all tokens on every lane.
         storage: how the experts' weights are laid out, and what the biases are called.
         activation: an activation of :class:`foldpar.GroupedExperts`, or a function of the experts' module. ``None``
-            looks at the module's ``act_fn``.
+            looks at the module's ``act_fn``, or a gate of its own: one that is known by its code becomes foldpar's,
+            and any other is kept as it is, a :class:`~foldpar.activations.OwnActivation`.
         weights: ``experts -> ExpertWeights``, where a module stores them under other names or in several tensors. The
             folded parameters are then called ``gate_up_proj`` and ``down_proj``.
         call: ``(folded, *arguments) -> output``: the convention in which the block calls its experts, where that is
@@ -88,6 +90,28 @@ class MoEAdapter:
     whole: tuple[str, ...] = ()
     refused: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raise a ``ModelError`` for what is of another type than its attribute."""
+        if not self.block or not _are_names(self.blocks):
+            raise ModelError(f"MoEAdapter takes the name of a block's class, or several, and got {self.block!r}.")
+        for name in ("routers", "partial", "whole"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not _are_names(value):
+                example = f"({value!r},)" if isinstance(value, str) else "('name', ...)"
+                raise ModelError(f"MoEAdapter's {name} is a tuple of names, such as {example}, and not {value!r}.")
+        if not isinstance(self.experts, str):
+            raise ModelError(f"MoEAdapter's experts is the name of a child, and not {self.experts!r}.")
+        if not isinstance(self.storage, ExpertStorage):
+            raise ModelError(f"MoEAdapter's storage is an ExpertStorage, and not {self.storage!r}.")
+        if not isinstance(self.tp_plan, Mapping) or not _are_names([*self.tp_plan, *self.tp_plan.values()]):
+            raise ModelError(
+                f"MoEAdapter's tp_plan is a dict of names to styles, such as {{'self_attn.q_proj': 'colwise'}}, and "
+                f"not {self.tp_plan!r}."
+            )
+        for name in ("weights", "call", "around", "replace"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise ModelError(f"MoEAdapter's {name} is a function, and not {getattr(self, name)!r}.")
+
     @property
     def blocks(self) -> tuple[str, ...]:
         """The names of the classes that it is for."""
@@ -96,7 +120,7 @@ class MoEAdapter:
     def weights_of(self, experts: nn.Module, where: str) -> ExpertWeights:
         """The experts' weights, by ``weights`` or by the names of the convention."""
         if self.weights is not None:
-            return self.weights(experts)
+            return self._made_weights(self.weights, experts, where)
         parameters = dict(experts.named_parameters(recurse=False))
         names = ("gate_up_proj", "down_proj", self.storage.gate_up_bias, self.storage.down_bias)
         if missing := [name for name in names[:2] if name not in parameters]:
@@ -113,25 +137,64 @@ class MoEAdapter:
             )
         return ExpertWeights(*(parameters.get(name) for name in names))  # type: ignore[arg-type]
 
+    def _made_weights(
+        self, make: Callable[[nn.Module], ExpertWeights], experts: nn.Module, where: str
+    ) -> ExpertWeights:
+        try:
+            made = make(experts)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"The weights of the adapter for {self.blocks[0]}, called with {where} ({type(experts).__name__}), "
+                f"raised {type(error).__name__}: {error}"
+            ) from error
+        tensors = [getattr(made, name, None) for name in ("gate_up", "down", "gate_up_bias", "down_bias")]
+        if not isinstance(made, ExpertWeights) or not all(isinstance(each, Tensor) for each in tensors[:2]):
+            raise ModelError(
+                f"The weights of the adapter for {self.blocks[0]} must return an ExpertWeights of tensors for {where}, "
+                f"and returned a {type(made).__name__}: ExpertWeights(gate_up, down)."
+            )
+        return made
+
+    def unused(self, experts: nn.Module) -> list[str]:
+        """Parameters of the experts that ``weights`` does not read; none where it hides what it reads (``detach``)."""
+        stand_in = on_meta(experts)
+        for parameter in stand_in.parameters():
+            parameter.requires_grad_(parameter.dtype.is_floating_point)
+        with torch.enable_grad():
+            weights = self.weights_of(stand_in, "the experts")
+        made = [weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias]
+        given = [each for each in made if each is not None]
+        if not all(each.requires_grad for each in given):
+            return []
+        names, parameters = zip(*stand_in.named_parameters(), strict=True)
+        read = torch.autograd.grad(given, parameters, [torch.empty_like(each) for each in given], allow_unused=True)
+        return [name for name, gradient in zip(names, read, strict=True) if gradient is None]
+
     def activation_of(self, experts: nn.Module, where: str) -> Activation:
         """The experts' activation, given or looked up."""
-        if callable(self.activation) and not isinstance(self.activation, str):
-            found: Activation = self.activation(experts)
-            return found
-        return known_activation(getattr(experts, "act_fn", None), where) if self.activation is None else self.activation
+        interleaved = self.storage.interleaved
+        if self.activation is None:
+            return activation_of(experts, where, interleaved=interleaved)
+        found: object = self.activation
+        if callable(found):
+            try:
+                found = found(experts)
+            except Exception as error:
+                raise ModelError(
+                    f"The activation of the adapter for {self.blocks[0]}, called with {where} "
+                    f"({type(experts).__name__}), raised {type(error).__name__}: {error}"
+                ) from error
+        if not is_activation(found):
+            raise ModelError(
+                f"The adapter for {self.blocks[0]} gives {where} the activation {found!r}; it is one of "
+                f"{', '.join(map(repr, ELEMENTWISE))}, a ClampedSwiGLU, or an OwnActivation."
+            )
+        if isinstance(found, OwnActivation):
+            check_own_activation(found, where, interleaved=interleaved)
+        return cast(Activation, found)
 
 
-def known_activation(function: Any, where: str) -> Activation:
-    """Which activation a model's function is, by what it computes."""
-    points = torch.linspace(-3, 3, 13, device="cpu")
-    known: dict[str, Tensor] = {"swiglu": F.silu(points), "geglu": F.gelu(points)}
-    if callable(function):
-        values = function(points)
-        for name, wanted in known.items():
-            if torch.allclose(values, wanted):
-                return name  # type: ignore[return-value]
-    name = getattr(function, "__name__", None) or type(function).__name__
-    raise ModelError(
-        f"{where} has the activation {name}, which is none of {', '.join(known)} as gated experts have them. Say which "
-        f"it is with MoEAdapter(..., activation=...)."
-    )
+def _are_names(values: object) -> bool:
+    return isinstance(values, (tuple, list)) and all(isinstance(each, str) for each in values)

@@ -6,14 +6,17 @@ from typing import Any, cast
 
 from torch import nn
 
-from foldpar.activations import ClampedSwiGLU
+from foldpar.activations import Activation, ClampedSwiGLU
 from foldpar.models.adapter import MoEAdapter
 from foldpar.models.plans import ATTENTION
+from foldpar.recognition import activation_of
 from foldpar.storage import ExpertStorage
 
 
-def _activation(experts: nn.Module) -> ClampedSwiGLU:
+def _activation(experts: nn.Module) -> Activation:
     module = cast(Any, experts)
+    if hasattr(module, "_apply_gate"):
+        return activation_of(experts, "experts", interleaved=True)
     return ClampedSwiGLU(alpha=module.alpha, limit=module.limit)
 
 
