@@ -363,7 +363,7 @@ def test_lanes_that_route_the_same_tokens_differently_are_named_when_checked() -
         assert "field 'weights' at [0, 0]" in text and "on rank 3 (tp 1)" in text
         assert "or if a router draws random numbers after lanes were seeded differently" in text
     for text in texts[:2]:
-        assert text == "The routing differs between the lanes of another TP group of the stage; see its ranks."
+        assert text == "The routing differs between the lanes of another TP group that this step meets; see its ranks."
 
 
 # -- Wrong use ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from foldpar.families import REPLICATED, REPLICATED_PARTIAL, ROUTER_ALL_TOKENS
 from foldpar.folded_experts import FoldedExperts
 from foldpar.groups import FoldedGroups
 from foldpar.kept_dtypes import keep_dtypes
+from foldpar.lane_checks import ModelChecks
 from foldpar.marks import mark_parameters, mark_what_is_here
 from foldpar.models import MoEAdapter
 from foldpar.placements import parameter_placements
@@ -31,6 +32,7 @@ def fold_model(
     *,
     adapters: Iterable[MoEAdapter] = (),
     partition: Partition = "tokens",
+    check: bool | None = None,
 ) -> FoldPlan:
     """Fold a model in place: its experts over ``ep`` and ``etp``, its dense part over ``tp``; returns what was done.
 
@@ -59,6 +61,8 @@ def fold_model(
         model: what is loaded here; for a pipeline, this stage's part. Hooks on the experts' modules are not kept.
         adapters: :class:`~foldpar.models.MoEAdapter` for blocks that are not known here; they come first.
         partition: how lanes share the experts' work, see :class:`foldpar.FoldedExperts`.
+        check: when to compare what is taken on trust, as in :class:`foldpar.FoldedMoE`; here also that all lanes of a
+            TP group call the model with the same tensors, and send the same gradients back to its outputs.
 
     Raises:
         ModelError, ShapeError: as :func:`foldpar.plan_fold`, on every rank, before anything is touched.
@@ -67,7 +71,7 @@ def fold_model(
     """
     found, before = survey(model, groups.layout, adapters), list(model.parameters())
     for block in found.blocks:
-        _fold(model, block, groups, partition)
+        _fold(model, block, groups, partition, check)
     shard_dense(model, found.dense, groups)
     for name in found.dense.partial:
         owner, _, own_name = name.rpartition(".")
@@ -81,10 +85,11 @@ def fold_model(
     keep_dtypes(model)
     refuse_what_needs_all_ranks(model, groups)
     _check_done(model, groups, found.plan, [block.name for block in found.blocks if block.adapter.replace is not None])
+    ModelChecks(groups, check, experts=bool(found.blocks)).watch(model)
     return found.plan
 
 
-def _fold(model: nn.Module, block: Block, groups: FoldedGroups, partition: Partition) -> None:
+def _fold(model: nn.Module, block: Block, groups: FoldedGroups, partition: Partition, check: bool | None) -> None:
     adapter = block.adapter
     if adapter.replace is not None:
         _put(model, block.name, adapter.replace(block.module, groups).train(block.module.training))
@@ -100,6 +105,7 @@ def _fold(model: nn.Module, block: Block, groups: FoldedGroups, partition: Parti
         activation=block.activation,
         storage=adapter.storage,
         partition=partition,
+        check=check,
         call=adapter.call,
     ).train(block.experts.training)
     for router in block.routers:
