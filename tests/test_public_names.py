@@ -74,7 +74,18 @@ FLOORS = (
     ("buckets", "marks", "sharded", "steps", "dtensors", "kept_dtypes"),
     ("grouped", "activations", "storage", "permutation", "kernels", "peer_kernels"),
     ("collectives", "peers", "groups"),
-    ("layout", "config", "foreign_configs", "show", "factors", "families", "boxes", "integers", "errors"),
+    (
+        "layout",
+        "config",
+        "foreign_configs",
+        "show",
+        "factors",
+        "families",
+        "boxes",
+        "integers",
+        "requirements",
+        "errors",
+    ),
 )
 INTEGERS_ONLY = {*FLOORS[-1], "__init__", "__main__", "cli"}
 MAY_COMMUNICATE = {"collectives", "groups", "peers", "testing"}
