@@ -50,6 +50,7 @@ FLOORS = (
         "balanced_router",
         "capacity",
         "checks",
+        "first_step",
         "correction_bias",
         "counters",
         "dispatching",
@@ -65,7 +66,6 @@ FLOORS = (
         "randomness",
         "recomputation",
         "reducer",
-        "route_checks",
         "routing",
         "scaling",
         "selection",
@@ -75,7 +75,18 @@ FLOORS = (
     ("buckets", "meta_copy", "marks", "sharded", "steps", "dtensors", "kept_dtypes"),
     ("grouped", "activations", "storage", "permutation", "kernels", "peer_kernels"),
     ("collectives", "peers", "groups"),
-    ("layout", "config", "foreign_configs", "show", "factors", "families", "boxes", "integers", "errors"),
+    (
+        "layout",
+        "config",
+        "foreign_configs",
+        "show",
+        "factors",
+        "families",
+        "boxes",
+        "integers",
+        "requirements",
+        "errors",
+    ),
 )
 INTEGERS_ONLY = {*FLOORS[-1], "__init__", "__main__", "cli"}
 MAY_COMMUNICATE = {"collectives", "groups", "peers", "testing"}

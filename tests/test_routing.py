@@ -339,6 +339,30 @@ def test_padding_tokens_reach_no_expert_and_get_exact_zeros(fold: Fold) -> None:
     run_ranks(padded_tokens, fold.world, fold, backend="threads")
 
 
+def with_narrow_ids(partition: str, capacity: foldpar.Capacity | None) -> None:
+    """Replicas replay one routing, some in int32 and some in int64."""
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4)) as groups:
+        router = router_of("deepseek_v3")
+        router.weight = nn.Parameter(weights()[0])
+        options: dict[str, Any] = {"partition": partition, "capacity": capacity}
+        moe = foldpar.FoldedMoE.from_dense(router, *weights()[1:], groups, **options)
+        x = batches(1)[0].requires_grad_()
+        whole = router(x).ids
+        found = []
+        for dtypes in ((torch.int64, torch.int64), (torch.int32, torch.int32), (torch.int32, torch.int64)):
+            y = moe(x, ids=whole.to(dtypes[groups.dp.index]))
+            found.append((y, *torch.autograd.grad(y.square().sum(), [x, router.weight])))
+        for others in found[1:]:
+            for one, other in zip(found[0], others, strict=True):
+                assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("partition", ["tokens", "assignments"])
+@pytest.mark.parametrize("capacity", [None, foldpar.Capacity(1.0)])
+def test_ids_may_be_int32(partition: str, capacity: foldpar.Capacity | None) -> None:
+    run_ranks(with_narrow_ids, 4, partition, capacity, backend="threads")
+
+
 # -- Lanes that must decide alike --------------------------------------------------------------------------------------
 
 
@@ -363,7 +387,7 @@ def test_lanes_that_route_the_same_tokens_differently_are_named_when_checked() -
         assert "field 'weights' at [0, 0]" in text and "on rank 3 (tp 1)" in text
         assert "or if a router draws random numbers after lanes were seeded differently" in text
     for text in texts[:2]:
-        assert text == "The routing differs between the lanes of another TP group of the stage; see its ranks."
+        assert text == "The routing differs between the lanes of another TP group that this step meets; see its ranks."
 
 
 # -- Wrong use ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from foldpar.errors import CheckpointError
 from foldpar.groups import FoldedGroups, create_groups
 from foldpar.layout import FoldedLayout
+from foldpar.requirements import require_numpy
 
 __all__ = ["Ranks", "separate_world"]
 
@@ -90,6 +91,7 @@ class Ranks:
 
     @contextmanager
     def _in_touch(self) -> Iterator[None]:
+        require_numpy(self.doing)
         try:
             yield
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Opt-in checks that values which must be equal on several ranks are: a digest first, details only on a mismatch."""
+"""Checks that values which must be equal on several ranks are: a digest first, details only on a mismatch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foldpar.groups import AxisGroup, FoldedGroups
 from foldpar.layout import Axis
 from foldpar.marks import resolve_parameters
 
-__all__ = ["assert_same_on_group", "check_replicas"]
+__all__ = ["assert_same_on_group", "check_replicas", "check_replicas_of_stage", "differences", "listed"]
 
 _CHUNK = 2**20
 _SHOWN = 5
@@ -40,13 +40,22 @@ def check_replicas(model: nn.Module, groups: FoldedGroups) -> None:
         ReplicaError: on every rank of the world; names the parameters, the axis and the global ranks that differ from
             the first member of their group. FamilyError: see :func:`~foldpar.gradients.parameter_families`.
     """
+    _compare_replicas(model, groups, across_stages=True)
+
+
+def check_replicas_of_stage(model: nn.Module, groups: FoldedGroups) -> None:
+    """As :func:`check_replicas`, on the ranks of one pipeline stage: those that reduce gradients together."""
+    _compare_replicas(model, groups, across_stages=False)
+
+
+def _compare_replicas(model: nn.Module, groups: FoldedGroups, *, across_stages: bool) -> None:
     entries = sorted(resolve_parameters(model, groups), key=lambda entry: entry.name)
     device = entries[0].communication_device if entries else torch.device("cpu")
     # The next collectives would hang on ranks with different parameters, so it is agreed first what is compared.
     inventory = _checksum(f"{entry.name} {entry.replica_axes} {entry.groups.layout}" for entry in entries)
     everywhere = [(groups.tp, [0]), (groups.dp_cp, [0])]
     mask = _differs(torch.tensor([inventory], device=device), everywhere)
-    _raise_together(mask, groups, _inventory_text)
+    _raise_together(mask, groups, across_stages, _inventory_text)
 
     places: dict[tuple[Axis, FoldedGroups], list[int]] = {(axis, groups): [] for axis in _REPLICA_AXES}
     for place, entry in enumerate(entries):
@@ -55,7 +64,8 @@ def check_replicas(model: nn.Module, groups: FoldedGroups) -> None:
     replicas = [(of_axis.axis(axis), found) for (axis, of_axis), found in places.items()]
     digests = [_digest(entry.parameter).to(device) for entry in entries]
     mask = _differs(torch.stack(digests) if digests else torch.zeros(0, dtype=torch.int64), replicas)
-    _raise_together(mask, groups, lambda ranks_of: _drift_text([entry.name for entry in entries], ranks_of))
+    names = [entry.name for entry in entries]
+    _raise_together(mask, groups, across_stages, lambda ranks_of: _drift_text(names, ranks_of))
 
 
 def assert_same_on_group(tensors: Mapping[str, Tensor] | Tensor, group: AxisGroup, *, what: str = "tensor") -> None:
@@ -79,18 +89,33 @@ def assert_same_on_group(tensors: Mapping[str, Tensor] | Tensor, group: AxisGrou
         ReplicaError: on every rank of the group; names the rank, its index on the axis, the field, and the shapes and
             dtypes or the first differing entries with both values.
     """
-    if group.size == 1:
-        return
     named = dict(tensors) if isinstance(tensors, Mapping) else {"": tensors}
-    fields = {name: local_tensor(named[name]).detach() for name in sorted(named)}
+    if found := differences(named, group):
+        raise ReplicaError(f"{what} differs over {group.axis}:{listed(found)}")
+
+
+def differences(
+    tensors: Mapping[str, Tensor], group: AxisGroup, *, rounding: bool = False, only_shapes: bool = False
+) -> list[str]:
+    """What differs between the ranks of a group, one line each; the same lines on every rank of it.
+
+    Args:
+        rounding: floating-point rows may differ by ``sqrt(eps)`` of their length, or of the usual one if that is more.
+        only_shapes: values are not looked at.
+    """
+    if group.size == 1:
+        return []
+    fields = {name: local_tensor(tensors[name]).detach() for name in sorted(tensors)}
     device = next(iter(fields.values())).device if fields else torch.device("cpu")
-    digests = {name: _digest(tensor).to(device) for name, tensor in fields.items()}
-    total = torch.tensor(_checksum(fields), device=device)
+    digests = {name: torch.zeros((), dtype=torch.int64, device=device) for name in fields}
+    if not only_shapes:
+        digests = {name: _digest(tensor).to(device) for name, tensor in fields.items()}
+    total = torch.tensor(_checksum(f"{name}\t{_signature(tensor)}" for name, tensor in fields.items()), device=device)
     for digest in digests.values():
         total = _mixed(total) + digest
-    if len(set(all_gather(total, group).tolist())) > 1:
-        found = _differences(fields, digests, group, device)
-        raise ReplicaError(f"{what} differs over {group.axis}:{_listed(found)}")
+    if len(set(all_gather(total, group).tolist())) == 1:
+        return []
+    return _differences(fields, digests, group, device, rounding)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,21 +166,23 @@ def _differs(digests: Tensor, compared: Sequence[tuple[AxisGroup, list[int]]]) -
     return masks
 
 
-def _raise_together(masks: dict[str, Tensor], groups: FoldedGroups, text: Callable[[_RanksOf], str]) -> None:
-    """Raise on every rank of the world if any mask of any rank is set."""
+def _raise_together(
+    masks: dict[str, Tensor], groups: FoldedGroups, across_stages: bool, text: Callable[[_RanksOf], str]
+) -> None:
+    """Raise on every rank of the stage, or of the world, if any mask of any of them is set."""
     mask = torch.stack(list(masks.values())).to(torch.uint8)
     found = torch.zeros(1, dtype=torch.int32, device=mask.device) + mask.any()
     for group in (groups.tp, groups.dp_cp):
         all_reduce_(found, group, op="max")
-    stages = all_gather(found, groups.pp).flatten().tolist()
-    if not any(stages):
-        return
     here = groups.pp.index
-    if not stages[here]:
-        bad = ", ".join(str(stage) for stage, differs in enumerate(stages) if differs)
+    of_stages = all_gather(found, groups.pp).flatten().tolist() if across_stages else [int(found)]
+    bad = [stage for stage, differs in enumerate(of_stages, start=0 if across_stages else here) if differs]
+    if not bad:
+        return
+    if here not in bad:
         raise ReplicaError(
-            f"Replicas differ in pipeline stage {bad}, whose ranks name the parameters. This rank is of stage {here}, "
-            f"where all are equal."
+            f"Replicas differ in pipeline stage {', '.join(map(str, bad))}, whose ranks name the parameters. This rank "
+            f"is of stage {here}, where all are equal."
         )
     # Ranks of a stage count up over tp first, then over dp_cp: [stage_size, axes, digests].
     of_stage = all_gather(all_gather(mask, groups.tp), groups.dp_cp).flatten(0, 1)
@@ -170,7 +197,7 @@ def _inventory_text(ranks_of: _RanksOf) -> str:
     found = [f"over {axis}: {_ranks_differ(ranks)}" for (axis, _), ranks in ranks_of.items()]
     return (
         f"Ranks of one stage have different parameters (by name and family), so replicas cannot be compared:"
-        f"{_listed(found)}\nBuild the same model with the same marks on every rank of a stage."
+        f"{listed(found)}\nBuild the same model with the same marks on every rank of a stage."
     )
 
 
@@ -179,7 +206,7 @@ def _drift_text(names: Sequence[str], ranks_of: _RanksOf) -> str:
     found = [f"{names[place]} over {axis}: {_ranks_differ(ranks)}" for (axis, place), ranks in by_place]
     count = len({place for _, place in ranks_of})
     return (
-        f"{count} parameter{' differs' if count == 1 else 's differ'} between replicas:{_listed(found)}\n"
+        f"{count} parameter{' differs' if count == 1 else 's differ'} between replicas:{listed(found)}\n"
         f"Replicas must start equal (one seed, or a broadcast) and step on equal gradients. If they did start equal, "
         f"compare parameter_families(model, groups) with how each parameter is used: a part of a gradient that is not "
         f"summed over tp (REPLICATED_PARTIAL) makes lanes drift apart."
@@ -195,7 +222,8 @@ def _ranks_differ(ranks: Sequence[int]) -> str:
     )
 
 
-def _listed(found: Sequence[str]) -> str:
+def listed(found: Sequence[str]) -> str:
+    """Lines below each other, the first few of them."""
     more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     return "".join(f"\n    {line}" for line in [*found[:_SHOWN], *more])
 
@@ -205,7 +233,7 @@ def _listed(found: Sequence[str]) -> str:
 
 
 def _differences(
-    fields: Mapping[str, Tensor], digests: Mapping[str, Tensor], group: AxisGroup, device: torch.device
+    fields: Mapping[str, Tensor], digests: Mapping[str, Tensor], group: AxisGroup, device: torch.device, rounding: bool
 ) -> list[str]:
     signatures = _gathered_signatures(fields, group, device)
     found = []
@@ -221,6 +249,8 @@ def _differences(
         else:
             of_all = all_gather(digests[name], group).tolist()
             different = [index for index in range(group.size) if of_all[index] != of_all[0]]
+            if different and rounding and fields[name].is_floating_point():
+                different = _beyond_rounding(fields[name], group)
             found += _different_entries(name, fields[name], different, group)
     return found
 
@@ -234,6 +264,18 @@ def _gathered_signatures(fields: Mapping[str, Tensor], group: AxisGroup, device:
         bytes(row[:length]).decode() for row, length in zip(all_gather(padded, group).tolist(), lengths, strict=True)
     ]
     return [dict(line.split("\t") for line in text.split("\n") if line) for text in texts]
+
+
+def _beyond_rounding(tensor: Tensor, group: AxisGroup) -> list[int]:
+    """Indices of the ranks that have a row which differs from that of index 0 by more than rounding explains."""
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+    tolerance, found = torch.finfo(tensor.dtype).eps ** 0.5, torch.zeros(group.size, dtype=torch.bool)
+    for chunk in rows.split(max(1, _CHUNK // max(1, rows.shape[1]))):
+        of_ranks = all_gather(chunk, group).double()
+        lengths = of_ranks[0].norm(dim=-1)
+        allowed = tolerance * torch.maximum(lengths, lengths.square().mean().sqrt())
+        found |= ((of_ranks - of_ranks[0]).norm(dim=-1) > allowed).any(-1).cpu()
+    return found.nonzero().flatten().tolist()
 
 
 def _different_entries(name: str, tensor: Tensor, different: Sequence[int], group: AxisGroup) -> list[str]:

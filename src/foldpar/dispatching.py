@@ -135,7 +135,7 @@ def plan_dispatch(
     _check_routing(expert_ids, groups, num_experts, mask)
     if partition not in ("tokens", "assignments"):
         raise ValueError(f"partition is {partition!r}; choose 'tokens' or 'assignments'.")
-    ids = expert_ids.contiguous()
+    ids = expert_ids.long().contiguous()  # ranks exchange them, so all have one dtype
     mask = own_assignments(ids, mask, groups, num_experts, partition)
     mask = None if mask is None else mask.contiguous()
 

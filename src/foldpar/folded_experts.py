@@ -8,11 +8,10 @@ It is what :class:`foldpar.FoldedMoE` does after its router, and both share :cla
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from foldpar.counters import LayerCounters
 from foldpar.dispatching import Partition
@@ -20,15 +19,14 @@ from foldpar.errors import ShapeError
 from foldpar.experts import GroupedExperts
 from foldpar.groups import FoldedGroups
 from foldpar.journey import Journey
-from foldpar.lane_checks import check_finite_weights, check_lane_gradient
+from foldpar.lane_checks import LaneChecks
 from foldpar.lane_ends import lane_ends
-from foldpar.lanes import LaneGradients, Lanes, LaneState
+from foldpar.lanes import Lanes, LaneState
 from foldpar.onesided import OneSided
-from foldpar.route_checks import check_same_routing
 from foldpar.routing import Routing
 from foldpar.sharded import is_sharded_over
 
-__all__ = ["FoldedExperts", "check_device_and_dtype", "checked_lane_gradient"]
+__all__ = ["FoldedExperts", "check_device_and_dtype"]
 
 
 class FoldedExperts(GroupedExperts):
@@ -46,7 +44,7 @@ class FoldedExperts(GroupedExperts):
             ``"assignments"``, evenly per expert, for which all lanes must have routed alike, bit by bit.
         counters: where to count what this layer moves, a :class:`LayerCounters`.
         one_sided: let rows travel through shared memory where that is possible, see :class:`foldpar.OneSided`.
-        check: compare what is taken on trust, as in :class:`foldpar.FoldedMoE`.
+        check: when to compare what is taken on trust, as in :class:`foldpar.FoldedMoE`.
         call: ``(folded, *arguments) -> output``, for blocks that call their experts in another way: what this module is
             called with goes there, and ``folded`` is :meth:`routed`.
 
@@ -73,14 +71,14 @@ class FoldedExperts(GroupedExperts):
         partition: Partition = "tokens",
         counters: LayerCounters | None = None,
         one_sided: OneSided | None = None,
-        check: bool = False,
+        check: bool | None = None,
         call: Callable[..., Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(num_experts, dim, hidden_dim, groups, **options)
         self.call = call
         self.lane_state = LaneState(groups, lanes, partition=partition)
-        self.check = check
+        self.checks = LaneChecks(self.lane_state, check)
         self._ends = lane_ends(groups.tp, lanes, "replicated", partition)
         self.journey = Journey(self.lane_state, self._ends, counters, one_sided)
 
@@ -100,18 +98,19 @@ class FoldedExperts(GroupedExperts):
         ``top_k_index`` is ``[tokens, top_k]``, global expert ids, and ``top_k_weights`` goes with it.
         """
         self._check_inputs(hidden_states, top_k_index, top_k_weights)
-        state = self.lane_state
+        state, checked = self.lane_state, self.checks.due(hidden_states)
+        if checked:
+            self.checks.entering(
+                "What enters the experts", {"hidden_states": hidden_states, "top_k_weights": top_k_weights}
+            )
         rows, ids = self._ends.own(hidden_states), state.own(top_k_index)
         # Weights of a narrower dtype than the rows lose digits where parts of their gradient are added up.
         weights = self._ends.own(top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype)))
         routing = Routing(ids, weights)
-        if self.check:
-            check_finite_weights(weights, self.groups)
-            if not state.own_tokens:
-                check_same_routing(routing, self.groups)
+        if checked:
+            self.checks.routing(routing)
         y = self.journey(self, rows, routing, tokens=hidden_states.shape[0], compute=self.compute)
-        if self.check and state.lanes == "replicated":
-            y = checked_lane_gradient(y, self.groups, "replicated")
+        self.checks.leaving(y)
         return y.to(hidden_states.dtype)
 
     @property
@@ -148,20 +147,3 @@ def check_device_and_dtype(x: Tensor, experts: object) -> None:
         raise ShapeError(
             f"The input is {x.dtype} and the experts are {weight.dtype}; convert one, or use torch.autocast."
         )
-
-
-def checked_lane_gradient(y: Tensor, groups: FoldedGroups, declared: LaneGradients) -> Tensor:
-    """The same tensor, whose backward compares the arriving gradient over the lanes with what was declared."""
-    return cast(Tensor, cast(Any, _CheckLaneGradient).apply(y, groups, declared))
-
-
-class _CheckLaneGradient(Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, groups: FoldedGroups, declared: LaneGradients) -> Tensor:
-        ctx.groups, ctx.declared = groups, declared
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        check_lane_gradient(grad, ctx.groups, ctx.declared)
-        return grad, None, None

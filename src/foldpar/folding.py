@@ -15,6 +15,7 @@ from foldpar.families import REPLICATED, REPLICATED_PARTIAL, ROUTER_ALL_TOKENS
 from foldpar.folded_experts import FoldedExperts
 from foldpar.groups import FoldedGroups
 from foldpar.kept_dtypes import keep_dtypes
+from foldpar.lane_checks import ModelChecks
 from foldpar.marks import mark_parameters, mark_what_is_here
 from foldpar.meta_copy import HOOKS
 from foldpar.models import MoEAdapter
@@ -34,6 +35,7 @@ def fold_model(
     *,
     adapters: Iterable[MoEAdapter] = (),
     partition: Partition = "tokens",
+    check: bool | None = None,
 ) -> FoldPlan:
     """Fold a model in place: its experts over ``ep`` and ``etp``, its dense part over ``tp``; returns what was done.
 
@@ -63,6 +65,8 @@ def fold_model(
             weights or layers shared between depths, stays one.
         adapters: :class:`~foldpar.models.MoEAdapter` for blocks that are not known here; they come first.
         partition: how lanes share the experts' work, see :class:`foldpar.FoldedExperts`.
+        check: when to compare what is taken on trust, as in :class:`foldpar.FoldedMoE`; here also that all lanes of a
+            TP group call the model with the same tensors, and send the same gradients back to its outputs.
 
     Raises:
         ModelError, ShapeError: as :func:`foldpar.plan_fold`, on every rank, before anything is touched. ModelError: a
@@ -76,7 +80,7 @@ def fold_model(
     proof = _proof(found.blocks)
     shared = _Shared({}, {})
     for block in found.blocks:
-        _fold(model, block, groups, partition, shared)
+        _fold(model, block, groups, partition, check, shared)
     shard_dense(model, found.dense, groups)
     for name in found.dense.partial:
         owner, _, own_name = name.rpartition(".")
@@ -90,6 +94,7 @@ def fold_model(
     keep_dtypes(model)
     refuse_what_needs_all_ranks(model, groups)
     _check_done(model, groups, found.plan, [block.name for block in found.blocks if block.adapter.replace is not None])
+    ModelChecks(groups, check, experts=bool(found.blocks)).watch(model)
     return replace(found.plan, proof=proof)
 
 
@@ -110,14 +115,21 @@ class _Shared:
     weights: dict[int, nn.Parameter]
 
 
-def _fold(model: nn.Module, block: Block, groups: FoldedGroups, partition: Partition, shared: _Shared) -> None:
+def _fold(
+    model: nn.Module,
+    block: Block,
+    groups: FoldedGroups,
+    partition: Partition,
+    check: bool | None,
+    shared: _Shared,
+) -> None:
     adapter = block.adapter
     if adapter.replace is not None:
         _put(model, block.module, adapter.replace(block.module, groups).train(block.module.training))
         return
     experts = block.experts
     if not isinstance(experts, FoldedExperts) and id(experts) not in shared.experts:
-        shared.experts[id(experts)] = _folded(block, groups, partition, shared)
+        shared.experts[id(experts)] = _folded(block, groups, partition, check, shared)
     folded = experts if isinstance(experts, FoldedExperts) else shared.experts[id(experts)]
     for router in block.routers:
         mark_parameters(model.get_submodule(router), ROUTER_ALL_TOKENS)
@@ -127,7 +139,9 @@ def _fold(model: nn.Module, block: Block, groups: FoldedGroups, partition: Parti
         _put(model, block.module, adapter.around(block.module, folded).train(block.module.training))
 
 
-def _folded(block: Block, groups: FoldedGroups, partition: Partition, shared: _Shared) -> FoldedExperts:
+def _folded(
+    block: Block, groups: FoldedGroups, partition: Partition, check: bool | None, shared: _Shared
+) -> FoldedExperts:
     assert block.activation is not None
     adapter, experts = block.adapter, block.experts
     weights = adapter.weights_of(experts, block.experts_name)
@@ -140,6 +154,7 @@ def _folded(block: Block, groups: FoldedGroups, partition: Partition, shared: _S
         activation=block.activation,
         storage=adapter.storage,
         partition=partition,
+        check=check,
         call=adapter.call,
     ).train(experts.training)
     for name in HOOKS:  # the same objects, so that handles of hooks still remove them

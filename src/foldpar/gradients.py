@@ -12,6 +12,7 @@ from torch import nn
 from foldpar.buckets import PackedBucket, Piece, PieceCutter, scale, settle
 from foldpar.collectives import all_reduce_
 from foldpar.errors import FamilyError
+from foldpar.first_step import check_before_reduction
 from foldpar.groups import FoldedGroups
 from foldpar.marks import ResolvedParameter, groups_of, resolve_parameters
 from foldpar.onesided import check_room
@@ -30,6 +31,7 @@ def reduce_gradients(
     *,
     loss: Literal["mean", "sum"] = "mean",
     reduce_dtype: torch.dtype | None = None,
+    check: bool | None = None,
 ) -> None:
     """Make every ``.grad`` the gradient of the step's loss, in place. Call it once, on every rank, after backward.
 
@@ -49,6 +51,8 @@ def reduce_gradients(
             the global token count already, the right choice for ragged batches.
         reduce_dtype: the dtype of the buckets, kept from the first sum to the last; by default each gradient's own.
             ``torch.float32`` makes a sum of bf16 gradients round once.
+        check: when to compare the replicas of this stage first, as :func:`foldpar.check_replicas` does: ``None``
+            before the first reduction of this model, ``True`` before every one, ``False`` never.
 
     Example, with 2 lanes and 2 data-parallel ranks, gradients of one parameter on ranks 0 to 3::
 
@@ -62,7 +66,7 @@ def reduce_gradients(
         FamilyError: a family is unknown or contradicted, see :func:`foldpar.parameter_families`; or a post-hoc layer
             meets a TP-sharded parameter. GroupsError: a layer has groups of other lanes or stages.
         ShardingError: the last backward of a sharded model ran inside :func:`foldpar.accumulate`.
-        GradientError: these very gradients were reduced before.
+        GradientError: these very gradients were reduced before. ReplicaError: see ``check``.
         ShapeError: a gradient is sparse, or rows that travelled one-sided found no room. ValueError: ``loss`` is
             neither ``"mean"`` nor ``"sum"``.
 
@@ -73,6 +77,7 @@ def reduce_gradients(
     check_rooms(parameters)
     if groups.layout.world > 1:
         refuse_reduced((entry.name, entry.parameter) for entry in parameters)
+    check_before_reduction(model, groups, check)
     pieces = [cutter.piece(resolved) for resolved in parameters]
     with torch.no_grad():
         scale([(piece.gradient, piece.factor) for piece in pieces if not piece.travels])

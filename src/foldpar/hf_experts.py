@@ -54,7 +54,7 @@ def _experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, t
 
     # (t0: e2 e0) (t1: e0 e9) -> slots e0:t0 e0:t1 e2:t0 | e9:t1, of which those of experts elsewhere come last.
     local = into.shape[0]
-    ids = top_k_index.flatten().clamp(max=local)
+    ids = top_k_index.flatten().long().clamp(max=local)
     assignment_of_slot = ids.argsort(stable=True)
     slot_of_assignment = torch.empty_like(assignment_of_slot)
     slot_of_assignment[assignment_of_slot] = torch.arange(len(ids), device=ids.device)

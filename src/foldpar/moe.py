@@ -34,17 +34,16 @@ from foldpar.families import (
     ROUTER_POST_HOC,
     ParameterFamily,
 )
-from foldpar.folded_experts import FoldedExperts, check_device_and_dtype, checked_lane_gradient
+from foldpar.folded_experts import FoldedExperts, check_device_and_dtype
 from foldpar.groups import FoldedGroups
 from foldpar.integers import not_dividing
 from foldpar.journey import Experts, Journey
-from foldpar.lane_checks import check_finite_weights
+from foldpar.lane_checks import LaneChecks
 from foldpar.lane_ends import lane_ends
 from foldpar.lanes import LaneGradients, Lanes, LaneState
 from foldpar.marks import mark_children, mark_parameters
 from foldpar.onesided import OneSided
 from foldpar.randomness import random_region
-from foldpar.route_checks import check_same_routing
 from foldpar.routing import Router, Routing
 
 
@@ -73,9 +72,11 @@ class FoldedMoE(nn.Module):
         capacity: drop assignments that exceed the experts' :class:`Capacity`; ``None`` drops none.
         counters: where to count what this layer moves, a :class:`LayerCounters`.
         one_sided: let rows travel through shared memory where that is possible, see :class:`OneSided`.
-        check: compare, in every forward and backward, what this layer takes on trust: routing weights are finite,
-            lanes that route the same tokens decide alike, and arriving gradients are what ``lane_grads`` says (where
-            that can be seen: not for ``"post-hoc"``). Costs collectives and host synchronisations.
+        check: when to compare what this layer takes on trust: replicated lanes hold the same tokens, routing weights
+            are finite, lanes that route the same tokens decide alike, and arriving gradients are what ``lane_grads``
+            says (where that can be seen: not for ``"post-hoc"``). It costs collectives and host synchronisations.
+            ``None``: in the first forward with gradients, the first without, and the first backward; nothing
+            afterwards. ``True``: always. ``False``: never.
 
     Backward:
         Exact where each gradient arises: router, experts, the input, and the TP-sharded layers below. Parameters get
@@ -102,7 +103,7 @@ class FoldedMoE(nn.Module):
         capacity: Capacity | None = None,
         counters: LayerCounters | None = None,
         one_sided: OneSided | None = None,
-        check: bool = False,
+        check: bool | None = None,
     ) -> None:
         super().__init__()
         made_for = getattr(experts, "groups", groups)
@@ -118,8 +119,9 @@ class FoldedMoE(nn.Module):
         if routed != experts.num_experts:
             raise ShapeError(f"The router knows {routed} experts, but there are {experts.num_experts}.")
         self.groups = groups
-        self.lanes, self.lane_grads, self.partition, self.check = lanes, lane_grads, partition, check
+        self.lanes, self.lane_grads, self.partition = lanes, lane_grads, partition
         self.lane_state = LaneState(groups, lanes, lane_grads, partition)
+        self.checks = LaneChecks(self.lane_state, check)
         self.capacity = capacity
         self._ends = lane_ends(groups.tp, lanes, lane_grads, partition)
         self.journey = Journey(self.lane_state, self._ends, counters, one_sided)
@@ -175,16 +177,16 @@ class FoldedMoE(nn.Module):
     def _routed(self, x: Tensor, ids: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Routing]:
         """The routed experts' part of the output, and the routing."""
         tokens = x.reshape(-1, x.shape[-1])
+        checked = self.checks.due(tokens)
+        if checked:
+            self.checks.entering("What enters a FoldedMoE", {"x": x, "ids": ids, "padding": padding})
         own = self._ends.own(tokens)
         routing = self._route(own, x, ids, padding)
-        if self.check:
-            check_finite_weights(routing.weights, self.groups)
-            if not self.lane_state.own_tokens:
-                check_same_routing(routing, self.groups)
+        if checked:
+            self.checks.routing(routing)
         compute = self.experts.compute if isinstance(self.experts, FoldedExperts) else None
         y = self.journey(self.experts, own, routing, tokens=tokens.shape[0], compute=compute)
-        if self.check and self.lanes == "replicated" and self.lane_grads != "post-hoc":
-            y = checked_lane_gradient(y, self.groups, self.lane_grads)
+        self.checks.leaving(y)
         return y.view(x.shape), routing
 
     def explain(self) -> str:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from foldpar.groups import AxisGroup, FoldedGroups
+from foldpar.requirements import why_no_objects
 
 __all__ = ["PeerMemory", "memories", "memory_of", "why_unreachable"]
 
@@ -84,6 +85,8 @@ def why_unreachable(group: AxisGroup, device: torch.device) -> str | None:
     reason = _local_reason(device)
     if group.size == 1 or device.type != "cuda":  # all ranks have devices of one kind
         return reason
+    if missing := why_no_objects():
+        return missing
     mine = (reason, socket.gethostname() + _boot_id(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     everybody: list[Any] = [None] * group.size
     dist.all_gather_object(everybody, mine, group=group.process_group)

@@ -24,6 +24,7 @@ from typing_extensions import Self
 from foldpar.buckets import PackedBucket, Piece, PieceCutter, scale, settle
 from foldpar.collectives import all_gather, start_all_reduce
 from foldpar.errors import FamilyError, ShardingError
+from foldpar.first_step import check_before_reduction
 from foldpar.gradients import BUCKET_BYTES, check_rooms, parameters_to_reduce
 from foldpar.groups import FoldedGroups
 from foldpar.layout import FoldedLayout, Order, solve_layout
@@ -60,7 +61,7 @@ class GradientReducer:
     leaves out of a step, or that is never used, holds its bucket and those after it back until :meth:`finish`.
 
     Args:
-        model, groups, loss, reduce_dtype: as for :func:`foldpar.reduce_gradients`.
+        model, groups, loss, reduce_dtype, check: as for :func:`foldpar.reduce_gradients`.
         bucket_bytes: a bucket is closed before it would exceed this size.
 
     Raises:
@@ -76,8 +77,9 @@ class GradientReducer:
         loss: Literal["mean", "sum"] = "mean",
         reduce_dtype: torch.dtype | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        check: bool | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._groups, self._check = model, groups, check
         self._cutter = PieceCutter(loss, reduce_dtype, groups)
         parameters = parameters_to_reduce(model, groups)
         _refuse_shards(parameters)
@@ -122,6 +124,7 @@ class GradientReducer:
 
         Raises:
             FamilyError: a parameter that requires a gradient was not there, or was frozen, when this was made.
+            ReplicaError: parameters differ between replicas, see ``check`` of :func:`foldpar.reduce_gradients`.
             ShapeError: rows that travelled one-sided found no room; no gradient is touched then, and the next step
                 starts anew.
         """
@@ -139,6 +142,7 @@ class GradientReducer:
         for wait in waits:
             wait()
         self._start_over()
+        check_before_reduction(self._model, self._groups, self._check)  # now that every rank has come
         check_rooms(self._given)
         for packed in travelled:
             packed.unpack()

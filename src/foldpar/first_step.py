@@ -1,0 +1,67 @@
+"""When checks run: in the first step, in every one, or never."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from foldpar.checks import check_replicas_of_stage
+from foldpar.dtensors import local_tensor
+from foldpar.groups import FoldedGroups
+
+__all__ = ["When", "can_compare", "check_before_reduction"]
+
+_REDUCTIONS = "first reductions"
+
+
+class When:
+    """When the checks of one module run: always (``True``), never (``False``), or once for each occasion (``None``).
+
+    Nothing runs, and no occasion is used up, where there are no values to compare (the meta device, fake tensors) or
+    the host may not wait for them (while a CUDA graph is captured).
+    """
+
+    def __init__(self, check: bool | None) -> None:
+        if check not in (None, True, False):
+            raise TypeError(f"check is {check!r}; choose None (the first step), True (every step) or False (never).")
+        self.check = check
+        self._done: set[str] = set()
+
+    def due(self, occasion: str, tensor: Tensor) -> bool:
+        """Whether to check now."""
+        return self.is_open(occasion) and can_compare(tensor)
+
+    def is_open(self, occasion: str) -> bool:
+        """Whether it has not run yet, or always runs."""
+        return self.check is True or (self.check is None and occasion not in self._done)
+
+    def done(self, occasion: str) -> None:
+        """It ran, and found nothing."""
+        self._done.add(occasion)
+
+
+def can_compare(tensor: Tensor) -> bool:
+    """Whether the host may look at the values of a tensor here and now."""
+    tensor = local_tensor(tensor)
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_before_reduction(model: nn.Module, groups: FoldedGroups, check: bool | None) -> None:
+    """Compare the replicas of a model's parameters before its first reduction, or before every one.
+
+    Raises:
+        ReplicaError: on every rank of the stage, see :func:`foldpar.check_replicas`.
+    """
+    if groups.layout.stage_size == 1:
+        return
+    whens: WeakKeyDictionary[nn.Module, When] = groups.kept.setdefault(_REDUCTIONS, WeakKeyDictionary())
+    when = whens.setdefault(model, When(None)) if check is None else When(check)
+    parameter = next(model.parameters(), None)
+    if parameter is not None and when.due("reduction", parameter):
+        check_replicas_of_stage(model, groups)
+        when.done("reduction")
