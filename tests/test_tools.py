@@ -34,7 +34,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.utils import parametrize, prune
 from torch.optim import swa_utils
 from toys import gathered
@@ -389,6 +388,8 @@ def _(of: Folded) -> bool:
 
 @tool("`ZeroRedundancyOptimizer`", "`shard_model(stage=1)`")
 def _(of: Folded) -> bool:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of what it imports
+
     of.backward()
     ZeroRedundancyOptimizer(of.model.parameters(), torch.optim.SGD, lr=0.1).step()
     return False

@@ -114,16 +114,29 @@ def adopt(parameter: Tensor) -> None:
     And its storage is noted, for :func:`data_was_assigned`.
     """
     if is_dtensor(parameter):
-        setattr(parameter, _STORAGE, parameter.untyped_storage())
+        setattr(parameter, _STORAGE, _Noted(parameter.untyped_storage()))
         if parameter.device_mesh.device_type == "cpu":
             for name in _RANDOM:
                 setattr(parameter, name, partial(_fill, parameter, name))
 
 
+class _Noted:
+    """The storage of a parameter, which lives as long as this note; a copy of the parameter has none."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
 def data_was_assigned(parameter: Tensor) -> bool:
     """Whether somebody assigned ``.data`` of a DTensor: torch takes that without a word and keeps the old values."""
-    noted = getattr(parameter, _STORAGE, None)
-    return noted is not None and parameter.untyped_storage()._cdata != noted._cdata
+    noted: _Noted | None = getattr(parameter, _STORAGE, None)
+    return noted is not None and parameter.untyped_storage()._cdata != noted.storage._cdata
 
 
 @torch.no_grad()
