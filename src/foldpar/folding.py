@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from foldpar.arguments import expect
 from foldpar.dispatching import Partition
 from foldpar.dtensors import draw_as_one_process
 from foldpar.errors import ModelError
@@ -69,6 +70,7 @@ def fold_model(
 
     Source: tensor parallelism: Shoeybi et al. 2019; folding: Liu et al. 2025.
     """
+    expect("fold_model", model=(model, nn.Module), groups=(groups, FoldedGroups))
     found, before = survey(model, groups.layout, adapters), list(model.parameters())
     for block in found.blocks:
         _fold(model, block, groups, partition, check)
