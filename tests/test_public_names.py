@@ -96,6 +96,7 @@ USE_TORCHS_ENGINES = {"checkpoint_dcp", "checkpoint_ranks", "dtensors", "shardin
 
 def test_the_exported_names_are_these():
     assert foldpar.__all__ == [
+        "ArgumentError",
         "AxisGroup",
         "BalancedRouter",
         "Capacity",

@@ -420,7 +420,6 @@ def test_lanes_that_route_the_same_tokens_differently_are_named_when_checked() -
             "top_k = 2 experts need 2 or more of the num_groups = 8 groups of 1. top_groups can be 2 to 8.",
         ),
         ({"group_limit": GroupLimit(4, 5)}, ShapeError, "top_groups = 5 does not fit"),
-        ({"group_limit": GroupLimit(4, 2, "sum")}, ValueError, "choose 'max' or 'top2_sum'"),
         (
             {"group_limit": GroupLimit(8, 2, "top2_sum")},
             ShapeError,

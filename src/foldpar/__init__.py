@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from foldpar.counters import CounterValues, LayerCounters
     from foldpar.dispatching import DispatchPlan, combine, dispatch, plan_dispatch
     from foldpar.errors import (
+        ArgumentError,
         CheckpointError,
         CollectiveError,
         FamilyError,
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "AxisGroup",
     "BalancedRouter",
     "Capacity",

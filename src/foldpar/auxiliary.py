@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from foldpar.arguments import expect
 from foldpar.errors import ShapeError
 from foldpar.factors import loss_factor
 from foldpar.lanes import LaneState
@@ -71,6 +72,7 @@ def load_balancing_loss(
 
     Source: Switch (Fedus et al. 2021), section 2.2, for ``top_k`` as in DeepSeek-V3 (2024), equation 17.
     """
+    expect("load_balancing_loss", routing=(routing, Routing), lane_state=(lane_state, LaneState))
     scores = routing.scores if routing.scores is not None else _logits(routing, "load_balancing_loss").softmax(-1)
     _check_scope(scope, ("batch", "sequence", "global"))
     if (scope == "sequence") != (sequences is not None):
@@ -111,6 +113,7 @@ def router_z_loss(
 
     Source: ST-MoE (Zoph et al. 2022), equation 5.
     """
+    expect("router_z_loss", routing=(routing, Routing), lane_state=(lane_state, LaneState))
     logits = _logits(routing, "router_z_loss")
     _check_scope(scope, ("batch", "global"))
     present = _tokens(routing, logits.shape[0], logits.device)

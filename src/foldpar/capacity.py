@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from foldpar.arguments import expect
 from foldpar.collectives import gather_rows
 from foldpar.errors import ShapeError
 from foldpar.lanes import LaneState
@@ -95,6 +96,9 @@ def limit_capacity(
 
     Source: capacity factor: GShard (Lepikhin et al. 2020), section 2.2; Switch (Fedus et al. 2021), section 2.2.
     """
+    expect(
+        "limit_capacity", routing=(routing, Routing), lane_state=(lane_state, LaneState), capacity=(capacity, Capacity)
+    )
     if routing.weights.shape != routing.ids.shape:
         raise ShapeError(
             f"A routing has a weight for every id, [tokens, top_k]; ids are {list(routing.ids.shape)} and weights "

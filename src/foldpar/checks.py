@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from foldpar.arguments import expect
 from foldpar.collectives import all_gather, all_reduce_
 from foldpar.dtensors import local_tensor
 from foldpar.errors import ReplicaError
@@ -40,6 +41,7 @@ def check_replicas(model: nn.Module, groups: FoldedGroups) -> None:
         ReplicaError: on every rank of the world; names the parameters, the axis and the global ranks that differ from
             the first member of their group. FamilyError: see :func:`~foldpar.gradients.parameter_families`.
     """
+    expect("check_replicas", model=(model, nn.Module), groups=(groups, FoldedGroups))
     _compare_replicas(model, groups, across_stages=True)
 
 
@@ -89,7 +91,10 @@ def assert_same_on_group(tensors: Mapping[str, Tensor] | Tensor, group: AxisGrou
         ReplicaError: on every rank of the group; names the rank, its index on the axis, the field, and the shapes and
             dtypes or the first differing entries with both values.
     """
+    expect("assert_same_on_group", tensors=(tensors, (Tensor, Mapping)), group=(group, AxisGroup))
     named = dict(tensors) if isinstance(tensors, Mapping) else {"": tensors}
+    for name, tensor in named.items():
+        expect("assert_same_on_group", **{name or "tensors": (tensor, Tensor)})
     if found := differences(named, group):
         raise ReplicaError(f"{what} differs over {group.axis}:{listed(found)}")
 

@@ -10,7 +10,8 @@ with a replicated gradient counts once and all others sum over the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, Literal, cast
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from foldpar.arguments import expect
 from foldpar.errors import CollectiveError, ShapeError
 from foldpar.groups import AxisGroup
 
@@ -153,6 +155,7 @@ def split_rows(x: Tensor, group: AxisGroup, *, backward: Literal["all_gather", "
 
     Source: the conjugate of :func:`all_gather_rows`.
     """
+    expect("split_rows", x=(x, Tensor), group=(group, AxisGroup))
     _choice("split_rows", "backward", backward, ("all_gather", "zero_pad"))
     _rows_first("split_rows", x)
     if group.size == 1:
@@ -181,6 +184,7 @@ def all_gather_rows(
 
     Source: sequence-parallel gather and scatter (Korthikanti et al. 2022, section 4.2.2), here for variable rows.
     """
+    expect("all_gather_rows", x=(x, Tensor), group=(group, AxisGroup))
     _choice("all_gather_rows", "backward", backward, ("slice", "reduce_scatter"))
     counts = _own_row_counts("all_gather_rows", x, row_counts, group)
     return x if group.size == 1 else _apply(_AllGatherRows, x, group, counts, backward)
@@ -198,6 +202,7 @@ def reduce_scatter_rows(x: Tensor, group: AxisGroup, *, row_counts: Sequence[int
     Raises:
         ShapeError: ``row_counts`` does not have one entry per rank or does not add up to the rows of ``x``.
     """
+    expect("reduce_scatter_rows", x=(x, Tensor), group=(group, AxisGroup))
     _rows_first("reduce_scatter_rows", x)
     counts = even_row_counts(x.shape[0], group.size) if row_counts is None else tuple(row_counts)
     _counts_fit("reduce_scatter_rows", "row_counts", counts, x.shape[0], group)
@@ -213,6 +218,7 @@ def all_reduce(x: Tensor, group: AxisGroup, *, backward: Literal["identity", "su
 
     Source: Shoeybi et al. 2019, section 3, for the identity backward.
     """
+    expect("all_reduce", x=(x, Tensor), group=(group, AxisGroup))
     _choice("all_reduce", "backward", backward, ("identity", "sum"))
     return x if group.size == 1 else _apply(_AllReduce, x, group, backward)
 
@@ -228,6 +234,7 @@ def copy_to_group(x: Tensor, group: AxisGroup) -> Tensor:
 
     Source: Shoeybi et al. 2019, section 3.
     """
+    expect("copy_to_group", x=(x, Tensor), group=(group, AxisGroup))
     return x if group.size == 1 else _apply(_CopyToGroup, x, group)
 
 
@@ -243,6 +250,7 @@ def all_to_all_rows(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[
     Raises:
         ShapeError: a count is missing or negative, or ``send_rows`` does not add up to the rows of ``x``.
     """
+    expect("all_to_all_rows", x=(x, Tensor), group=(group, AxisGroup))
     _rows_first("all_to_all_rows", x)
     send, receive = tuple(send_rows), tuple(receive_rows)
     _counts_fit("all_to_all_rows", "send_rows", send, x.shape[0], group)
@@ -256,6 +264,9 @@ def scale_gradient(x: Tensor, factor: Fraction | float) -> Tensor:
     Backward:
         ``grad * factor``; a ``Fraction`` stays exact until this one multiplication.
     """
+    expect("scale_gradient", x=(x, Tensor), factor=(factor, (Fraction, float, int)))
+    if not math.isfinite(factor):
+        raise ValueError(f"scale_gradient: factor = {factor} must be finite.")
     return x if factor == 1 else _apply(_ScaleGradient, x, factor)
 
 
@@ -383,6 +394,7 @@ def _own_row_counts(block: str, x: Tensor, row_counts: Sequence[int] | None, gro
     if row_counts is None:
         own = torch.tensor([x.shape[0]], device=x.device)
         return tuple(all_gather(own, group).flatten().tolist())
+    expect(block, row_counts=(row_counts, Iterable))
     counts = tuple(row_counts)
     _counts_fit(block, "row_counts", counts, None, group)
     if counts[group.index] != x.shape[0]:

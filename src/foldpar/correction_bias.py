@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from foldpar.arguments import expect
 from foldpar.lanes import LaneState
 from foldpar.routing import TopKRouter
 
@@ -31,6 +32,7 @@ def update_correction_bias(model: nn.Module, *, rate: float = 1e-3) -> None:
 
     Source: DeepSeek-V3 (2024), section 2.1.2; Wang et al. 2024, algorithm 1 (the sign of the error).
     """
+    expect("update_correction_bias", model=(model, nn.Module), rate=(rate, (float, int)))
     if not rate > 0:
         raise ValueError(f"rate = {rate} must be positive; DeepSeek-V3 takes 0.001, and 0 would freeze the bias.")
     routers = _routers(model)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from foldpar.arguments import expect, expect_sizes
 from foldpar.collectives import (
     all_gather,
     all_gather_rows,
@@ -132,6 +133,13 @@ def plan_dispatch(
 
     Source: stable per-expert ordinal: GShard (Lepikhin et al. 2020), algorithm 1, position in the expert.
     """
+    expect_sizes("plan_dispatch", num_experts=num_experts)
+    expect(
+        "plan_dispatch",
+        expert_ids=(expert_ids, Tensor),
+        groups=(groups, FoldedGroups),
+        mask=(mask, (Tensor, type(None))),
+    )
     _check_routing(expert_ids, groups, num_experts, mask)
     if partition not in ("tokens", "assignments"):
         raise ValueError(f"partition is {partition!r}; choose 'tokens' or 'assignments'.")
@@ -204,6 +212,7 @@ def dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
     Raises:
         ShapeError: ``x`` is not ``[plan.num_tokens, dim]``.
     """
+    expect("dispatch", x=(x, Tensor), plan=(plan, DispatchPlan))
     _check_tokens(x, plan)
     return spread(_to_experts(x, plan), plan.row_of_assignment, plan.assignment_of_slot)
 
@@ -271,6 +280,7 @@ def combine(rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Tensor:
     Raises:
         ShapeError: ``rows`` or ``weights`` do not have the shape that was planned.
     """
+    expect("combine", rows=(rows, Tensor), weights=(weights, (Tensor, type(None))), plan=(plan, DispatchPlan))
     if rows.dim() != 2 or rows.shape[0] != plan.assignments:
         raise ShapeError(
             f"combine takes [assignments, dim] with the {plan.assignments} row(s) that dispatch returned, and got "

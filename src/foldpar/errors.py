@@ -1,6 +1,7 @@
 """The exceptions of foldpar: one small tree, each also a subclass of the built-in one that callers expect."""
 
 __all__ = [
+    "ArgumentError",
     "CheckpointError",
     "CollectiveError",
     "FamilyError",
@@ -17,6 +18,10 @@ __all__ = [
 
 class FoldingError(Exception):
     """The root of the tree: ``except FoldingError`` catches whatever foldpar raises on purpose."""
+
+
+class ArgumentError(FoldingError, TypeError):
+    """An argument of a wrong kind: two that are swapped, a layout for groups, parameters for a model."""
 
 
 class LayoutError(FoldingError, ValueError):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from foldpar.activations import Activation, check_activation, is_gated
+from foldpar.arguments import expect, expect_sizes
 from foldpar.dtensors import adopt, distributed_parameter, local_parts
 from foldpar.errors import ShapeError
 from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT
@@ -73,7 +74,18 @@ class GroupedExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        expect_sizes("GroupedExperts", num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
+        expect(
+            "GroupedExperts",
+            groups=(groups, FoldedGroups),
+            storage=(storage, (ExpertStorage, type(None))),
+            dtype=(dtype, (torch.dtype, type(None))),
+        )
         check_activation(activation)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ShapeError(
+                f"GroupedExperts: dtype = {dtype} must be a floating-point dtype, since weights are trained."
+            )
         _divides("ep", groups.ep.size, "num_experts", num_experts)
         _divides("etp", groups.etp.size, "hidden_dim", hidden_dim)
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
@@ -169,9 +181,16 @@ class GroupedExperts(nn.Module):
         Raises:
             ShapeError: they do not fit each other or the layout, or one bias comes without the other.
         """
+        expect(
+            "from_dense",
+            gate_up_proj=(gate_up_proj, Tensor),
+            down_proj=(down_proj, Tensor),
+            groups=(groups, FoldedGroups),
+        )
         check_activation(activation)
         storage = storage or ExpertStorage()
         parts = 2 if is_gated(activation) else 1
+        _check_alike(gate_up_proj, down_proj, gate_up_bias, down_bias)
         if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
             raise ShapeError("gate_up_proj and down_proj must have three dimensions, experts first.")
         num_experts, dim, hidden_dim = storage.for_product(down_proj).shape
@@ -226,6 +245,12 @@ class GroupedExperts(nn.Module):
         self, rows: Tensor, rows_per_expert: Tensor, weights: Tensor | None, sizes: tuple[int, ...] | None
     ) -> Tensor:
         """What :meth:`forward` does, for subclasses that are called in another way."""
+        expect(type(self).__name__, rows=(rows, Tensor), rows_per_expert=(rows_per_expert, Tensor))
+        if rows_per_expert.shape != (self.local_experts,):
+            raise ShapeError(
+                f"rows_per_expert must be [local experts] = [{self.local_experts}], and is "
+                f"{list(rows_per_expert.shape)}."
+            )
         gate_up_proj, down_proj, gate_up_bias, down_bias = self._local()
         assert gate_up_proj is not None and down_proj is not None
         # Slices are summed, so one of them adds the output bias; elsewhere its gradient is zero, not None.
@@ -328,3 +353,14 @@ def _divides(degree: str, value: int, name: str, total: int) -> None:
 def _fits(name: str, bias: Tensor, shape: tuple[int, int]) -> None:
     if bias.shape != shape:
         raise ShapeError(f"{name} must be {list(shape)}, a number per output, and is {list(bias.shape)}.")
+
+
+def _check_alike(*weights: Tensor | None) -> None:
+    """Raise unless all weights are floating point, of one dtype and on one device."""
+    given = [weight for weight in weights if weight is not None]
+    kinds = {(weight.dtype, weight.device) for weight in given}
+    if len(kinds) > 1 or not given[0].is_floating_point():
+        raise ShapeError(
+            f"The weights and biases of experts must be floating point, of one dtype and on one device; these are "
+            f"{', '.join(f'{weight.dtype} on {weight.device}' for weight in given)}. Convert them first."
+        )

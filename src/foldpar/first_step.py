@@ -57,10 +57,11 @@ def check_before_reduction(model: nn.Module, groups: FoldedGroups, check: bool |
     Raises:
         ReplicaError: on every rank of the stage, see :func:`foldpar.check_replicas`.
     """
+    asked = When(check)
     if groups.layout.stage_size == 1:
         return
     whens: WeakKeyDictionary[nn.Module, When] = groups.kept.setdefault(_REDUCTIONS, WeakKeyDictionary())
-    when = whens.setdefault(model, When(None)) if check is None else When(check)
+    when = whens.setdefault(model, asked) if check is None else asked
     parameter = next(model.parameters(), None)
     if parameter is not None and when.due("reduction", parameter):
         check_replicas_of_stage(model, groups)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foldpar.arguments import expect
 from foldpar.counters import LayerCounters
 from foldpar.dispatching import Partition
 from foldpar.errors import ShapeError
@@ -126,6 +127,12 @@ class FoldedExperts(GroupedExperts):
         return f"{super().extra_repr()}, lanes={self.lane_state.lanes!r}, partition={self.lane_state.partition!r}"
 
     def _check_inputs(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        expect(
+            "FoldedExperts",
+            hidden_states=(hidden_states, Tensor),
+            top_k_index=(top_k_index, Tensor),
+            top_k_weights=(top_k_weights, Tensor),
+        )
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.dim:
             raise ShapeError(f"FoldedExperts takes [tokens, dim = {self.dim}], and got {list(hidden_states.shape)}.")
         if top_k_index.shape != top_k_weights.shape or top_k_index.shape[:1] != hidden_states.shape[:1]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from foldpar.arguments import expect
 from foldpar.block_proof import kind_of, prove_block
 from foldpar.dispatching import Partition
 from foldpar.dtensors import adopt
@@ -76,6 +77,7 @@ def fold_model(
 
     Source: tensor parallelism: Shoeybi et al. 2019; folding: Liu et al. 2025.
     """
+    expect("fold_model", model=(model, nn.Module), groups=(groups, FoldedGroups))
     found, before = survey(model, groups.layout, adapters), list(model.parameters())
     proof = _proof(found.blocks)
     shared = _Shared({}, {})

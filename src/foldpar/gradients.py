@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from foldpar.arguments import expect
 from foldpar.buckets import PackedBucket, Piece, PieceCutter, scale, settle
 from foldpar.collectives import all_reduce_
-from foldpar.errors import FamilyError
+from foldpar.errors import FamilyError, ShapeError
 from foldpar.first_step import check_before_reduction
 from foldpar.groups import FoldedGroups
 from foldpar.marks import ResolvedParameter, groups_of, resolve_parameters
@@ -72,6 +73,13 @@ def reduce_gradients(
 
     Source: the tables of :mod:`foldpar.families` and :func:`foldpar.factors.loss_factor`.
     """
+    expect(
+        "reduce_gradients",
+        model=(model, nn.Module),
+        groups=(groups, FoldedGroups),
+        reduce_dtype=(reduce_dtype, (torch.dtype, type(None))),
+    )
+    _check_reduce_dtype(reduce_dtype)
     cutter = PieceCutter(loss, reduce_dtype, groups)
     parameters = parameters_to_reduce(model, groups)
     check_rooms(parameters)
@@ -88,6 +96,11 @@ def reduce_gradients(
         for piece in pieces:
             settle(piece.parameter)
     stamp(entry.parameter for entry in parameters)
+
+
+def _check_reduce_dtype(reduce_dtype: torch.dtype | None) -> None:
+    if reduce_dtype is not None and not (reduce_dtype.is_floating_point or reduce_dtype.is_complex):
+        raise ShapeError(f"reduce_dtype = {reduce_dtype} must be a floating-point dtype: gradients are summed in it.")
 
 
 def check_rooms(parameters: list[ResolvedParameter]) -> None:

@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
+from foldpar.arguments import expect
 from foldpar.errors import GroupsError, LayoutError
 from foldpar.layout import AXES, Coordinate, FoldedLayout
 
@@ -360,6 +361,14 @@ def create_groups(
             nothing to initialise from. After one small all-reduce, on every rank: ranks passed different arguments.
         LayoutError: an unknown axis in ``separate``.
     """
+    expect(
+        "create_groups",
+        layout=(layout, FoldedLayout),
+        backend=(backend, (str, type(None))),
+        timeout=(timeout, (timedelta, type(None))),
+        separate=(separate, Iterable),
+    )
+    _check_backend(backend)
     names = (separate,) if isinstance(separate, str) else tuple(separate)
     for name in names:
         if name not in AXES:
@@ -380,6 +389,14 @@ def create_groups(
     if factory.generation:
         _forget_meshes()
     return FoldedGroups(layout, dist.get_rank(), factory, chosen, owns_default)
+
+
+def _check_backend(backend: str | None) -> None:
+    """Raise for a name that torch does not know, also where no group is made: ``"cpu:gloo,cuda:nccl"`` names two."""
+    for name in [] if backend is None else [part.rpartition(":")[2] for part in backend.split(",")]:
+        if name.lower() not in dist.Backend.backend_list:
+            known = ", ".join(map(repr, dist.Backend.backend_list))
+            raise GroupsError(f"backend is {backend!r}, and torch.distributed knows no {name!r}. It knows {known}.")
 
 
 def _initialise_from_environment(layout: FoldedLayout, backend: str | None, timeout: timedelta | None) -> None:

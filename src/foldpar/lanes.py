@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from foldpar.arguments import expect
 from foldpar.collectives import all_gather, all_reduce_, gather_rows, split_rows
 from foldpar.dispatching import Partition
 from foldpar.groups import FoldedGroups
@@ -36,6 +37,7 @@ class LaneState:
     partition: Partition = "tokens"
 
     def __post_init__(self) -> None:
+        expect("LaneState", groups=(self.groups, FoldedGroups))
         for name, choices in (
             ("lanes", ("replicated", "sharded")),
             ("lane_grads", ("replicated", "partial", "post-hoc")),

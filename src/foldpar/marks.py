@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from foldpar.arguments import expect
 from foldpar.dtensors import (
     MeshAxes,
     MeshDim,
@@ -149,6 +150,7 @@ def parameter_families(model: nn.Module, groups: FoldedGroups) -> dict[str, Para
         FamilyError: a parameter has no mark and ``tp > 1``; a tied parameter is marked in two ways; a DTensor's
             placement contradicts the mark on the parameter or on the module that owns it.
     """
+    expect("parameter_families", model=(model, nn.Module), groups=(groups, FoldedGroups))
     return {resolved.name: resolved.family for resolved in resolve_parameters(model, groups)}
 
 
@@ -169,6 +171,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         >>> import torch
         >>> optimizer = torch.optim.SGD(parameter_groups(model), lr=0.1)
     """
+    expect("parameter_groups", model=(model, nn.Module))
     bring_back_shards(model)
     members: dict[tuple[str, DeviceMesh | None], list[nn.Parameter]] = {}
     for use in _first_uses(model):
@@ -272,6 +275,7 @@ def resolve_parameters(model: nn.Module, groups: FoldedGroups) -> list[ResolvedP
     Layers of one model may fold their experts differently: an expert family is one of the groups of the nearest module
     around the parameter that has groups, a dense family is one of ``groups``.
     """
+    expect("parameters", model=(model, nn.Module), groups=(groups, FoldedGroups))
     _check_one_dense_view(model, groups)
     bring_back_shards(model)
     axes_of = MeshAxes()

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from foldpar.activations import Activation
+from foldpar.arguments import expect
 from foldpar.capacity import Capacity, limit_capacity
 from foldpar.collectives import even_row_counts
 from foldpar.counters import LayerCounters
 from foldpar.dispatching import Partition
-from foldpar.errors import GroupsError, ShapeError
+from foldpar.errors import ArgumentError, GroupsError, ShapeError
 from foldpar.experts import GroupedExperts
 from foldpar.families import (
     EXPERT_BIAS,
@@ -44,7 +45,7 @@ from foldpar.lanes import LaneGradients, Lanes, LaneState
 from foldpar.marks import mark_children, mark_parameters
 from foldpar.onesided import OneSided
 from foldpar.randomness import random_region
-from foldpar.routing import Router, Routing
+from foldpar.routing import Router, Routing, check_routing
 
 
 class FoldedMoE(nn.Module):
@@ -106,6 +107,15 @@ class FoldedMoE(nn.Module):
         check: bool | None = None,
     ) -> None:
         super().__init__()
+        expect(
+            "FoldedMoE",
+            groups=(groups, FoldedGroups),
+            shared=(shared, (nn.Module, type(None))),
+            capacity=(capacity, (Capacity, type(None))),
+            counters=(counters, (LayerCounters, type(None))),
+            one_sided=(one_sided, (OneSided, type(None))),
+        )
+        _check_parts(router, experts)
         made_for = getattr(experts, "groups", groups)
         if made_for is not groups:
             raise GroupsError(
@@ -176,6 +186,7 @@ class FoldedMoE(nn.Module):
     )
     def _routed(self, x: Tensor, ids: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Routing]:
         """The routed experts' part of the output, and the routing."""
+        expect("FoldedMoE", ids=(ids, (Tensor, type(None))), padding=(padding, (Tensor, type(None))))
         tokens = x.reshape(-1, x.shape[-1])
         checked = self.checks.due(tokens)
         if checked:
@@ -245,15 +256,35 @@ class FoldedMoE(nn.Module):
             region = random_region(state.random_region, self.groups.coordinate, device=own.device)
         with region:
             routing = self.router(own, **given)
+        check_routing(routing, own.shape[0])
         if self.capacity is None:
             return routing
         counts = even_row_counts(x.numel() // x.shape[-1], self.groups.tp.size) if state.lanes == "replicated" else None
         return limit_capacity(routing, state, self.capacity, num_experts=self.experts.num_experts, row_counts=counts)
 
     def _check_input(self, x: Tensor) -> None:
+        expect("FoldedMoE", x=(x, Tensor))
         if x.dim() == 0 or x.shape[-1] != self.experts.dim:
             raise ShapeError(f"FoldedMoE takes [..., dim] with dim = {self.experts.dim}, and got {list(x.shape)}.")
         check_device_and_dtype(x, self.experts)
+
+
+def _check_parts(router: object, experts: object) -> None:
+    """Raise unless one is called with rows and the other computes them."""
+    if isinstance(router, GroupedExperts):
+        raise ArgumentError("FoldedMoE(router, experts, groups): router and experts are swapped.")
+    if not callable(router):
+        raise ArgumentError(
+            f"FoldedMoE: router must be called with rows and return a foldpar.Routing, as foldpar.TopKRouter does; a "
+            f"{type(router).__name__} cannot be called."
+        )
+    missing = [name for name in ("num_experts", "dim") if not hasattr(experts, name)]
+    if missing or not callable(experts):
+        raise ArgumentError(
+            f"FoldedMoE: experts must be foldpar.GroupedExperts, or a module with num_experts and dim that is called "
+            f"with (rows, rows_per_expert); a {type(experts).__name__} has no "
+            f"{' and no '.join(missing or ['forward'])}."
+        )
 
 
 def _goes_with(name: str, shape: torch.Size, x: Tensor) -> None:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from foldpar.arguments import expect
 from foldpar.collectives import all_gather
 from foldpar.dtensors import local_tensor, partial_dimension
 from foldpar.errors import FamilyError
@@ -40,6 +41,9 @@ def get_total_norm(model: nn.Module, groups: FoldedGroups, *, norm_type: float =
         ValueError: ``norm_type`` is not positive. FamilyError: a family is unknown or contradicted
             (:func:`~foldpar.gradients.parameter_families`), or a DTensor gradient is still partial.
     """
+    expect(
+        "get_total_norm", model=(model, nn.Module), groups=(groups, FoldedGroups), norm_type=(norm_type, (float, int))
+    )
     if not norm_type > 0:
         raise ValueError(f"norm_type = {norm_type!r} must be a positive number or infinity.")
     folds: dict[FoldedGroups, int] = {groups: 0}
@@ -94,6 +98,14 @@ def clip_grad_norm_(
         RuntimeError: the norm is infinite or NaN and ``error_if_nonfinite``; on every rank, with gradients untouched.
         GradientError: a gradient was not reduced. ValueError, FamilyError: see :func:`get_total_norm`.
     """
+    expect(
+        "clip_grad_norm_",
+        model=(model, nn.Module),
+        max_norm=(max_norm, (float, int, Tensor)),
+        groups=(groups, FoldedGroups),
+    )
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm = {max_norm} must be zero or more; gradients are scaled down to it.")
     if groups.layout.world > 1:
         refuse_unreduced_gradients(model.named_parameters(), "clip_grad_norm_")
     norm = get_total_norm(model, groups, norm_type=norm_type)

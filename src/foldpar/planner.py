@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from foldpar.activations import Activation, is_gated
+from foldpar.arguments import expect
 from foldpar.dense_plan import DensePlan, DenseStep, ending_in, model_plan, plan_dense
 from foldpar.dtensors import is_dtensor
 from foldpar.errors import ModelError, ShapeError
@@ -123,6 +124,7 @@ def plan_fold(model: nn.Module, layout: FoldedLayout, *, adapters: Iterable[MoEA
             sharded already; a block that cannot be folded. ShapeError: ``ep`` does not divide the experts, ``etp``
             their hidden width, or ``tp`` heads or widths; the text names the valid choices.
     """
+    expect("plan_fold", model=(model, nn.Module), layout=(layout, FoldedLayout))
     return survey(model, layout, adapters).plan
 
 

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
+from foldpar.arguments import expect
 from foldpar.layout import Coordinate
 
 Region = Literal["replicated", "own_rows", "tp_sharded"]
@@ -54,6 +55,7 @@ def region_generator(
 
     Source: the random number generators of tensor parallelism (Shoeybi et al. 2019, appendix B.2), here without state.
     """
+    expect("region_generator", coordinate=(coordinate, Coordinate))
     return torch.Generator(device).manual_seed(_derived_seed(region, coordinate, seed, offset))
 
 
@@ -94,6 +96,7 @@ def random_region(
     Raises:
         ValueError: an unknown region.
     """
+    expect("random_region", coordinate=(coordinate, Coordinate))
     if seed is None:
         seed = int(torch.randint(2**62, (), device="cpu").item())
     derived = _derived_seed(region, coordinate, seed, offset)

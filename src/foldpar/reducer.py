@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from foldpar.arguments import expect, expect_sizes
 from foldpar.buckets import PackedBucket, Piece, PieceCutter, scale, settle
 from foldpar.collectives import all_gather, start_all_reduce
 from foldpar.errors import FamilyError, ShardingError
@@ -79,6 +80,13 @@ class GradientReducer:
         bucket_bytes: int = BUCKET_BYTES,
         check: bool | None = None,
     ) -> None:
+        expect_sizes("GradientReducer", bucket_bytes=bucket_bytes)
+        expect(
+            "GradientReducer",
+            model=(model, nn.Module),
+            groups=(groups, FoldedGroups),
+            reduce_dtype=(reduce_dtype, (torch.dtype, type(None))),
+        )
         self._model, self._groups, self._check = model, groups, check
         self._cutter = PieceCutter(loss, reduce_dtype, groups)
         parameters = parameters_to_reduce(model, groups)

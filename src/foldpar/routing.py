@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from foldpar.arguments import expect, expect_sizes
 from foldpar.errors import ShapeError
+from foldpar.integers import as_integer
 from foldpar.recomputation import in_backward
 from foldpar.selection import GroupLimit, allowed, check_group_limit, largest
 
@@ -40,6 +43,27 @@ class Routing:
     scores: Tensor | None = None
     padding: Tensor | None = None
     padded_slots: Tensor | None = None
+
+
+def check_routing(routing: object, rows: int) -> None:
+    """Raise unless it is a routing of so many rows.
+
+    Raises:
+        ArgumentError: something else. ShapeError: a wrong shape or dtype.
+    """
+    expect("A router's result", routing=(routing, Routing))
+    assert isinstance(routing, Routing)
+    expect("A router's result", ids=(routing.ids, Tensor), weights=(routing.weights, Tensor))
+    if routing.ids.dim() != 2 or routing.ids.shape[0] != rows:
+        raise ShapeError(
+            f"A router of {rows} row(s) returns ids [tokens, top_k] = [{rows}, top_k], and these are "
+            f"{list(routing.ids.shape)}."
+        )
+    if not routing.weights.is_floating_point():
+        raise ShapeError(
+            f"Routing weights must be floating point, and are {routing.weights.dtype}; ids are {routing.ids.dtype}. "
+            f"The order is Routing(ids, weights)."
+        )
 
 
 class Router(Protocol):
@@ -128,8 +152,22 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
+        expect_sizes("TopKRouter", dim=dim, num_experts=num_experts)
+        expect(
+            "TopKRouter",
+            scaling_factor=(scaling_factor, (float, int)),
+            jitter=(jitter, (float, int)),
+            group_limit=(group_limit, (GroupLimit, type(None))),
+            router_dtype=(router_dtype, (torch.dtype, type(None))),
+        )
+        if as_integer(top_k) is None or not 1 <= top_k <= num_experts:
             raise ShapeError(f"top_k = {top_k} must be between 1 and num_experts = {num_experts}.")
+        if not math.isfinite(scaling_factor):
+            raise ValueError(f"scaling_factor = {scaling_factor} must be finite: every weight is multiplied by it.")
+        if router_dtype is not None and not router_dtype.is_floating_point:
+            raise ShapeError(
+                f"router_dtype = {router_dtype} must be a floating-point dtype: logits are computed in it."
+            )
         _check_choices(score, score_over, renormalize, jitter)
         if group_limit is not None:
             check_group_limit(group_limit, num_experts, top_k)
@@ -163,6 +201,9 @@ class TopKRouter(nn.Module):
         ``ids``, ``[tokens, top_k]``, are used instead of an own selection, with weights from the scores as always: the
         replay of a recorded routing. ``padding``, ``[tokens]``, bool, is true for padding tokens.
         """
+        expect("TopKRouter", x=(x, Tensor))
+        if x.dim() != 2 or x.shape[1] != self.dim:
+            raise ShapeError(f"TopKRouter takes rows, [tokens, dim = {self.dim}], and got {list(x.shape)}.")
         if self.is_random:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         logits = self._logits(x)

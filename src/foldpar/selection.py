@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from foldpar.arguments import expect_sizes
 from foldpar.errors import ShapeError
 from foldpar.integers import divisors, listed
 
@@ -24,6 +25,11 @@ class GroupLimit:
     num_groups: int
     top_groups: int
     score: Literal["max", "top2_sum"] = "max"
+
+    def __post_init__(self) -> None:
+        expect_sizes("GroupLimit", num_groups=self.num_groups, top_groups=self.top_groups)
+        if self.score not in ("max", "top2_sum"):
+            raise ValueError(f"The score of a group is {self.score!r}; choose 'max' or 'top2_sum'.")
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -55,8 +61,6 @@ def check_group_limit(limit: GroupLimit, num_experts: int, top_k: int) -> None:
             f"top_groups = {limit.top_groups} does not fit: top_k = {top_k} experts need {fewest} or more of the "
             f"num_groups = {groups} groups of {per_group}. top_groups can be {fewest} to {groups}."
         )
-    if limit.score not in ("max", "top2_sum"):
-        raise ValueError(f"The score of a group is {limit.score!r}; choose 'max' or 'top2_sum'.")
     if limit.score == "top2_sum" and per_group < 2:
         raise ShapeError(
             f"score='top2_sum' adds the two best experts of a group, but num_groups = {groups} leaves {per_group} "

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from foldpar.arguments import expect
 from foldpar.dtensors import adopt, is_dtensor, local_tensor
 from foldpar.errors import FamilyError, GroupsError, ShapeError, ShardingError
 from foldpar.families import Reduction
@@ -120,6 +121,7 @@ def shard_model(
 
     Source: ZeRO (Rajbhandari et al. 2020), stages 1 to 3; FSDP2 (``torch.distributed.fsdp.fully_shard``).
     """
+    expect("shard_model", model=(model, nn.Module), groups=(groups, FoldedGroups))
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise ValueError(
             f"stage = {stage!r} is unknown. It can be 1 (shards of optimizer states), 2 (and of gradients) or 3 (and "
@@ -194,6 +196,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         >>> model.weight.grad
         tensor([[2., 2.]])
     """
+    expect("accumulate", model=(model, nn.Module))
     modules = list(fsdp_modules(model))
     record = sharded_module(model)
     stage = record.stage if record is not None else 0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from foldpar.arguments import expect
 from foldpar.dtensors import is_dtensor, local_tensor, refuse_foreign_scalers
 from foldpar.errors import GradientError
 from foldpar.groups import FoldedGroups
@@ -59,6 +60,7 @@ def declare_reduced(model: nn.Module) -> None:
         >>> model(torch.ones(1, 2)).sum().backward()
         >>> declare_reduced(model)   # behind an all-reduce of your own
     """
+    expect("declare_reduced", model=(model, nn.Module))
     stamp(model.parameters())
 
 
