@@ -11,8 +11,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,9 @@ from torch.optim import Optimizer
 from foldpar import __version__
 from foldpar.checkpoint_dcp import StoredTensors, Writing, write_blocks
 from foldpar.checkpoint_files import (
+    Claim,
     begin,
+    check_shared,
     check_sizes,
     damaged_sums,
     discard,
@@ -99,9 +101,10 @@ def save_checkpoint(
     random state of every rank, ``step`` and ``extra``. Every rank writes its own part of what several hold, and
     nothing is gathered. Extra states of modules (``get_extra_state``) are not saved.
 
-    The checkpoint appears at ``path`` in one atomic step, when all of it is on the disk. Until then it is
-    ``path.incomplete``, which loading refuses and the next save to this path replaces. So a save that is killed at any
-    moment leaves the checkpoints before it as they were.
+    The checkpoint appears at ``path`` in one atomic step, when all of it is on the disk. Until then it is a folder
+    ``path.<token>.incomplete`` of this save alone, which loading refuses, and which the next save to this path removes
+    if this one is dead. So a save that is killed at any moment leaves the checkpoints before it as they were, and two
+    saves never mix: while one runs, another at its name is an error at once.
 
     Args:
         path: where all ranks can write. What is there must not be a complete checkpoint.
@@ -120,7 +123,8 @@ def save_checkpoint(
         save_checkpoint(f"runs/step-{step}", model, optimizer, groups, step=step)
 
     Raises:
-        CheckpointError: on every rank: there is a complete checkpoint or something else at the path; ranks passed
+        CheckpointError: on every rank: there is a complete checkpoint or something else at the path, or it is being
+            saved; the ranks do not see one shared folder; ranks passed
             different arguments; a state cannot be placed; writing failed on some rank, such as a full disk. Also where
             another rank ended: then after the timeout of the process group at most.
         FamilyError: see :func:`~foldpar.placements.parameter_placements`.
@@ -132,14 +136,15 @@ def save_checkpoint(
     given = {"path": path, "step": step, "extra": part.extra, "asynchronous": asynchronous}
     _check_same_arguments(ranks, optimizer=optimizer is not None, **given)
     _check_same_model(ranks, part)
-    manifest = _begin(ranks, path, part, groups, step)
+    start = _begin(ranks, path, part, groups, step)
     if not asynchronous:
-        _write(ranks, path, manifest, part.blocks, part.values, background=False)
+        _write(ranks, path, start, part.blocks, part.values, background=False)
         return None
-    blocks = ranks.together(lambda: [replace(block, tensor=_snapshot(block.tensor)) for block in part.blocks])
-    own = separate_world(groups)
+    with _discarded_on_error(start.claim):
+        blocks = ranks.together(lambda: [replace(block, tensor=_snapshot(block.tensor)) for block in part.blocks])
+        own = separate_world(groups)
     background = Ranks.of(groups, f"Saving {path}", None if own is None else own.tp.process_group)
-    pending = PendingSave(partial(_write, background, path, manifest, blocks, part.values, background=True), own)
+    pending = PendingSave(partial(_write, background, path, start, blocks, part.values, background=True), own)
     setattr(model, _PENDING, pending)
     return pending
 
@@ -336,16 +341,37 @@ def _check_same_model(ranks: Ranks, part: _Part) -> None:
             )
 
 
-def _begin(ranks: Ranks, path: Path, part: _Part, groups: FoldedGroups, step: int | None) -> Manifest | None:
-    """Make the unfinished directory, and on rank 0 the manifest; an error is raised on every rank."""
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A save that has begun: its token, and on rank 0 its claim on the name and its manifest, still without files."""
+
+    token: str
+    claim: Claim | None
+    manifest: Manifest | None
+
+
+@contextmanager
+def _discarded_on_error(claim: Claim | None) -> Iterator[None]:
+    """On rank 0: what was begun is removed if the save does not come to its end, by Ctrl-C for example."""
+    try:
+        yield
+    except BaseException:
+        if claim is not None:
+            with suppress(OSError):
+                discard(claim)
+        raise
+
+
+def _begin(ranks: Ranks, path: Path, part: _Part, groups: FoldedGroups, step: int | None) -> _Start:
+    """Make the folder of this save, and see it on every rank; an error is raised on every rank."""
     first_of_stage = groups.rank % groups.layout.stage_size == 0
     of_optimizer = None if part.optimizer is None else part.optimizer.record
     record = (part.state.parameters, part.state.buffers, of_optimizer) if first_of_stage else None
     records = ranks.gather(record)
-    manifest, error = None, None
+    begun, error = None, None
     if ranks.rank == 0:
 
-        def prepare() -> Manifest:
+        def prepare() -> tuple[Manifest, Claim]:
             stages = [record for record in records if record is not None]
             _check_names(stages)
             found = Manifest(
@@ -360,12 +386,15 @@ def _begin(ranks: Ranks, path: Path, part: _Part, groups: FoldedGroups, step: in
                 optimizer=_joined([optimizer for _, _, optimizer in stages if optimizer is not None]),
                 files={},
             )
-            begin(path)
-            return found
+            return found, begin(path)
 
-        manifest, error = attempt(prepare)
-    _raise_on_all(ranks, error)
-    return manifest
+        begun, error = attempt(prepare)
+    manifest, claim = begun or (None, None)
+    with _discarded_on_error(claim):
+        _raise_on_all(ranks, error)
+        token = ranks.broadcast(claim.token if claim is not None else "")
+        ranks.together(partial(check_shared, path, token))
+    return _Start(token, claim, manifest)
 
 
 def _check_names(stages: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Any]]) -> None:
@@ -401,31 +430,26 @@ def _snapshot(tensor: Tensor) -> Tensor:
 def _write(
     ranks: Ranks,
     path: Path,
-    manifest: Manifest | None,
+    start: _Start,
     blocks: Sequence[Block],
     values: Mapping[str, Any],
     *,
     background: bool,
 ) -> None:
-    try:
-        writing = Writing(unfinished(path), blocks, values, background)
+    with _discarded_on_error(start.claim):
+        writing = Writing(unfinished(path, start.token), start.token, blocks, values, background)
         results, records = write_blocks(writing, ranks)
         error = None
-        if manifest is not None:
-            whole = manifest
+        if start.claim is not None and start.manifest is not None:
+            claim, manifest = start.claim, start.manifest
 
             def finish() -> None:
                 # The metadata is written by this rank too, so its records are complete only then.
                 files = {**records, **writing.finish(results)}
-                publish(path, whole.with_files(files))
+                publish(claim, manifest.with_files(files))
 
             _, error = attempt(finish)
         _raise_on_all(ranks, error)
-    except Exception:
-        if ranks.rank == 0:
-            with suppress(OSError):
-                discard(path)
-        raise
 
 
 def _raise_on_all(ranks: Ranks, error: Exception | None) -> None:

@@ -55,10 +55,13 @@ __all__ = ["StoredTensors", "Writing", "write_blocks"]
 class Writing:
     """One save of this rank: plan together, write alone, finish on rank 0."""
 
-    def __init__(self, folder: Path, blocks: Sequence[Block], values: Mapping[str, Any], background: bool) -> None:
+    def __init__(
+        self, folder: Path, token: str, blocks: Sequence[Block], values: Mapping[str, Any], background: bool
+    ) -> None:
         # A copy-ahead buffer runs on a CUDA stream; what is written in the background is on the CPU already.
         self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0 if background else 10_000_000)
-        self._files = self._writer.fs = _HashingFiles()
+        self._files = self._writer.fs = _HashingFiles(token)
+        self._writer.save_id = token
         self._folder = folder
         self._planner = _SavePlanner(blocks, values)
         self._metadata: Metadata | None = None
@@ -143,7 +146,8 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 class _HashingFiles(FileSystem):
     """Files that are summed up while they are written, so that nothing is read again."""
 
-    def __init__(self) -> None:
+    def __init__(self, token: str) -> None:
+        self.token = token
         self.records: dict[str, FileRecord] = {}
         self.failure: OSError | None = None
 
@@ -162,7 +166,7 @@ class _HashingFiles(FileSystem):
                 raise
             finally:
                 self.failure = self.failure or hashed.failure
-        self.records[Path(path).name] = FileRecord(hashed.size, hashed.digest.hexdigest())
+        self.records[Path(path).name] = FileRecord(hashed.size, hashed.digest.hexdigest(), self.token)
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)

@@ -20,10 +20,11 @@ _DEGREES = ("world", "tp", "ep", "etp", "pp", "cp", "order")
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """Size in bytes and SHA-256 sum of one file."""
+    """Size in bytes and SHA-256 sum of one file, and the token of the save that wrote it."""
 
     size: int
     sha256: str
+    save: str = ""
 
 
 @dataclass(frozen=True, slots=True)
