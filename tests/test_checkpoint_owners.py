@@ -160,9 +160,10 @@ def test_an_interrupted_save_lets_go_of_its_name(tmp_path, groups, monkeypatch):
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(checkpoint_dcp._HashingStream, "write", interrupted)
-        save_checkpoint(tmp_path / "step-1", filled(5.0), None, groups, step=1)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path / "step-1", filled(5.0), None, groups, step=1)
     assert not names(tmp_path)
     save_checkpoint(tmp_path / "step-1", filled(5.0), None, groups, step=1)
     assert value_of(tmp_path / "step-1", groups) == (1, [5.0])
@@ -209,10 +210,10 @@ def save_on_nodes_of_their_own(folder: Path) -> str:
         node.mkdir()
         os.chdir(node)
         torch.manual_seed(0)
-        with pytest.raises(CheckpointError) as caught, pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint_files, "_PATIENCE", 0.1)
-            # One name on all ranks, and another folder on each.
-            save_checkpoint("/proc/self/cwd/runs/step-1", nn.Linear(3, 3), None, groups, step=1)
+            with pytest.raises(CheckpointError) as caught:  # one name on all ranks, and another folder on each
+                save_checkpoint("/proc/self/cwd/runs/step-1", nn.Linear(3, 3), None, groups, step=1)
         return str(caught.value)
 
 

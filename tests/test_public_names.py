@@ -35,6 +35,7 @@ FLOORS = (
         "checkpoint_files",
         "checkpoint_manifest",
         "checkpoint_matching",
+        "checkpoint_pending",
         "checkpoint_ranks",
         "checkpoint_state",
         "dense_plan",

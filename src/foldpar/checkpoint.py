@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -40,6 +39,7 @@ from foldpar.checkpoint_files import (
 )
 from foldpar.checkpoint_manifest import Manifest, OptimizerRecord
 from foldpar.checkpoint_matching import Match, left_over, match_model, match_optimizer
+from foldpar.checkpoint_pending import PendingSave, settle
 from foldpar.checkpoint_ranks import Ranks, attempt, separate_world
 from foldpar.checkpoint_state import (
     Block,
@@ -56,7 +56,6 @@ from foldpar.layout import FoldedLayout
 
 __all__ = ["CheckpointInfo", "PendingSave", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
-_PENDING = "_foldpar_pending_save"
 _SHOWN = 8
 
 
@@ -115,7 +114,7 @@ def save_checkpoint(
             It comes back as JSON makes it, with tuples as lists.
         asynchronous: copy this rank's part to the CPU, write it in a thread, and return a :class:`PendingSave`. What
             training changes afterwards does not change what is saved. Errors come from its ``wait()``, or else from
-            the next save of this model, which waits for this one first. Call ``wait()`` before the process groups end.
+            the next save or ``groups.destroy()``, which wait for it; at the interpreter's exit they are a warning.
         piece_bytes: no piece of a file is larger. Loading in another layout holds one such piece at a time.
 
     Example::
@@ -131,7 +130,7 @@ def save_checkpoint(
     """
     path = Path(os.path.abspath(path))
     ranks = Ranks.of(groups, f"Saving {path}")
-    _settle_pending(model)
+    settle(ranks, model, groups)
     part = ranks.together(partial(_describe, model, optimizer, groups, step, extra, piece_bytes))
     given = {"path": path, "step": step, "extra": part.extra, "asynchronous": asynchronous}
     _check_same_arguments(ranks, optimizer=optimizer is not None, **given)
@@ -144,50 +143,8 @@ def save_checkpoint(
         blocks = ranks.together(lambda: [replace(block, tensor=_snapshot(block.tensor)) for block in part.blocks])
         own = separate_world(groups)
     background = Ranks.of(groups, f"Saving {path}", None if own is None else own.tp.process_group)
-    pending = PendingSave(partial(_write, background, path, start, blocks, part.values, background=True), own)
-    setattr(model, _PENDING, pending)
-    return pending
-
-
-class PendingSave:
-    """A save that is being written in the background; :meth:`wait` for it."""
-
-    def __init__(self, work: Callable[[], None], groups: FoldedGroups | None) -> None:
-        self._groups = groups
-        self._error: Exception | None = None
-        self._told = False
-        self._thread = threading.Thread(target=self._run, args=(work,), name="foldpar-save")
-        self._thread.start()
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return not self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Return when the checkpoint is complete; call it on every rank.
-
-        Raises:
-            CheckpointError: the save failed; the text says on which rank and why. Earlier checkpoints are untouched.
-        """
-        self._thread.join()
-        if self._groups is not None:
-            self._groups.destroy()
-            self._groups = None
-        self._told, error = True, self._error
-        if error is not None:
-            raise error
-
-    def _run(self, work: Callable[[], None]) -> None:
-        _, self._error = attempt(work)
-
-    # A model remembers its pending save. A copy of the model has none of its own, and a pickled one has none.
-
-    def __deepcopy__(self, memo: object) -> PendingSave:
-        return self
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
+    work = partial(_write, background, path, start, blocks, part.values, background=True)
+    return PendingSave(work, model, groups, own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,20 +415,6 @@ def _raise_on_all(ranks: Ranks, error: Exception | None) -> None:
     text = ranks.broadcast(None if error is None else str(error) if known else failed_write(error))
     if text is not None:
         raise CheckpointError(f"{ranks.doing}: {text}") from error
-
-
-def _settle_pending(model: nn.Module) -> None:
-    """Wait for the save before this one, and raise its error if nobody has been told."""
-    pending: PendingSave | None = getattr(model, _PENDING, None)
-    if pending is None:
-        return
-    delattr(model, _PENDING)
-    told = pending._told
-    try:
-        pending.wait()
-    except CheckpointError as error:
-        if not told:
-            raise CheckpointError(f"The save before this one, in the background, failed. {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
