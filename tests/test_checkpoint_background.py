@@ -39,7 +39,7 @@ def forgotten(folder: Path) -> list[str]:
         slow(patch)
         with foldpar.create_groups(SOLVED) as groups:
             save_checkpoint(folder / "step-1", model(), None, groups, step=1, asynchronous=True)
-        with pytest.raises(ZeroDivisionError), foldpar.create_groups(SOLVED) as groups:
+        with pytest.raises(ZeroDivisionError), foldpar.create_groups(SOLVED) as groups:  # noqa: PT012
             save_checkpoint(folder / "step-2", model(), None, groups, step=2, asynchronous=True)
             raise ZeroDivisionError
         with cases.broken_writes(groups.rank == 1, after=100):
@@ -49,7 +49,7 @@ def forgotten(folder: Path) -> list[str]:
                 groups.destroy()
             texts.append(str(caught.value))
             groups.destroy()
-            with pytest.warns(RuntimeWarning) as warned, pytest.raises(ZeroDivisionError):  # noqa: PT031, SIM117
+            with pytest.warns(RuntimeWarning) as warned, pytest.raises(ZeroDivisionError):  # noqa: PT012, PT031, SIM117
                 with foldpar.create_groups(SOLVED) as groups:
                     save_checkpoint(folder / "broken", model(), None, groups, asynchronous=True)
                     raise ZeroDivisionError
@@ -74,7 +74,7 @@ def of_another_model(folder: Path) -> list[str]:
             broken = save_checkpoint(folder / "average", second, None, groups, asynchronous=True)
             assert broken is not None
             broken._thread.join()
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(CheckpointError) as caught:  # noqa: PT012
             if groups.rank == 0:
                 broken.wait()  # only this rank has been told: the next save tells the other, and both stay in step
             else:

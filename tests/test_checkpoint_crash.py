@@ -124,7 +124,10 @@ def check_kills(folder: Path, operations: list[list[str]], points: list[dict[str
     [again] = attempts(folder, [{}], leftovers[-1])
     assert again["ended"] == [0] * WORLD and not again["answers"][0]["error"]
     assert_loads(folder / f"attempt-{leftovers[-1]}", leftovers[-1])
-    assert latest_checkpoint(folder) == folder / f"attempt-{leftovers[-1]}"
+    complete |= {f"attempt-{leftovers[-1]}"}
+    assert latest_checkpoint(folder) == folder / max(complete, key=lambda name: int(name.removeprefix("attempt-")))
+    # What the killed ones left went with it, all of it.
+    assert not [path for path in folder.iterdir() if path.name.endswith(".incomplete")]
     assert not unfinished(folder / f"attempt-{leftovers[-1]}")
 
 

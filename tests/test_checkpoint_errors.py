@@ -331,7 +331,7 @@ def test_what_is_there_is_not_written_over(saved, groups):
         save_checkpoint(saved.parent / "next", *trained(groups, 0), groups)
     assert (leftover / "notes.txt").read_text() == "mine"
     (saved.parent / "empty").mkdir()
-    save_checkpoint(saved.parent / "empty", *trained(groups, 0), groups, step=3)
+    save_checkpoint(saved.parent / "empty", *trained(groups, 0), groups, step=10)
     assert latest_checkpoint(saved.parent) == saved.parent / "empty"
 
 

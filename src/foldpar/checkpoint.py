@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +35,8 @@ from foldpar.checkpoint_files import (
     latest_checkpoint,
     publish,
     read_manifest,
+    remove_leftovers,
+    remove_old,
     unfinished,
     wrong_sums,
 )
@@ -69,6 +72,7 @@ def save_checkpoint(
     step: int | None = ...,
     extra: Any = ...,
     asynchronous: Literal[False] = ...,
+    keep: int | None = ...,
     piece_bytes: int = ...,
 ) -> None: ...
 @overload
@@ -81,6 +85,7 @@ def save_checkpoint(
     step: int | None = ...,
     extra: Any = ...,
     asynchronous: bool,
+    keep: int | None = ...,
     piece_bytes: int = ...,
 ) -> PendingSave | None: ...
 def save_checkpoint(
@@ -92,6 +97,7 @@ def save_checkpoint(
     step: int | None = None,
     extra: Any = None,
     asynchronous: bool = False,
+    keep: int | None = None,
     piece_bytes: int = 2**26,
 ) -> PendingSave | None:
     """Save everything that training needs to go on, for any layout to load; call it on every rank.
@@ -103,7 +109,8 @@ def save_checkpoint(
     The checkpoint appears at ``path`` in one atomic step, when all of it is on the disk. Until then it is a folder
     ``path.<token>.incomplete`` of this save alone, which loading refuses, and which the next save to this path removes
     if this one is dead. So a save that is killed at any moment leaves the checkpoints before it as they were, and two
-    saves never mix: while one runs, another at its name is an error at once.
+    saves never mix: while one runs, another at its name is an error at once. What killed saves left in the folder
+    around it is removed when a save there has succeeded.
 
     Args:
         path: where all ranks can write. What is there must not be a complete checkpoint.
@@ -115,11 +122,14 @@ def save_checkpoint(
         asynchronous: copy this rank's part to the CPU, write it in a thread, and return a :class:`PendingSave`. What
             training changes afterwards does not change what is saved. Errors come from its ``wait()``, or else from
             the next save or ``groups.destroy()``, which wait for it; at the interpreter's exit they are a warning.
+        keep: when this checkpoint is complete, remove older ones beside it, so that it and the newest others, ``keep``
+            in all, are left: of those whose names differ from this one's in numbers alone (``step-100``, ``step-200``),
+            and that hold nothing but a checkpoint's files. ``None`` removes none.
         piece_bytes: no piece of a file is larger. Loading in another layout holds one such piece at a time.
 
     Example::
 
-        save_checkpoint(f"runs/step-{step}", model, optimizer, groups, step=step)
+        save_checkpoint(f"runs/step-{step}", model, optimizer, groups, step=step, keep=3)
 
     Raises:
         CheckpointError: on every rank: there is a complete checkpoint or something else at the path, or it is being
@@ -131,32 +141,35 @@ def save_checkpoint(
     path = Path(os.path.abspath(path))
     ranks = Ranks.of(groups, f"Saving {path}")
     settle(ranks, model, groups)
-    part = ranks.together(partial(_describe, model, optimizer, groups, step, extra, piece_bytes))
-    given = {"path": path, "step": step, "extra": part.extra, "asynchronous": asynchronous}
+    part = ranks.together(partial(_describe, model, optimizer, groups, path, step, extra, keep, piece_bytes))
+    given = {"path": path, "step": step, "extra": part.extra, "asynchronous": asynchronous, "keep": keep}
     _check_same_arguments(ranks, optimizer=optimizer is not None, **given)
     _check_same_model(ranks, part)
     start = _begin(ranks, path, part, groups, step)
     if not asynchronous:
-        _write(ranks, path, start, part.blocks, part.values, background=False)
+        _write(ranks, path, start, part.blocks, part.values, keep, background=False)
         return None
     with _discarded_on_error(start.claim):
         blocks = ranks.together(lambda: [replace(block, tensor=_snapshot(block.tensor)) for block in part.blocks])
         own = separate_world(groups)
     background = Ranks.of(groups, f"Saving {path}", None if own is None else own.tp.process_group)
-    work = partial(_write, background, path, start, blocks, part.values, background=True)
+    work = partial(_write, background, path, start, blocks, part.values, keep, background=True)
     return PendingSave(work, model, groups, own)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """What :func:`load_checkpoint` found beside tensors."""
+    """What :func:`load_checkpoint` found beside tensors.
 
-    path: Path
+    Without a checkpoint (``path`` is ``None``) the step is 0, and everything else is as it was.
+    """
+
+    path: Path | None
     step: int | None
     extra: Any
     layout: FoldedLayout
     """That of the run which saved it."""
-    random_state: Literal["restored", "other layout"]
+    random_state: Literal["restored", "other layout", "nothing loaded"]
     """Random states are of ranks, so they are put back only where the layout is the same."""
     optimizer: str | None
     """The class of the optimizer in the checkpoint, loaded or not."""
@@ -165,7 +178,7 @@ class CheckpointInfo:
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
     model: nn.Module,
     optimizer: Optimizer | None,
     groups: FoldedGroups,
@@ -186,6 +199,7 @@ def load_checkpoint(
     torch keeps its metadata as a pickle.
 
     Args:
+        path: ``None``, which ``latest_checkpoint`` gives where there is none, loads nothing: training starts at step 0.
         optimizer: ``None`` loads the model alone.
         cast: convert parameters and buffers of another dtype, and states with them.
         verify: compare the SHA-256 sums of all files first, which reads them once more. Sizes are always compared.
@@ -194,17 +208,19 @@ def load_checkpoint(
     Example::
 
         info = load_checkpoint(latest_checkpoint("runs"), model, optimizer, groups)
-        first_step = info.step + 1
+        first_step = info.step + 1  # 1, if there was none
 
     Raises:
         CheckpointError: on every rank: no complete checkpoint, files of another size or sum, a newer format, another
             model, shape, dtype or optimizer; with nothing written. Or reading failed on some rank.
         FamilyError: see :func:`~foldpar.placements.parameter_placements`.
     """
-    path = Path(os.path.abspath(path))
-    ranks = Ranks.of(groups, f"Loading {path}")
+    path = None if path is None else Path(os.path.abspath(path))
+    ranks = Ranks.of(groups, f"Loading {path or 'nothing'}")
     given = {"path": path, "cast": cast, "verify": verify, "staged": staged}
     _check_same_arguments(ranks, optimizer=optimizer is not None, **given)
+    if path is None:
+        return CheckpointInfo(None, 0, None, groups.layout, "nothing loaded", None, __version__, str(torch.__version__))
     manifest = ranks.together(partial(_open, path, ranks))
     if verify:
         _verify(ranks, path, manifest)
@@ -248,10 +264,25 @@ class _Part:
 
 
 def _describe(
-    model: nn.Module, optimizer: Optimizer | None, groups: FoldedGroups, step: int | None, extra: Any, piece_bytes: int
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    groups: FoldedGroups,
+    path: Path,
+    step: int | None,
+    extra: Any,
+    keep: int | None,
+    piece_bytes: int,
 ) -> _Part:
     if piece_bytes < 1:
         raise ValueError(f"piece_bytes = {piece_bytes} must be positive: the size of the largest piece in bytes.")
+    if keep is not None:
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise ValueError(f"keep = {keep!r} must be 1 or more, the checkpoints to keep, or None for all of them.")
+        if not any(letter.isdigit() for letter in path.name):
+            raise CheckpointError(
+                f"keep = {keep} counts checkpoints whose names differ in numbers, and {path.name} has none: give it "
+                f"one, such as {path.name}-{step or 100}."
+            )
     if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
         raise CheckpointError(f"step = {step!r} is not an integer. Other things to remember go into extra.")
     try:
@@ -390,6 +421,7 @@ def _write(
     start: _Start,
     blocks: Sequence[Block],
     values: Mapping[str, Any],
+    keep: int | None,
     *,
     background: bool,
 ) -> None:
@@ -407,6 +439,18 @@ def _write(
 
             _, error = attempt(finish)
         _raise_on_all(ranks, error)
+    if ranks.rank == 0:
+        _clear(path, keep)
+
+
+def _clear(path: Path, keep: int | None) -> None:
+    """Remove what is not to be kept any more; the checkpoint itself is complete."""
+    try:
+        remove_leftovers(path.parent)
+        if keep is not None:
+            remove_old(path, keep)
+    except (OSError, CheckpointError) as error:
+        warnings.warn(f"{path} is saved, but older files beside it were not removed: {error}", stacklevel=2)
 
 
 def _raise_on_all(ranks: Ranks, error: Exception | None) -> None:

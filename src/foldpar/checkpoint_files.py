@@ -15,7 +15,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,8 @@ __all__ = [
     "latest_checkpoint",
     "publish",
     "read_manifest",
+    "remove_leftovers",
+    "remove_old",
     "unfinished",
     "wrong_sums",
 ]
@@ -42,33 +44,102 @@ _SUFFIX = ".incomplete"
 _LOCK = ".lock"
 _METADATA = ".metadata"
 _SHOWN = 5
+_LEFTOVER = re.compile(rf"(.+)\.(?:[0-9a-f]{{12}}|lock){re.escape(_SUFFIX)}")
+_DEAD_AFTER = 3600.0  # seconds without a change, after which another node's save is taken for dead
+_CLEARING = "removing leftovers"
 _PATIENCE = 5.0  # seconds in which a network file system has to show what another node wrote
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The newest complete checkpoint among the directories in a folder, or ``None``; nothing is communicated.
 
-    Complete means: its ``foldpar.json`` is whole, and every file that it names is there in its full size. Unfinished
-    and damaged checkpoints are passed over. Newest by the time at which it was saved, which copying does not change.
-    While another save may be running, let one rank look and send the others what it found.
+    Complete means: its ``foldpar.json`` is whole, and every file that it names is there in its full size. Unfinished,
+    damaged and unreadable ones are passed over. Newest is the one of the highest step, then the one that was saved
+    last; steps, unlike clocks, agree between nodes. While another save may be running, let one rank look and send the
+    others what it found.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     print(latest_checkpoint(folder))
         None
+
+    Raises:
+        CheckpointError: the folder itself cannot be read, so that nobody knows whether there is one to go on from.
     """
-    found: list[tuple[float, str, Path]] = []
-    folder = Path(folder)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir() and not path.name.endswith(_SUFFIX) and (path / MANIFEST).is_file():
-            try:
-                manifest = read_manifest(path)
-                check_sizes(path, manifest)
-            except (CheckpointError, OSError):
-                continue
-            found.append((manifest.time, path.name, path))
-    return max(found)[2] if found else None
+    found = _complete(Path(folder))
+    return found[-1] if found else None
+
+
+def _complete(folder: Path) -> list[Path]:
+    """All complete checkpoints in a folder, the newest last."""
+    try:
+        paths = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be read ({error}), so it is not known whether it holds a checkpoint to go on from. Give "
+            f"it the rights that are missing, or another folder."
+        ) from error
+    found = [(when, path) for path in paths if (when := _saved_when(path)) is not None]
+    return [path for _, path in sorted(found)]
+
+
+def _saved_when(path: Path) -> tuple[bool, int, float] | None:
+    """Step and time of a complete checkpoint; ``None`` if it is none, for whatever reason."""
+    try:
+        if path.name.endswith(_SUFFIX) or not (path / MANIFEST).is_file():
+            return None
+        manifest = read_manifest(path)
+        check_sizes(path, manifest)
+        return manifest.step is not None, manifest.step or 0, float(manifest.time)
+    except Exception:  # a stranger's directory may hold anything
+        return None
+
+
+def remove_old(path: Path, keep: int) -> None:
+    """Remove complete checkpoints beside one that was just saved, but for it and the newest others, ``keep`` in all.
+
+    Only those whose names differ from its name in numbers alone, and that hold nothing but a checkpoint's files.
+    """
+    alike = re.compile("[0-9]+".join(re.escape(part) for part in re.split("[0-9]+", path.name)))
+    others = [other for other in _complete(path.parent) if other != path and alike.fullmatch(other.name)]
+    for other in others[: max(0, len(others) - keep + 1)]:
+        own = all(_of_checkpoint(file) or _of_nfs(file) for file in other.iterdir())
+        if own and not other.is_symlink() and not os.path.ismount(other):
+            removed = unfinished(other, secrets.token_hex(6))  # killed from here on, it is a leftover
+            os.rename(other, removed)
+            _remove(removed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what saves left in a folder that were killed there; what may still be written stays."""
+    for name in sorted({match[1] for path in folder.iterdir() if (match := _LEFTOVER.fullmatch(path.name))}):
+        path = folder / name
+        leftovers = _leftovers(path)
+        # A lock alone may be of a save that is about to make its folder.
+        if not leftovers and time.time() - _changed(_lock_of(path)) < _DEAD_AFTER:
+            continue
+        elsewhere = _Lock.host(path) not in ("", socket.gethostname())
+        try:
+            lock = _Lock(path, clearing=True)
+        except (CheckpointError, OSError):
+            continue  # it lives, or it is no lock
+        try:
+            for leftover in leftovers:
+                # Locks of some file systems are known on their own node only.
+                if lock.held and not (elsewhere and time.time() - _changed(leftover) < _DEAD_AFTER):
+                    _remove(leftover)
+        finally:
+            lock.release()
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:
+        return time.time()
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +311,7 @@ def _remove(folder: Path) -> None:
         return
     left = False
     for file in folder.iterdir():
-        own = file.suffix == ".distcp" or file.name.startswith((_METADATA, MANIFEST))
-        if own and (file.is_symlink() or not file.is_dir()):
+        if _of_checkpoint(file):
             file.unlink()
         else:
             left = left or not _of_nfs(file)
@@ -250,17 +320,21 @@ def _remove(folder: Path) -> None:
             folder.rmdir()
 
 
+def _of_checkpoint(file: Path) -> bool:
+    named = file.suffix == ".distcp" or file.name.startswith((_METADATA, MANIFEST))
+    return named and (file.is_symlink() or not file.is_dir())
+
+
 def _of_nfs(file: Path) -> bool:
     """What NFS keeps of a removed file that somebody holds open; it goes by itself."""
     return file.name.startswith(".nfs")
 
 
-def _leftovers(path: Path) -> Iterator[Path]:
+def _leftovers(path: Path) -> list[Path]:
     """Folders of saves of this name, which live no more if the name's lock is ours."""
     pattern = re.compile(rf"{re.escape(path.name)}(\.[0-9a-f]{{12}})?{re.escape(_SUFFIX)}")
-    for other in path.parent.iterdir() if path.parent.is_dir() else ():
-        if pattern.fullmatch(other.name):
-            yield other
+    found = path.parent.iterdir() if path.parent.is_dir() else ()
+    return [other for other in found if pattern.fullmatch(other.name)]
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -285,7 +359,8 @@ class _Lock:
         CheckpointError: another save holds it, of this process or of another.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, clearing: bool = False) -> None:
+        end = time.monotonic() + 1.0
         self._file = _lock_of(path)
         self._descriptor: int | None = None
         while self._descriptor is None:
@@ -293,28 +368,46 @@ class _Lock:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                owner = os.read(descriptor, 200).decode(errors="replace").strip()
                 os.close(descriptor)
+                if (not owner or owner.endswith(_CLEARING)) and time.monotonic() < end:
+                    time.sleep(0.02)  # it is only being cleared, or its owner is about to write who it is
+                    continue
                 raise CheckpointError(
-                    f"{path} is being saved already, by {owner}. There is one save at a name at a time: wait() for "
-                    f"that one, or save under another name. Nothing was written."
+                    f"{path} is being saved already, by {owner or 'another process'}. There is one save at a name at a "
+                    f"time: wait() for that one, or save under another name. Nothing was written."
                 ) from None
             except OSError:
                 os.close(descriptor)
-                return
+                break
             if self._file.exists() and os.path.samestat(os.fstat(descriptor), self._file.stat()):
                 self._descriptor = descriptor
             else:  # its owner has just removed it
                 os.close(descriptor)
-        os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, f"{socket.gethostname()} process {os.getpid()}\n".encode())
+        self.held = self._descriptor is not None
+        if self._descriptor is not None:
+            os.ftruncate(self._descriptor, 0)
+            owner = f"{socket.gethostname()} process {os.getpid()}{f' {_CLEARING}' if clearing else ''}"
+            os.write(self._descriptor, owner.encode())
+        self._released = False
+
+    @staticmethod
+    def host(path: Path) -> str:
+        """The node of the last process that had the lock of a name."""
+        try:
+            return _lock_of(path).read_text()[:200].partition(" ")[0]
+        except (OSError, ValueError):
+            return ""
 
     def release(self) -> None:
         """Let go of the name; repeating it does nothing."""
+        if self._released:
+            return
+        self._released = True
+        with suppress(OSError):
+            self._file.unlink()
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            with suppress(OSError):
-                self._file.unlink()
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)  # also where a forked process has it still open
             os.close(descriptor)
@@ -346,7 +439,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         text = (path / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        leftover = None if path.exists() else next(_leftovers(path), None)
+        leftover = None if path.exists() else next(iter(_leftovers(path)), None)
         if leftover is not None:
             raise CheckpointError(
                 f"{path} was not completed: only {leftover.name} is there, from a save that was killed, failed "
