@@ -117,29 +117,18 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what saves left in a folder that were killed there; what may still be written stays."""
     for name in sorted({match[1] for path in folder.iterdir() if (match := _LEFTOVER.fullmatch(path.name))}):
         path = folder / name
-        leftovers = _leftovers(path)
-        # A lock alone may be of a save that is about to make its folder.
-        if not leftovers and time.time() - _changed(_lock_of(path)) < _DEAD_AFTER:
-            continue
         elsewhere = _Lock.host(path) not in ("", socket.gethostname())
         try:
             lock = _Lock(path, clearing=True)
         except (CheckpointError, OSError):
             continue  # it lives, or it is no lock
         try:
-            for leftover in leftovers:
+            for leftover in _leftovers(path):
                 # Locks of some file systems are known on their own node only.
-                if lock.held and not (elsewhere and time.time() - _changed(leftover) < _DEAD_AFTER):
+                if lock.held and not (elsewhere and time.time() - leftover.stat().st_mtime < _DEAD_AFTER):
                     _remove(leftover)
         finally:
             lock.release()
-
-
-def _changed(path: Path) -> float:
-    try:
-        return path.lstat().st_mtime
-    except FileNotFoundError:
-        return time.time()
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +349,7 @@ class _Lock:
     """
 
     def __init__(self, path: Path, *, clearing: bool = False) -> None:
-        end = time.monotonic() + 1.0
+        patience, end = True, time.monotonic() + 1.0
         self._file = _lock_of(path)
         self._descriptor: int | None = None
         while self._descriptor is None:
@@ -370,8 +359,9 @@ class _Lock:
             except BlockingIOError:
                 owner = os.read(descriptor, 200).decode(errors="replace").strip()
                 os.close(descriptor)
-                if (not owner or owner.endswith(_CLEARING)) and time.monotonic() < end:
-                    time.sleep(0.02)  # it is only being cleared, or its owner is about to write who it is
+                if (patience or not owner or owner.endswith(_CLEARING)) and time.monotonic() < end:
+                    patience = False
+                    time.sleep(0.02)  # it may only be cleared, or its owner is about to write who it is
                     continue
                 raise CheckpointError(
                     f"{path} is being saved already, by {owner or 'another process'}. There is one save at a name at a "
