@@ -195,8 +195,8 @@ def load_checkpoint(
     ``foreach``, ``capturable``, ``differentiable``).
 
     Everything that does not fit is found before the first write, on all ranks together, and named in one error. A file
-    that turns out unreadable later leaves model and optimizer half loaded, unless ``staged``. Load only what you trust:
-    torch keeps its metadata as a pickle.
+    that turns out unreadable later leaves model and optimizer half loaded, unless ``staged``. Nothing in the files is
+    run, and nothing outside of the folder is read; values are as good as whoever wrote them.
 
     Args:
         path: ``None``, which ``latest_checkpoint`` gives where there is none, loads nothing: training starts at step 0.
@@ -228,13 +228,13 @@ def load_checkpoint(
         match = ranks.together(partial(_match, manifest, model, optimizer, groups, cast, staged))
         _raise_problems(ranks, path, manifest, match, groups, optimizer is not None)
         same_layout = manifest.layout == groups.layout
-        value = _read(ranks, path, match, groups.rank if same_layout else None, staged)
+        value = _read(ranks, path, manifest, match, groups.rank if same_layout else None, staged)
         for target, fresh in match.copies:
             target.copy_(fresh)
     if optimizer is not None:
         _install(optimizer, match)
     if value is not None:
-        restore_random_state(value)
+        ranks.together(partial(restore_random_state, value))
     return CheckpointInfo(
         path,
         manifest.step,
@@ -508,13 +508,13 @@ def _raise_problems(
         raise CheckpointError(f"{path} does not fit. Nothing was loaded.{listed}")
 
 
-def _read(ranks: Ranks, path: Path, match: Match, random_rank: int | None, staged: bool) -> Any:
+def _read(ranks: Ranks, path: Path, manifest: Manifest, match: Match, random_rank: int | None, staged: bool) -> Any:
     """Read all tensors, and the random state of a rank if asked to."""
     key = None if random_rank is None else f"random.{random_rank}"
 
     def plan() -> tuple[StoredTensors, list[Any]]:
         try:
-            stored = StoredTensors(path)
+            stored = StoredTensors(path, manifest)
             items = [item for entry in match.entries for item in stored.read_items(entry)]
         except Exception as error:
             raise CheckpointError(f"{path} is damaged: {error}. Nothing was loaded.") from error

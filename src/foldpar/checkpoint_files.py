@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -24,6 +25,7 @@ from foldpar.checkpoint_manifest import MANIFEST, FileRecord, Manifest
 from foldpar.errors import CheckpointError
 
 __all__ = [
+    "METADATA",
     "Claim",
     "begin",
     "check_shared",
@@ -33,6 +35,7 @@ __all__ = [
     "failed_write",
     "latest_checkpoint",
     "publish",
+    "read_bounded",
     "read_manifest",
     "remove_leftovers",
     "remove_old",
@@ -42,11 +45,12 @@ __all__ = [
 
 _SUFFIX = ".incomplete"
 _LOCK = ".lock"
-_METADATA = ".metadata"
+METADATA = ".metadata"
 _SHOWN = 5
 _LEFTOVER = re.compile(rf"(.+)\.(?:[0-9a-f]{{12}}|lock){re.escape(_SUFFIX)}")
 _DEAD_AFTER = 3600.0  # seconds without a change, after which another node's save is taken for dead
 _CLEARING = "removing leftovers"
+_LARGEST = 2**28  # bytes of a file that is read whole: some million pieces of tensors
 _PATIENCE = 5.0  # seconds in which a network file system has to show what another node wrote
 
 
@@ -310,7 +314,7 @@ def _remove(folder: Path) -> None:
 
 
 def _of_checkpoint(file: Path) -> bool:
-    named = file.suffix == ".distcp" or file.name.startswith((_METADATA, MANIFEST))
+    named = file.suffix == ".distcp" or file.name.startswith((METADATA, MANIFEST))
     return named and (file.is_symlink() or not file.is_dir())
 
 
@@ -427,7 +431,7 @@ def read_manifest(path: Path) -> Manifest:
             f"missing. Load an older one (latest_checkpoint(folder) finds the newest complete one)."
         )
     try:
-        text = (path / MANIFEST).read_bytes()
+        text = read_bounded(path / MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         leftover = None if path.exists() else next(iter(_leftovers(path)), None)
         if leftover is not None:
@@ -440,11 +444,34 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.from_bytes(text, str(path / MANIFEST))
 
 
+def read_bounded(file: Path) -> bytes:
+    """All of a regular file of a folder that a stranger may have made.
+
+    Raises:
+        CheckpointError: it is something else (a device, a FIFO, a link out of the folder), or too large to be read.
+    """
+    strange = _strange(file)
+    size = file.stat().st_size
+    if strange is None and size > _LARGEST:
+        strange = f"has {size} bytes, more than the {_LARGEST} that a file which is read whole may have"
+    if strange is not None:
+        raise CheckpointError(_damaged(file.parent, [f"{file.name} {strange}"]))
+    with open(file, "rb") as stream:
+        return stream.read(_LARGEST)
+
+
+def _strange(file: Path) -> str | None:
+    """Why reading a file could give what is not in its folder, or never end."""
+    if file.is_symlink() and Path(os.path.realpath(file)).parent != Path(os.path.realpath(file.parent)):
+        return "is a link that leads out of the folder"
+    return None if stat.S_ISREG(file.stat().st_mode) else "is no regular file"
+
+
 def check_sizes(path: Path, manifest: Manifest) -> None:
     """Compare the sizes of all files with those in the manifest.
 
     Raises:
-        CheckpointError: files are missing or have another size.
+        CheckpointError: files are missing, have another size, or are no files.
     """
     wrong = _wrong_sizes(path, manifest.files)
     if wrong:
@@ -456,8 +483,12 @@ def _wrong_sizes(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
     for name, record in files.items():
         try:
             size = (folder / name).stat().st_size
+            strange = _strange(folder / name)
         except FileNotFoundError:
             wrong.append(f"{name} is missing")
+            continue
+        if strange is not None:
+            wrong.append(f"{name} {strange}")
             continue
         if size != record.size:
             wrong.append(f"{name} has {size} bytes instead of {record.size}")
