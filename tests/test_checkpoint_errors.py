@@ -448,7 +448,7 @@ def test_arguments_that_cannot_be(groups, tmp_path):
     for options, text in [
         (
             {"extra": {"a": torch.zeros(2)}},
-            r"extra cannot be written as JSON: Object of type Tensor .* It can hold",
+            r"extra cannot be written as JSON: Object of type Tensor at extra\['a'\] .* It can hold",
         ),
         ({"step": 1.5}, r"step = 1\.5 is not an integer\. Other things to remember go into extra"),
         ({"step": True}, "step = True is not an integer"),

@@ -44,6 +44,13 @@ from foldpar.checkpoint_manifest import Manifest, OptimizerRecord
 from foldpar.checkpoint_matching import Match, left_over, match_model, match_optimizer
 from foldpar.checkpoint_pending import PendingSave, settle
 from foldpar.checkpoint_ranks import Ranks, attempt, separate_world
+from foldpar.checkpoint_schedulers import (
+    Scheduler,
+    as_schedulers,
+    install_schedulers,
+    match_schedulers,
+    scheduler_states,
+)
 from foldpar.checkpoint_state import (
     Block,
     ModelState,
@@ -53,6 +60,7 @@ from foldpar.checkpoint_state import (
     random_state,
     restore_random_state,
 )
+from foldpar.checkpoint_values import decode, encode
 from foldpar.errors import CheckpointError
 from foldpar.groups import FoldedGroups
 from foldpar.layout import FoldedLayout
@@ -71,6 +79,7 @@ def save_checkpoint(
     *,
     step: int | None = ...,
     extra: Any = ...,
+    schedulers: Scheduler | Sequence[Scheduler] = ...,
     asynchronous: Literal[False] = ...,
     keep: int | None = ...,
     piece_bytes: int = ...,
@@ -84,6 +93,7 @@ def save_checkpoint(
     *,
     step: int | None = ...,
     extra: Any = ...,
+    schedulers: Scheduler | Sequence[Scheduler] = ...,
     asynchronous: bool,
     keep: int | None = ...,
     piece_bytes: int = ...,
@@ -96,6 +106,7 @@ def save_checkpoint(
     *,
     step: int | None = None,
     extra: Any = None,
+    schedulers: Scheduler | Sequence[Scheduler] = (),
     asynchronous: bool = False,
     keep: int | None = None,
     piece_bytes: int = 2**26,
@@ -103,8 +114,8 @@ def save_checkpoint(
     """Save everything that training needs to go on, for any layout to load; call it on every rank.
 
     Saved are the parameters and persistent buffers, the states and options of the optimizer by parameter name, the
-    random state of every rank, ``step`` and ``extra``. Every rank writes its own part of what several hold, and
-    nothing is gathered. Extra states of modules (``get_extra_state``) are not saved.
+    schedulers, the random state of every rank (Python's, NumPy's, torch's), ``step`` and ``extra``. Every rank writes
+    its own part of what several hold, and nothing is gathered. Extra states of modules (``get_extra_state``) are not saved.
 
     The checkpoint appears at ``path`` in one atomic step, when all of it is on the disk. Until then it is a folder
     ``path.<token>.incomplete`` of this save alone, which loading refuses, and which the next save to this path removes
@@ -117,8 +128,11 @@ def save_checkpoint(
         optimizer: any ``torch.optim.Optimizer`` whose states have the shapes of their parameters or are single
             numbers; ``None`` saves the model alone.
         step: the number of the step.
-        extra: whatever JSON can hold, the same on all ranks: a scheduler's ``state_dict()``, the place in the data.
-            It comes back as JSON makes it, with tuples as lists.
+        extra: plain Python values, the same on all ranks, such as the place in the data: numbers, strings, bytes,
+            ``None``, and lists, tuples, sets and dictionaries of them. They come back equal and of the same types.
+        schedulers: one or several learning rate schedulers of this optimizer, torch's, transformers' or others with a
+            ``state_dict`` of plain values, alone or in a ``SequentialLR``. What they keep for each parameter group is
+            saved by parameter, so they load in any layout, where there may be other groups.
         asynchronous: copy this rank's part to the CPU, write it in a thread, and return a :class:`PendingSave`. What
             training changes afterwards does not change what is saved. Errors come from its ``wait()``, or else from
             the next save or ``groups.destroy()``, which wait for it; at the interpreter's exit they are a warning.
@@ -141,8 +155,10 @@ def save_checkpoint(
     path = Path(os.path.abspath(path))
     ranks = Ranks.of(groups, f"Saving {path}")
     settle(ranks, model, groups)
-    part = ranks.together(partial(_describe, model, optimizer, groups, path, step, extra, keep, piece_bytes))
-    given = {"path": path, "step": step, "extra": part.extra, "asynchronous": asynchronous, "keep": keep}
+    part = ranks.together(
+        partial(_describe, model, optimizer, groups, path, step, extra, schedulers, keep, piece_bytes)
+    )
+    given = {"path": path, "step": step, "extra": _text(part.extra), "asynchronous": asynchronous, "keep": keep}
     _check_same_arguments(ranks, optimizer=optimizer is not None, **given)
     _check_same_model(ranks, part)
     start = _begin(ranks, path, part, groups, step)
@@ -169,7 +185,7 @@ class CheckpointInfo:
     extra: Any
     layout: FoldedLayout
     """That of the run which saved it."""
-    random_state: Literal["restored", "other layout", "nothing loaded"]
+    random_state: Literal["restored", "other layout", "left as it was", "nothing loaded"]
     """Random states are of ranks, so they are put back only where the layout is the same."""
     optimizer: str | None
     """The class of the optimizer in the checkpoint, loaded or not."""
@@ -183,6 +199,8 @@ def load_checkpoint(
     optimizer: Optimizer | None,
     groups: FoldedGroups,
     *,
+    schedulers: Scheduler | Sequence[Scheduler] = (),
+    random_state: bool = True,
     cast: bool = False,
     verify: bool = False,
     staged: bool = False,
@@ -201,6 +219,9 @@ def load_checkpoint(
     Args:
         path: ``None``, which ``latest_checkpoint`` gives where there is none, loads nothing: training starts at step 0.
         optimizer: ``None`` loads the model alone.
+        schedulers: those whose states were saved, as many and of the same classes, in the same order.
+        random_state: put the random states back, in the layout that they were saved in. ``False`` for a model that is
+            loaded beside the one in training, such as an average, and should not rewind the generators.
         cast: convert parameters and buffers of another dtype, and states with them.
         verify: compare the SHA-256 sums of all files first, which reads them once more. Sizes are always compared.
         staged: read into new tensors and copy at the end: twice the memory of this rank's part.
@@ -217,30 +238,34 @@ def load_checkpoint(
     """
     path = None if path is None else Path(os.path.abspath(path))
     ranks = Ranks.of(groups, f"Loading {path or 'nothing'}")
-    given = {"path": path, "cast": cast, "verify": verify, "staged": staged}
+    given = {"path": path, "cast": cast, "verify": verify, "staged": staged, "random_state": random_state}
+    of_schedulers = ranks.together(partial(as_schedulers, schedulers))
     _check_same_arguments(ranks, optimizer=optimizer is not None, **given)
     if path is None:
         return CheckpointInfo(None, 0, None, groups.layout, "nothing loaded", None, __version__, str(torch.__version__))
     manifest = ranks.together(partial(_open, path, ranks))
+    extra = ranks.together(partial(decode, manifest.extra))
     if verify:
         _verify(ranks, path, manifest)
     with torch.no_grad():
-        match = ranks.together(partial(_match, manifest, model, optimizer, groups, cast, staged))
+        match = ranks.together(partial(_match, manifest, model, optimizer, groups, of_schedulers, cast, staged))
         _raise_problems(ranks, path, manifest, match, groups, optimizer is not None)
         same_layout = manifest.layout == groups.layout
-        value = _read(ranks, path, manifest, match, groups.rank if same_layout else None, staged)
+        restored = same_layout and random_state
+        value = _read(ranks, path, manifest, match, groups.rank if restored else None, staged)
         for target, fresh in match.copies:
             target.copy_(fresh)
     if optimizer is not None:
         _install(optimizer, match)
+    ranks.together(partial(install_schedulers, of_schedulers, match.schedulers))
     if value is not None:
         ranks.together(partial(restore_random_state, value))
     return CheckpointInfo(
         path,
         manifest.step,
-        manifest.extra,
+        extra,
         manifest.layout,
-        "restored" if same_layout else "other layout",
+        "restored" if restored else "other layout" if random_state else "left as it was",
         None if manifest.optimizer is None else manifest.optimizer.kind,
         manifest.foldpar,
         manifest.torch,
@@ -260,7 +285,9 @@ class _Part:
     optimizer: OptimizerState | None
     blocks: list[Block]
     values: Mapping[str, Any]
-    extra: str
+    extra: Any
+    """As :func:`~foldpar.checkpoint_values.encode` writes it."""
+    schedulers: Mapping[str, Any]
 
 
 def _describe(
@@ -270,6 +297,7 @@ def _describe(
     path: Path,
     step: int | None,
     extra: Any,
+    schedulers: Scheduler | Sequence[Scheduler],
     keep: int | None,
     piece_bytes: int,
 ) -> _Part:
@@ -285,19 +313,18 @@ def _describe(
             )
     if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
         raise CheckpointError(f"step = {step!r} is not an integer. Other things to remember go into extra.")
-    try:
-        text = json.dumps(extra, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"extra cannot be written as JSON: {error}. It can hold numbers, strings, booleans, None, and lists and "
-            f"dictionaries of them."
-        ) from None
+    encoded = encode(extra, "extra")
     state = model_state(model, groups)
     of_optimizer = None if optimizer is None else optimizer_state(optimizer, state, groups)
     entries = [*state.entries.values(), *(of_optimizer.entries if of_optimizer is not None else ())]
     blocks = [block for entry in entries for block in entry.blocks(piece_bytes)]
     values = {f"random.{groups.rank}": random_state()}
-    return _Part(groups.coordinate.pp, state, of_optimizer, blocks, values, text)
+    of_schedulers = scheduler_states(as_schedulers(schedulers), optimizer, state)
+    return _Part(groups.coordinate.pp, state, of_optimizer, blocks, values, encoded, of_schedulers)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _check_same_arguments(ranks: Ranks, **given: object) -> None:
@@ -315,7 +342,12 @@ def _check_same_arguments(ranks: Ranks, **given: object) -> None:
 def _check_same_model(ranks: Ranks, part: _Part) -> None:
     """Compare names and shapes among the ranks of each stage."""
     record = None if part.optimizer is None else part.optimizer.record
-    held = {"parameters": part.state.parameters, "buffers": part.state.buffers, "optimizer's states": record}
+    held: dict[str, object] = {
+        "parameters": part.state.parameters,
+        "buffers": part.state.buffers,
+        "optimizer's states": record,
+    }
+    held["schedulers' states"] = _text(part.schedulers)
     sums = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in held.items()}
     of_stage: dict[int, tuple[int, dict[str, str]]] = {}
     for rank, (stage, found) in enumerate(ranks.all_gather((part.stage, sums))):
@@ -354,25 +386,26 @@ def _begin(ranks: Ranks, path: Path, part: _Part, groups: FoldedGroups, step: in
     """Make the folder of this save, and see it on every rank; an error is raised on every rank."""
     first_of_stage = groups.rank % groups.layout.stage_size == 0
     of_optimizer = None if part.optimizer is None else part.optimizer.record
-    record = (part.state.parameters, part.state.buffers, of_optimizer) if first_of_stage else None
+    record = (part.state.parameters, part.state.buffers, of_optimizer, part.schedulers) if first_of_stage else None
     records = ranks.gather(record)
     begun, error = None, None
     if ranks.rank == 0:
 
         def prepare() -> tuple[Manifest, Claim]:
             stages = [record for record in records if record is not None]
-            _check_names(stages)
+            _check_names([(parameters, buffers) for parameters, buffers, *_ in stages])
             found = Manifest(
                 foldpar=__version__,
                 torch=str(torch.__version__),
                 time=time.time(),
                 step=step,
-                extra=json.loads(part.extra),
+                extra=part.extra,
                 layout=groups.layout,
-                parameters={name: tensor for parameters, _, _ in stages for name, tensor in parameters.items()},
-                buffers={name: tensor for _, buffers, _ in stages for name, tensor in buffers.items()},
-                optimizer=_joined([optimizer for _, _, optimizer in stages if optimizer is not None]),
+                parameters={name: tensor for parameters, *_ in stages for name, tensor in parameters.items()},
+                buffers={name: tensor for _, buffers, *_ in stages for name, tensor in buffers.items()},
+                optimizer=_joined([optimizer for *_, optimizer, _ in stages if optimizer is not None]),
                 files={},
+                schedulers=[schedulers for *_, schedulers in stages if schedulers],
             )
             return found, begin(path)
 
@@ -385,9 +418,9 @@ def _begin(ranks: Ranks, path: Path, part: _Part, groups: FoldedGroups, step: in
     return _Start(token, claim, manifest)
 
 
-def _check_names(stages: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Any]]) -> None:
+def _check_names(stages: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
     seen: dict[str, int] = {}
-    for stage, (parameters, buffers, _) in enumerate(stages):
+    for stage, (parameters, buffers) in enumerate(stages):
         for name in (*parameters, *buffers):
             if name in seen:
                 raise CheckpointError(
@@ -482,12 +515,19 @@ def _verify(ranks: Ranks, path: Path, manifest: Manifest) -> None:
 
 
 def _match(
-    manifest: Manifest, model: nn.Module, optimizer: Optimizer | None, groups: FoldedGroups, cast: bool, staged: bool
+    manifest: Manifest,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    groups: FoldedGroups,
+    schedulers: Sequence[Scheduler],
+    cast: bool,
+    staged: bool,
 ) -> Match:
     state, match = model_state(model, groups), Match()
     match_model(match, manifest, state, cast=cast, staged=staged)
     if optimizer is not None:
         match_optimizer(match, manifest, state, optimizer, staged=staged)
+    match.schedulers = match_schedulers(manifest.schedulers, schedulers, optimizer, state, match.problems)
     return match
 
 

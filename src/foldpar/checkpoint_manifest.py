@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import Any, Literal
@@ -75,6 +75,8 @@ class Manifest:
     buffers: Mapping[str, TensorRecord]
     optimizer: OptimizerRecord | None
     files: Mapping[str, FileRecord]
+    schedulers: Sequence[Mapping[str, Any]] = ()
+    """Of each pipeline stage, what :func:`~foldpar.checkpoint_schedulers.scheduler_states` gave; empty without any."""
 
     def with_files(self, files: Mapping[str, FileRecord]) -> Manifest:
         """The same with the list of files."""
@@ -94,6 +96,7 @@ class Manifest:
             "buffers": {name: asdict(record) for name, record in self.buffers.items()},
             "optimizer": None if self.optimizer is None else _optimizer_document(self.optimizer),
             "files": {name: asdict(record) for name, record in self.files.items()},
+            **({"schedulers": list(self.schedulers)} if self.schedulers else {}),
         }
         return (_text({**document, "sha256": _sum(document)}) + "\n").encode()
 
@@ -143,7 +146,19 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
         buffers={name: _tensor_record(record) for name, record in _dict(document["buffers"]).items()},
         optimizer=None if optimizer is None else _optimizer_record(_dict(optimizer)),
         files={_plain(name): _file_record(record) for name, record in _dict(document["files"]).items()},
+        schedulers=[_schedulers_of_stage(_dict(stage)) for stage in _list(document.get("schedulers", []))],
     )
+
+
+def _schedulers_of_stage(document: Mapping[str, Any]) -> dict[str, Any]:
+    kinds, groups, states = (_list(document[name]) for name in ("kinds", "groups", "states"))
+    if len(kinds) != len(states) or not kinds:
+        raise ValueError(f"there are {len(kinds)} schedulers and {len(states)} states")
+    return {
+        "kinds": [_text_of(kind) for kind in kinds],
+        "groups": [[_text_of(name) for name in _list(group)] for group in groups],
+        "states": [_dict(state) for state in states],
+    }
 
 
 def _plain(name: str) -> str:

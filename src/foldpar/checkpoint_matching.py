@@ -37,6 +37,7 @@ class Match:
     """Targets and the fresh tensors that are read in their place."""
     states: dict[nn.Parameter, dict[str, Any]] = field(default_factory=dict)
     options: list[tuple[dict[str, Any], Mapping[str, Any]]] = field(default_factory=list)
+    schedulers: list[dict[str, Any]] = field(default_factory=list)
 
 
 def match_model(match: Match, manifest: Manifest, state: ModelState, *, cast: bool, staged: bool) -> None:
