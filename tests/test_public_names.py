@@ -38,6 +38,7 @@ FLOORS = (
         "checkpoint_metadata",
         "checkpoint_pending",
         "checkpoint_ranks",
+        "checkpoint_replicas",
         "checkpoint_schedulers",
         "checkpoint_state",
         "checkpoint_values",

@@ -44,6 +44,7 @@ from foldpar.checkpoint_manifest import Manifest, OptimizerRecord
 from foldpar.checkpoint_matching import Match, left_over, match_model, match_optimizer
 from foldpar.checkpoint_pending import PendingSave, settle
 from foldpar.checkpoint_ranks import Ranks, attempt, separate_world
+from foldpar.checkpoint_replicas import check_copies
 from foldpar.checkpoint_schedulers import (
     Scheduler,
     as_schedulers,
@@ -53,6 +54,7 @@ from foldpar.checkpoint_schedulers import (
 )
 from foldpar.checkpoint_state import (
     Block,
+    Entry,
     ModelState,
     OptimizerState,
     model_state,
@@ -82,6 +84,7 @@ def save_checkpoint(
     schedulers: Scheduler | Sequence[Scheduler] = ...,
     asynchronous: Literal[False] = ...,
     keep: int | None = ...,
+    check_replicas: bool = ...,
     piece_bytes: int = ...,
 ) -> None: ...
 @overload
@@ -96,6 +99,7 @@ def save_checkpoint(
     schedulers: Scheduler | Sequence[Scheduler] = ...,
     asynchronous: bool,
     keep: int | None = ...,
+    check_replicas: bool = ...,
     piece_bytes: int = ...,
 ) -> PendingSave | None: ...
 def save_checkpoint(
@@ -109,13 +113,15 @@ def save_checkpoint(
     schedulers: Scheduler | Sequence[Scheduler] = (),
     asynchronous: bool = False,
     keep: int | None = None,
+    check_replicas: bool = True,
     piece_bytes: int = 2**26,
 ) -> PendingSave | None:
     """Save everything that training needs to go on, for any layout to load; call it on every rank.
 
     Saved are the parameters and persistent buffers, the states and options of the optimizer by parameter name, the
     schedulers, the random state of every rank (Python's, NumPy's, torch's), ``step`` and ``extra``. Every rank writes
-    its own part of what several hold, and nothing is gathered. Extra states of modules (``get_extra_state``) are not saved.
+    its own part of what several hold, and nothing is gathered. Extra states of modules (``get_extra_state``) are not
+    saved.
 
     The checkpoint appears at ``path`` in one atomic step, when all of it is on the disk. Until then it is a folder
     ``path.<token>.incomplete`` of this save alone, which loading refuses, and which the next save to this path removes
@@ -139,6 +145,9 @@ def save_checkpoint(
         keep: when this checkpoint is complete, remove older ones beside it, so that it and the newest others, ``keep``
             in all, are left: of those whose names differ from this one's in numbers alone (``step-100``, ``step-200``),
             and that hold nothing but a checkpoint's files. ``None`` removes none.
+        check_replicas: compare what several ranks hold, bit by bit by a digest, and refuse to save copies that differ.
+            It costs one pass over what this rank holds copies of, where it is, none of what is sharded: 0.5 s for a GB
+            on a CPU core, to the 2.4 s of its writing (``benchmarks/checkpoint.py``).
         piece_bytes: no piece of a file is larger. Loading in another layout holds one such piece at a time.
 
     Example::
@@ -147,8 +156,8 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: on every rank: there is a complete checkpoint or something else at the path, or it is being
-            saved; the ranks do not see one shared folder; ranks passed
-            different arguments; a state cannot be placed; writing failed on some rank, such as a full disk. Also where
+            saved; the ranks do not see one shared folder; ranks passed different arguments, or hold different copies;
+            a state cannot be placed; writing failed on some rank, such as a full disk. Also where
             another rank ended: then after the timeout of the process group at most.
         FamilyError: see :func:`~foldpar.placements.parameter_placements`.
     """
@@ -159,8 +168,11 @@ def save_checkpoint(
         partial(_describe, model, optimizer, groups, path, step, extra, schedulers, keep, piece_bytes)
     )
     given = {"path": path, "step": step, "extra": _text(part.extra), "asynchronous": asynchronous, "keep": keep}
+    given["check_replicas"] = check_replicas
     _check_same_arguments(ranks, optimizer=optimizer is not None, **given)
     _check_same_model(ranks, part)
+    if check_replicas and groups.layout.world > 1:
+        check_copies(ranks, part.entries, part.stage)
     start = _begin(ranks, path, part, groups, step)
     if not asynchronous:
         _write(ranks, path, start, part.blocks, part.values, keep, background=False)
@@ -223,7 +235,10 @@ def load_checkpoint(
         random_state: put the random states back, in the layout that they were saved in. ``False`` for a model that is
             loaded beside the one in training, such as an average, and should not rewind the generators.
         cast: convert parameters and buffers of another dtype, and states with them.
-        verify: compare the SHA-256 sums of all files first, which reads them once more. Sizes are always compared.
+        verify: compare the SHA-256 sums of all files first, which reads them once more; sizes are always compared, but
+            of the single bits that can flip, 4 of 10 load as wrong values without. Each rank sums up its part of the
+            files: 0.9 s for a GB on a CPU core, to the 1.0 s of its loading where files are in memory, so it is not the
+            default (``benchmarks/checkpoint.py``).
         staged: read into new tensors and copy at the end: twice the memory of this rank's part.
 
     Example::
@@ -283,6 +298,7 @@ class _Part:
     stage: int
     state: ModelState
     optimizer: OptimizerState | None
+    entries: list[Entry]
     blocks: list[Block]
     values: Mapping[str, Any]
     extra: Any
@@ -320,7 +336,7 @@ def _describe(
     blocks = [block for entry in entries for block in entry.blocks(piece_bytes)]
     values = {f"random.{groups.rank}": random_state()}
     of_schedulers = scheduler_states(as_schedulers(schedulers), optimizer, state)
-    return _Part(groups.coordinate.pp, state, of_optimizer, blocks, values, encoded, of_schedulers)
+    return _Part(groups.coordinate.pp, state, of_optimizer, entries, blocks, values, encoded, of_schedulers)
 
 
 def _text(value: Any) -> str:
@@ -340,25 +356,43 @@ def _check_same_arguments(ranks: Ranks, **given: object) -> None:
 
 
 def _check_same_model(ranks: Ranks, part: _Part) -> None:
-    """Compare names and shapes among the ranks of each stage."""
-    record = None if part.optimizer is None else part.optimizer.record
-    held: dict[str, object] = {
+    """Compare names, shapes, options and plain states among the ranks of each stage."""
+    held = {
         "parameters": part.state.parameters,
         "buffers": part.state.buffers,
-        "optimizer's states": record,
+        "optimizer's options": {} if part.optimizer is None else part.optimizer.record.options,
+        "optimizer's states": {} if part.optimizer is None else part.optimizer.record.state,
+        "schedulers' states": part.schedulers,
     }
-    held["schedulers' states"] = _text(part.schedulers)
     sums = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in held.items()}
     of_stage: dict[int, tuple[int, dict[str, str]]] = {}
     for rank, (stage, found) in enumerate(ranks.all_gather((part.stage, sums))):
         first, of_first = of_stage.setdefault(stage, (rank, found))
         differing = [name for name in sums if of_first[name] != found[name]]
         if differing:
+            texts = ranks.all_gather(_texts(held[differing[0]]) if ranks.rank in (first, rank) else {})
             raise CheckpointError(
                 f"Rank {first} and rank {rank} of one pipeline stage have different {differing[0]}, by name, global "
-                f"shape, dtype or family, so that no whole model can be saved. Build the same model and the same "
+                f"shape, dtype, family or value, so that no whole model can be saved: "
+                f"{_first_difference(texts[first], texts[rank], first, rank)}. Build the same model and the same "
                 f"optimizer on every rank of a stage, and let them take the same steps."
             )
+
+
+def _texts(value: Mapping[str, Any]) -> dict[str, str]:
+    """A line for each thing in one or two levels of dictionaries."""
+    return {
+        f"{name}{f': {inner}' if inner else ''}": repr(each)[:80]
+        for name, of in value.items()
+        for inner, each in (of.items() if isinstance(of, Mapping) else [("", of)])
+    }
+
+
+def _first_difference(one: Mapping[str, str], other: Mapping[str, str], first: int, rank: int) -> str:
+    name = next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)
+    if name is None:
+        return "they are the same, in another order"
+    return f"{name} is {one.get(name, 'missing')} on rank {first} and {other.get(name, 'missing')} on rank {rank}"
 
 
 @dataclass(frozen=True, slots=True)
