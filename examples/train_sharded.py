@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -47,12 +45,10 @@ def train(options: argparse.Namespace, groups: foldpar.FoldedGroups, device: tor
         if step % options.save_every == 0 or step == options.steps:
             path = options.folder / f"step-{step}"
             saving = foldpar.save_checkpoint(
-                path, model, optimizer, groups, step=step, asynchronous=options.asynchronous
+                path, model, optimizer, groups, step=step, keep=options.keep, asynchronous=options.asynchronous
             )
-            remove_old(options.folder, options.keep, groups)
     if saving is not None:
         saving.wait()
-        remove_old(options.folder, options.keep, groups)
     say(f"finished {options.steps} steps", groups)
 
 
@@ -60,11 +56,8 @@ def resume(folder: Path, model: ByteLM, optimizer: torch.optim.Optimizer, groups
     """Load the newest complete checkpoint, if there is one; returns how many steps are done."""
     found = [foldpar.latest_checkpoint(folder) if groups.rank == 0 else None]
     dist.broadcast_object_list(found, src=0)  # one rank looks, so that all load the same
-    if found[0] is None:
-        say("starting", groups)
-        return 0
     info = foldpar.load_checkpoint(found[0], model, optimizer, groups)
-    say(f"resuming after step {info.step}, saved by {info.layout!r}", groups)
+    say(f"resuming after step {info.step}, saved by {info.layout!r}" if info.path else "starting", groups)
     return info.step or 0
 
 
@@ -105,28 +98,6 @@ def backward(model: ByteLM, batch: Tensor, micro_batches: int) -> Tensor:
         loss = mean_loss(model, batch) / micro_batches
         loss.backward()
     return loss.detach().full_tensor()
-
-
-def remove_old(folder: Path, keep: int, groups: foldpar.FoldedGroups) -> None:
-    """Remove all but the newest checkpoints, and what killed saves before them left behind; rank 0 does it for all.
-
-    Killed here, it leaves a checkpoint with files missing, which ``latest_checkpoint`` passes over and the next call
-    removes. Steps after the newest complete checkpoint are never touched: one may be being written.
-    """
-    newest = foldpar.latest_checkpoint(folder) if groups.rank == 0 else None
-    if newest is None:
-        return
-    steps: dict[int, list[Path]] = {}
-    for path in folder.iterdir():
-        if match := re.fullmatch(r"step-(\d+)(\.incomplete)?", path.name):
-            steps.setdefault(int(match[1]), []).append(path)
-    newest_step = int(newest.name.removeprefix("step-"))
-    complete = sorted(step for step in steps if step <= newest_step and (folder / f"step-{step}").is_dir())
-    kept = set(complete[-keep:])
-    for step, paths in steps.items():
-        for path in paths:
-            if step <= newest_step and (step not in kept or path.suffix):
-                shutil.rmtree(path)
 
 
 def say(text: str, groups: foldpar.FoldedGroups) -> None:

@@ -16,6 +16,7 @@ import torch
 from byte_lm import ByteLM, Config
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import lr_scheduler
 
 import foldpar
 from foldpar import checkpoint_dcp
@@ -39,6 +40,7 @@ class Run:
     config: Config = CONFIG
     consumer: str = "replicated"
     device: str = "cpu"
+    schedule: str = ""
 
     @property
     def case(self) -> parity.Case:
@@ -64,6 +66,18 @@ def optimizer_of(model: nn.Module, kind: str, **options: Any) -> torch.optim.Opt
     return torch.optim.AdamW(groups, **{"lr": 1e-2, "weight_decay": 0.1, **options})
 
 
+def scheduler_of(optimizer: torch.optim.Optimizer, schedule: str) -> Any:
+    """Rates that change with every step; ``None`` without a name."""
+    if not schedule:
+        return None
+    if schedule == "lambda":
+        return lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    if schedule == "steps":
+        return lr_scheduler.MultiStepLR(optimizer, [2, 4], gamma=0.5)
+    warm = lr_scheduler.LinearLR(optimizer, 0.25, total_iters=2)
+    return lr_scheduler.SequentialLR(optimizer, [warm, lr_scheduler.CosineAnnealingLR(optimizer, 8)], [2])
+
+
 def batch(step: int) -> Tensor:
     generator = torch.Generator().manual_seed(100 + step)
     return torch.randint(CONFIG.vocab, (SEQUENCES, LENGTH + 1), generator=generator)
@@ -75,6 +89,7 @@ def train(
     groups: foldpar.FoldedGroups,
     run: Run,
     steps: Sequence[int],
+    scheduler: Any = None,
 ) -> list[float]:
     """The loss of each step, over the whole batch."""
     losses = []
@@ -85,6 +100,8 @@ def train(
         foldpar.clip_grad_norm_(model, 1.0, groups)
         optimizer.step()
         optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
         mean = torch.tensor([loss / data.size], dtype=torch.float64, device=run.device)
         foldpar.collectives.all_reduce_(mean, data)
         losses.append(float(mean))
@@ -99,7 +116,9 @@ def fresh(run: Run, groups: foldpar.FoldedGroups, seed: int = 7) -> tuple[nn.Mod
     return model, optimizer_of(model, run.kind)
 
 
-def in_one_process(kind: str, steps: int, config: Config = CONFIG) -> tuple[list[float], dict[str, Tensor]]:
+def in_one_process(
+    kind: str, steps: int, config: Config = CONFIG, schedule: str = ""
+) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and weights of the plain model, trained without foldpar."""
     torch.manual_seed(7)
     model = ByteLM(config).double()
@@ -107,6 +126,7 @@ def in_one_process(kind: str, steps: int, config: Config = CONFIG) -> tuple[list
         optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    scheduler = scheduler_of(optimizer, schedule)
     losses = []
     for step in range(steps):
         tokens = batch(step)
@@ -115,6 +135,8 @@ def in_one_process(kind: str, steps: int, config: Config = CONFIG) -> tuple[list
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
         losses.append(float(loss.detach()))
     return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -154,7 +176,10 @@ def assembled(of_ranks: Sequence[Shares]) -> dict[str, Tensor]:
 
 def train_and_save(run: Run, path: Path, steps: int, **options: Any) -> tuple[list[float], Shares]:
     with ready(run) as (groups, model, optimizer):
-        losses = train(model, optimizer, groups, run, range(steps))
+        scheduler = scheduler_of(optimizer, run.schedule)
+        losses = train(model, optimizer, groups, run, range(steps), scheduler)
+        if scheduler is not None:
+            options["schedulers"] = scheduler
         save_checkpoint(path, model, optimizer, groups, step=steps, extra={"note": [1, "two"]}, **options)
         return losses, shares_of(model, groups)
 
@@ -164,10 +189,13 @@ def load_and_train(
 ) -> tuple[CheckpointInfo, list[float], Shares, Shares]:
     """Info, the losses of further steps, and the weights before and after these."""
     with ready(run, seed=1) as (groups, model, optimizer):
+        scheduler = scheduler_of(optimizer, run.schedule)
+        if scheduler is not None:
+            options["schedulers"] = scheduler
         info = load_checkpoint(path, model, optimizer, groups, **options)
         loaded = shares_of(model, groups)
         assert info.step is not None
-        losses = train(model, optimizer, groups, run, range(info.step, info.step + steps))
+        losses = train(model, optimizer, groups, run, range(info.step, info.step + steps), scheduler)
         return info, losses, loaded, shares_of(model, groups)
 
 

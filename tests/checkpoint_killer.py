@@ -15,6 +15,7 @@ import builtins
 import datetime
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -34,6 +35,7 @@ from foldpar.errors import CheckpointError
 
 WORLD = 2
 TIMEOUT = 4.0
+TOKEN = r"\.[0-9a-f]{12}(?=\.incomplete)"  # of one save, in the name of its folder
 
 
 class Model(nn.Module):
@@ -80,7 +82,7 @@ class Operations:
 
     def _of_folder(self, name: str, path: object) -> None:
         if isinstance(path, (str, os.PathLike)) and str(path).startswith(self.folder):
-            self.count(f"{name} {Path(path).name}")
+            self.count(f"{name} {re.sub(TOKEN, '', Path(path).name)}")
 
     def _patch(self) -> None:
         write, fsync = checkpoint_dcp._HashingStream.write, os.fsync

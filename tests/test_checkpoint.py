@@ -36,9 +36,16 @@ solve = foldpar.solve_layout
 
 
 @pytest.fixture(scope="module")
-def uninterrupted() -> dict[str, tuple[list[float], dict[str, Tensor]]]:
-    """Six steps of the plain model in one process, for each optimizer."""
-    return {kind: cases.in_one_process(kind, 6) for kind in ("AdamW", "SGD")}
+def uninterrupted() -> Any:
+    """Six steps of the plain model in one process, for each optimizer and schedule, when they are asked for."""
+    return Uninterrupted()
+
+
+class Uninterrupted(dict[str, tuple[list[float], dict[str, Tensor]]]):
+    def __missing__(self, key: str) -> tuple[list[float], dict[str, Tensor]]:
+        kind, _, schedule = key.partition(" ")
+        self[key] = cases.in_one_process(kind, 6, schedule=schedule)
+        return self[key]
 
 
 # -- Resuming ---------------------------------------------------------------------------------------------------------
@@ -52,7 +59,7 @@ def check_resumes(folder: Path, uninterrupted: Any, saved_by: Run, loaded_by: Ru
     saved, loaded = assembled([shares for _, shares in before]), assembled([shares for _, _, shares, _ in after])
     for name, tensor in saved.items():
         assert torch.equal(tensor, loaded[name]), name
-    losses, weights = uninterrupted[saved_by.kind]
+    losses, weights = uninterrupted[f"{saved_by.kind} {saved_by.schedule}".strip()]
     final = assembled([shares for _, _, _, shares in after])
     assert before[0][0] + after[0][1] == pytest.approx(losses, rel=EXACT)
     assert set(final) == set(weights)
@@ -64,16 +71,22 @@ def check_resumes(folder: Path, uninterrupted: Any, saved_by: Run, loaded_by: Ru
     assert info.random_state == ("restored" if same else "other layout")
 
 
-def run(kind: str, stage: int = 0, consumer: str = "replicated", **layout: Any) -> Run:
-    return Run(solve(layout.pop("world"), **layout), kind, stage, consumer=consumer)
+def run(kind: str, stage: int = 0, consumer: str = "replicated", schedule: str = "", **layout: Any) -> Run:
+    return Run(solve(layout.pop("world"), **layout), kind, stage, consumer=consumer, schedule=schedule)
 
 
 @pytest.mark.parametrize(
     ("saved_by", "loaded_by"),
     [
-        (run("AdamW", world=4, tp=2, ep=4), run("AdamW", world=4, tp=4, ep=2, etp=2)),
+        (
+            run("AdamW", schedule="sequence", world=4, tp=2, ep=4),
+            run("AdamW", schedule="sequence", world=4, tp=4, ep=2, etp=2),
+        ),
         (run("SGD", world=1), run("SGD", world=4, tp=2, ep=2, order="consecutive", consumer="vocabulary")),
-        (run("AdamW", stage=3, world=4, tp=2, ep=1), run("AdamW", world=1)),  # edp (0 2 1 3)
+        (
+            run("AdamW", 3, schedule="lambda", world=4, tp=2, ep=1),
+            run("AdamW", schedule="lambda", world=1),
+        ),  # edp (0 2 1 3)
         (run("SGD", world=2, ep=2), run("SGD", stage=2, world=4, tp=2, ep=2)),
     ],
     ids=["tp2-ep4", "grows", "from-stage-3", "to-stage-2"],
@@ -95,9 +108,10 @@ FITTING = layouts(8, pp=1, tp=(1, 8), ep=(1, 8), etp=(1, 8)).filter(
     layouts=st.tuples(FITTING, FITTING),
     stages=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     kind=st.sampled_from(["AdamW", "SGD"]),
+    schedule=st.sampled_from(["", "lambda", "steps", "sequence"]),
 )
-def test_training_goes_on_in_any_other_layout(tmp_path_factory, uninterrupted, layouts, stages, kind):
-    first, second = (Run(layout, kind, stage) for layout, stage in zip(layouts, stages, strict=True))
+def test_training_goes_on_in_any_other_layout(tmp_path_factory, uninterrupted, layouts, stages, kind, schedule):
+    first, second = (Run(layout, kind, stage, schedule=schedule) for layout, stage in zip(layouts, stages, strict=True))
     check_resumes(tmp_path_factory.mktemp("any"), uninterrupted, first, second)
 
 

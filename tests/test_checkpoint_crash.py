@@ -53,9 +53,13 @@ def assert_loads(path: Path, place: int) -> None:
                 assert torch.equal(optimizer.state[one][key], state), key
 
 
+def unfinished(path: Path) -> list[Path]:
+    return list(path.parent.glob(f"{path.name}.*incomplete"))
+
+
 def assert_incomplete(path: Path) -> None:
     with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
-        for name in (path, path.with_name(path.name + ".incomplete")):
+        for name in (path, *unfinished(path)):
             with pytest.raises(CheckpointError, match=r"not completed|no complete checkpoint"):
                 load_checkpoint(name, *trained(groups, 0), groups)
 
@@ -69,7 +73,8 @@ def before(tmp_path_factory) -> tuple[Path, list[list[str]]]:
     assert_loads(folder / "attempt-0", 0)
     operations = [answer["operations"] for answer in saved["answers"]]
     manifest_last = ["open foldpar.json", "write manifest", "fsync", "fsync", "rename attempt-0.incomplete", "fsync"]
-    assert operations[0][-6:] == manifest_last  # its folder is on the disk before it gets its name
+    end = [*manifest_last, "remove attempt-0.lock.incomplete"]
+    assert operations[0][-len(end) :] == end  # its folder is on the disk before it gets its name
     return folder, operations
 
 
@@ -109,7 +114,7 @@ def check_kills(folder: Path, operations: list[list[str]], points: list[dict[str
         else:
             assert not path.exists()
             assert_incomplete(path)
-            leftovers += [place] if (folder / f"{path.name}.incomplete").exists() else []
+            leftovers += [place] if unfinished(path) else []
         assert checksum(folder / "attempt-0") == old
     assert leftovers  # some kills leave something to be replaced
     complete = {path.name for path in folder.iterdir() if not path.name.endswith(".incomplete")}
@@ -119,8 +124,11 @@ def check_kills(folder: Path, operations: list[list[str]], points: list[dict[str
     [again] = attempts(folder, [{}], leftovers[-1])
     assert again["ended"] == [0] * WORLD and not again["answers"][0]["error"]
     assert_loads(folder / f"attempt-{leftovers[-1]}", leftovers[-1])
-    assert latest_checkpoint(folder) == folder / f"attempt-{leftovers[-1]}"
-    assert not (folder / f"attempt-{leftovers[-1]}.incomplete").exists()
+    complete |= {f"attempt-{leftovers[-1]}"}
+    assert latest_checkpoint(folder) == folder / max(complete, key=lambda name: int(name.removeprefix("attempt-")))
+    # What the killed ones left went with it, all of it.
+    assert not [path for path in folder.iterdir() if path.name.endswith(".incomplete")]
+    assert not unfinished(folder / f"attempt-{leftovers[-1]}")
 
 
 def test_a_save_that_is_killed_leaves_the_checkpoints_before_it(before):
@@ -165,5 +173,5 @@ def test_a_full_disk_is_one_clear_error_on_every_rank(before):
             assert "[Errno 27] File too large" in answer["error"]
             assert "checkpoints that were complete before are untouched" in answer["error"]
             assert (f"rank {point['rank']} failed" in answer["error"]) == (rank != point["rank"])
-        assert not path.exists() and not path.with_name(path.name + ".incomplete").exists()
+        assert not path.exists() and not unfinished(path)
         assert checksum(folder / "attempt-0") == old

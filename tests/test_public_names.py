@@ -36,8 +36,13 @@ FLOORS = (
         "checkpoint_files",
         "checkpoint_manifest",
         "checkpoint_matching",
+        "checkpoint_metadata",
+        "checkpoint_pending",
         "checkpoint_ranks",
+        "checkpoint_replicas",
+        "checkpoint_schedulers",
         "checkpoint_state",
+        "checkpoint_values",
         "dense_plan",
         "hf_files",
         "hf_names",
@@ -90,7 +95,14 @@ FLOORS = (
 )
 INTEGERS_ONLY = {*FLOORS[-1], "__init__", "__main__", "cli"}
 MAY_COMMUNICATE = {"collectives", "groups", "peers", "testing"}
-USE_TORCHS_ENGINES = {"checkpoint_dcp", "checkpoint_ranks", "dtensors", "sharding", "tensor_parallel"}
+USE_TORCHS_ENGINES = {
+    "checkpoint_dcp",
+    "checkpoint_metadata",
+    "checkpoint_ranks",
+    "dtensors",
+    "sharding",
+    "tensor_parallel",
+}
 """They hand models to DCP, FSDP2 and DTensor, which live in torch.distributed."""
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -39,8 +39,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from foldpar.boxes import Box
-from foldpar.checkpoint_files import failed_write
-from foldpar.checkpoint_manifest import FileRecord
+from foldpar.checkpoint_files import METADATA, failed_write, read_bounded
+from foldpar.checkpoint_manifest import FileRecord, Manifest
+from foldpar.checkpoint_metadata import read_metadata
 from foldpar.checkpoint_ranks import Ranks
 from foldpar.checkpoint_state import Block, Entry, view
 from foldpar.errors import CheckpointError
@@ -55,10 +56,13 @@ __all__ = ["StoredTensors", "Writing", "write_blocks"]
 class Writing:
     """One save of this rank: plan together, write alone, finish on rank 0."""
 
-    def __init__(self, folder: Path, blocks: Sequence[Block], values: Mapping[str, Any], background: bool) -> None:
+    def __init__(
+        self, folder: Path, token: str, blocks: Sequence[Block], values: Mapping[str, Any], background: bool
+    ) -> None:
         # A copy-ahead buffer runs on a CUDA stream; what is written in the background is on the CPU already.
         self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0 if background else 10_000_000)
-        self._files = self._writer.fs = _HashingFiles()
+        self._files = self._writer.fs = _HashingFiles(token)
+        self._writer.save_id = token
         self._folder = folder
         self._planner = _SavePlanner(blocks, values)
         self._metadata: Metadata | None = None
@@ -143,7 +147,8 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 class _HashingFiles(FileSystem):
     """Files that are summed up while they are written, so that nothing is read again."""
 
-    def __init__(self) -> None:
+    def __init__(self, token: str) -> None:
+        self.token = token
         self.records: dict[str, FileRecord] = {}
         self.failure: OSError | None = None
 
@@ -162,7 +167,7 @@ class _HashingFiles(FileSystem):
                 raise
             finally:
                 self.failure = self.failure or hashed.failure
-        self.records[Path(path).name] = FileRecord(hashed.size, hashed.digest.hexdigest())
+        self.records[Path(path).name] = FileRecord(hashed.size, hashed.digest.hexdigest(), self.token)
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)
@@ -241,10 +246,11 @@ def _global_plans(writing: Writing, plans: list[SavePlan], ranks: Ranks) -> list
 class StoredTensors:
     """The tensors and values of a checkpoint on the disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._reader = FileSystemReader(folder)
-        self._metadata = self._reader.read_metadata()
+        self._metadata = read_metadata(read_bounded(folder / METADATA), manifest.files)
         self._reader.set_up_storage_reader(self._metadata, False)
+        self._reader.transforms = _Checked(self._reader.storage_data)  # type: ignore[assignment]
 
     def read_items(self, entry: Entry) -> list[ReadItem]:
         """What to read for a rank's share of a tensor.
@@ -263,9 +269,6 @@ class StoredTensors:
             raise CheckpointError(f"it holds only a part of {entry.key}")
         return items
 
-    def has_value(self, key: str) -> bool:
-        return isinstance(self._metadata.state_dict_metadata.get(key), BytesStorageMetadata)
-
     def read(self, entries: Sequence[Entry], items: Sequence[ReadItem], values: Sequence[str]) -> dict[str, Any]:
         """Read into the entries' tensors, and return the values by key."""
         planner = _LoadPlanner(entries)
@@ -279,8 +282,49 @@ class StoredTensors:
         return planner.values
 
     def _place(self, item: ReadItem) -> tuple[str, int]:
-        stored = self._reader.storage_data[item.storage_index]
+        stored = self._reader.storage_data.get(item.storage_index)
+        if stored is None:
+            raise CheckpointError(f"it says nowhere where {item.storage_index.fqn} lies")
         return stored.relative_path, stored.offset
+
+
+class _Checked:
+    """Streams of tensors that are as large as they look: what is packed could unpack to any size."""
+
+    def __init__(self, places: Mapping[MetadataIndex, Any]) -> None:
+        self._places = places
+
+    def transform_load_stream(self, read_item: ReadItem, descriptors: Sequence[str], raw: IO[bytes]) -> IO[bytes]:
+        with zipfile.ZipFile(_Window(raw, self._places[read_item.storage_index].length)) as archive:
+            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+                raise CheckpointError(f"{read_item.storage_index.fqn} is packed, as no save writes it")
+        raw.seek(0)
+        return raw
+
+
+class _Window(io.RawIOBase):
+    """The bytes of one tensor in a file, to be read in any order; torch's own view knows no seeks from the end."""
+
+    def __init__(self, raw: IO[bytes], size: int) -> None:
+        self._raw, self._size, self._at = raw, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._at))
+        self._raw.seek(self._at)
+        data = self._raw.read(count)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 class _LoadPlanner(LoadPlanner):

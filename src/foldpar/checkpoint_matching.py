@@ -15,11 +15,13 @@ from foldpar.boxes import Share
 from foldpar.checkpoint_manifest import Manifest, OptimizerRecord, StateRecord, TensorRecord
 from foldpar.checkpoint_state import KEPT_OPTIONS, Entry, ModelState
 from foldpar.dtensors import local_tensor
+from foldpar.errors import CheckpointError
 from foldpar.placements import Placement
 
 __all__ = ["Match", "left_over", "match_model", "match_optimizer"]
 
 _SHOWN = 5
+_SMALL = 2**20  # bytes of a tensor that may be made before anything says that the files hold so much
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +37,7 @@ class Match:
     """Targets and the fresh tensors that are read in their place."""
     states: dict[nn.Parameter, dict[str, Any]] = field(default_factory=dict)
     options: list[tuple[dict[str, Any], Mapping[str, Any]]] = field(default_factory=list)
+    schedulers: list[dict[str, Any]] = field(default_factory=list)
 
 
 def match_model(match: Match, manifest: Manifest, state: ModelState, *, cast: bool, staged: bool) -> None:
@@ -91,6 +94,7 @@ def match_optimizer(match: Match, manifest: Manifest, state: ModelState, optimiz
     canonical = _canonical(manifest)
     placements = {id(placement.parameter): placement for placement in state.placements}
     missing: list[str] = []
+    limit = sum(file.size for file in manifest.files.values())
     for number, group in enumerate(optimizer.param_groups):
         options: dict[str, Mapping[str, Any]] = {}
         for parameter in group["params"]:
@@ -107,7 +111,7 @@ def match_optimizer(match: Match, manifest: Manifest, state: ModelState, optimiz
             options[placement.name] = record.options[names[0]]
             saved_dtype = manifest.parameters[names[0]].dtype
             old = {} if staged else optimizer.state.get(parameter, {})
-            match.states[parameter] = _states(match, placement, names[0], saved_dtype, record, group, old)
+            match.states[parameter] = _states(match, placement, names[0], saved_dtype, record, group, old, limit)
         _match_options(match, number, group, options)
     if missing:
         match.problems.append(f"this optimizer holds parameters that were not optimized: {_listed(missing)}")
@@ -146,6 +150,7 @@ def _states(
     record: OptimizerRecord,
     group: Mapping[str, Any],
     old: Mapping[str, Any],
+    limit: int,
 ) -> dict[str, Any]:
     """The states of one parameter: plain values, and tensors that are still to be read."""
     states: dict[str, Any] = {}
@@ -162,6 +167,12 @@ def _states(
                 )
                 continue
             share = Share.whole(saved.shape)
+        if prod(saved.shape) * _dtype(saved.dtype).itemsize > max(limit, _SMALL):
+            match.problems.append(
+                f"the optimizer's state {key!r} of {placement.name} has the shape {list(saved.shape)}, which is more "
+                f"than all files hold"
+            )
+            continue
         state = _state_tensor(key, saved, saved_dtype, placement.parameter, group, old.get(key))
         states[key] = state
         local = placement.local(state) if saved.kind == "parameter" else local_tensor(state)
@@ -174,7 +185,7 @@ def _state_tensor(
 ) -> Tensor:
     """The tensor that takes a state: the old one where it fits, else a new one where the optimizer wants it."""
     # A state of the parameter's dtype follows the parameter when that is converted.
-    dtype = parameter.dtype if saved.dtype == saved_dtype else getattr(torch, saved.dtype)
+    dtype = parameter.dtype if saved.dtype == saved_dtype else _dtype(saved.dtype)
     shape = parameter.shape if saved.kind == "parameter" else torch.Size(saved.shape)
     if isinstance(old, Tensor) and (old.shape, old.dtype) == (shape, dtype):
         return old
@@ -182,7 +193,14 @@ def _state_tensor(
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     # Optimizers count steps on the host, unless they are told to stay on the device.
     on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
-    return torch.empty(shape, dtype=getattr(torch, saved.dtype), device="cpu" if on_host else parameter.device)
+    return torch.empty(shape, dtype=_dtype(saved.dtype), device="cpu" if on_host else parameter.device)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"A state in the checkpoint has the dtype {name!r:.60}, which torch does not know.")
+    return dtype
 
 
 def _match_options(match: Match, number: int, group: dict[str, Any], options: Mapping[str, Mapping[str, Any]]) -> None:
@@ -196,6 +214,15 @@ def _match_options(match: Match, number: int, group: dict[str, Any], options: Ma
                 f"group {number} of the optimizer joins parameters that were saved with different options: "
                 f"{differing[0]} is {first.get(differing[0])!r} for {sets[0][0]} and {other.get(differing[0])!r} for "
                 f"{name}. Make the parameter groups as they were"
+            )
+            return
+    for name, value in sets[0][1].items() if sets else ():
+        here = group.get(name)
+        number_here = isinstance(here, Tensor) and (isinstance(value, bool) or not isinstance(value, (int, float)))
+        if number_here or (isinstance(here, tuple) and not isinstance(value, list)):
+            match.problems.append(
+                f"the option {name} of group {number} of the optimizer is {here!r} here and {value!r:.60} in the "
+                f"checkpoint, which is of another kind"
             )
             return
     if sets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -224,15 +225,37 @@ def _plain_option(name: str, value: Any) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of Python's and torch's default generators, and of the current CUDA device's if CUDA is in use."""
+    """The state of Python's, NumPy's and torch's default generators, and the current CUDA device's if CUDA is in use.
+
+    NumPy's is there if somebody has loaded it.
+    """
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+    found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, numbers, *rest = numpy.random.get_state()
+        if kind == "MT19937":  # the one that it starts with; others are set by hand, and can be saved in extra
+            found["numpy"] = [torch.from_numpy(numbers.view("int32").copy()), *rest]
+    return found
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what :func:`random_state` took."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    """Put back what :func:`random_state` took.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    try:
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        torch.set_rng_state(state["torch"])
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and state.get("numpy") is not None:
+            numbers, *rest = state["numpy"]
+            numpy.random.set_state(("MT19937", numbers.numpy().view("uint32"), *rest))
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The random state of this rank in it is damaged ({error}); all else was loaded."
+        ) from error

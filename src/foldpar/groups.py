@@ -11,6 +11,7 @@ import hashlib
 import os
 import secrets
 import sys
+import warnings
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
 from foldpar.arguments import expect
-from foldpar.errors import GroupsError, LayoutError
+from foldpar.errors import FoldingError, GroupsError, LayoutError
 from foldpar.layout import AXES, Coordinate, FoldedLayout
 
 _VIEW_AXES: Mapping[str, tuple[str, ...]] = {
@@ -274,9 +275,16 @@ class FoldedGroups:
         return create_groups(layout or self.layout, backend=factory.backend, timeout=factory.timeout)
 
     def destroy(self) -> None:
-        """Destroy every communicator that this object made; call it on every rank. Repeating it does nothing."""
+        """Destroy every communicator that this object made; call it on every rank. Repeating it does nothing.
+
+        A checkpoint that is being saved in the background is waited for.
+
+        Raises:
+            CheckpointError: that save failed and nobody has asked; everything is destroyed then too.
+        """
         if self._destroyed:
             return
+        failed = [kept.finish() for kept in self.kept.values() if hasattr(kept, "finish")]
         self._destroyed = True
         had_meshes = bool(self._meshes)
         self._meshes.clear()
@@ -293,6 +301,9 @@ class FoldedGroups:
             _forget_meshes()
         if self._owns_default:
             dist.destroy_process_group()
+        for error in failed:
+            if error is not None:
+                raise error
 
     def __deepcopy__(self, memo: object) -> Self:
         return self  # a copied module talks over the same communicators
@@ -309,7 +320,12 @@ class FoldedGroups:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.destroy()
+        try:
+            self.destroy()
+        except FoldingError as failed:
+            if error is None:
+                raise
+            warnings.warn(str(failed), RuntimeWarning, stacklevel=2)  # what ended the block is the error to see
 
     def __repr__(self) -> str:
         state = "destroyed" if self._destroyed else f"{len(self._communicators)} communicator(s)"

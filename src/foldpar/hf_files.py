@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -93,9 +93,16 @@ def _places(folder: Path) -> dict[str, str]:
     if (folder / INDEX).is_file():
         try:
             index = json.loads((folder / INDEX).read_text())
-            return {str(name): str(file) for name, file in index["weight_map"].items()}
-        except (ValueError, KeyError, AttributeError) as error:
+            places = {str(name): str(file) for name, file in index["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{folder / INDEX} is damaged: {type(error).__name__}: {error}.") from error
+        outside = [file for file in places.values() if not _is_inside(file)]
+        if outside:
+            raise CheckpointError(
+                f"{folder / INDEX} names {outside[0]!r}, which is not in its folder: an index leads to files "
+                f"beside it, by plain or relative names without '..'. Nothing outside was opened."
+            )
+        return places
     if (folder / _SINGLE).is_file():
         return {_SINGLE: _SINGLE}
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
@@ -107,10 +114,18 @@ def _places(folder: Path) -> dict[str, str]:
     )
 
 
+def _is_inside(file: str) -> bool:
+    """Whether a name leads to a place in the folder; links that are there, as in the hub's cache, are its owner's."""
+    parts = PurePosixPath(file.replace("\\", "/")).parts
+    return bool(parts) and not PurePosixPath(file).is_absolute() and ".." not in parts and "\0" not in file
+
+
 def _check_not_quantised(folder: Path) -> None:
     try:
+        if not (folder / "config.json").is_file():
+            return
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return  # weights can be read without it
     quantised = config.get("quantization_config") if isinstance(config, dict) else None
     if quantised:
