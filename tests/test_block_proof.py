@@ -13,6 +13,7 @@ from hf_models import FAMILIES, tiny_model
 from test_fold_custom import DIM, EXPERTS, HAND_MADE, TOP_K, Convention, ConventionExperts, Model, Stored
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import name_of
 
 import foldpar
 from foldpar import activations, block_proof
@@ -51,7 +52,7 @@ def test_a_known_block_is_proven_once_for_each_kind(family: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("jetmoe", *BRIEF)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_every_family_is_proven(family: str, dtype: torch.dtype) -> None:
     assert all("equal to its folded self" in line for line in proof(tiny_model(family, dtype=dtype)))
     assert all("equal to its folded self" in line for line in proof(on_meta(family)))

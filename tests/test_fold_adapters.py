@@ -8,6 +8,7 @@ import pytest
 import torch
 from hf_models import tiny_model
 from test_fold_custom import HAND_MADE, Model
+from toys import name_of
 
 import foldpar
 from foldpar.errors import ModelError
@@ -18,7 +19,7 @@ LAYOUTS = (foldpar.solve_layout(1), foldpar.solve_layout(2, tp=2, ep=2))
 QWEN = "Qwen3MoeSparseMoeBlock"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 @pytest.mark.parametrize(
     ("given", "name", "nearest"),
     [
@@ -68,14 +69,14 @@ def test_what_another_stage_may_have_is_left_alone() -> None:
         ({"block": 3}, r"takes the name of a block's class"),
         ({"block": ()}, r"takes the name of a block's class"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_an_adapter_of_wrong_types_is_not_made(given: dict[str, Any], text: str) -> None:
     with pytest.raises(ModelError, match=text):
         MoEAdapter(**{"block": "HandMade", **given})
 
 
-@pytest.mark.parametrize("adapters", [HAND_MADE, "HandMade", 3, None, (HAND_MADE, "HandMade"), [None]], ids=str)
+@pytest.mark.parametrize("adapters", [HAND_MADE, "HandMade", 3, None, (HAND_MADE, "HandMade"), [None]], ids=name_of)
 def test_adapters_of_wrong_types_are_teaching_errors(adapters: Any) -> None:
     with pytest.raises(ModelError, match=r"^adapters (is a tuple|holds)"):
         plan_fold(Model(), LAYOUTS[0], adapters=adapters)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_fold_custom import DIM, EXPERTS, HIDDEN, TOP_K, Convention, ConventionExperts, Stored
 from torch import Tensor, nn
+from toys import name_of
 
 import foldpar
 from foldpar import activations, families
@@ -29,7 +30,9 @@ def fold(block: Convention, groups: foldpar.FoldedGroups, **options: object) -> 
     return block
 
 
-@pytest.mark.parametrize("options", [{}, {"partition": "assignments"}, {"check": True}, {"lanes": "sharded"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"partition": "assignments"}, {"check": True}, {"lanes": "sharded"}], ids=name_of
+)
 @pytest.mark.parametrize("layout", [foldpar.solve_layout(4, tp=2, ep=4), foldpar.solve_layout(4, tp=4, ep=2, etp=2)])
 def test_every_way_to_share_the_work_is_exact(layout: foldpar.FoldedLayout, options: dict[str, str]) -> None:
     report = check_against_one_process(
@@ -123,7 +126,7 @@ def test_tensors_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", ClampedSwiGLU(1.3, 0.8)], ids=str)
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", ClampedSwiGLU(1.3, 0.8)], ids=name_of)
 def test_the_gradient_of_a_gated_activation_is_autograds(activation: activations.Activation, interleaved: bool) -> None:
     draw = torch.Generator().manual_seed(0)
     gate_up = torch.randn(6, 10, generator=draw, dtype=torch.float64).requires_grad_()
@@ -183,7 +186,7 @@ def test_weights_of_another_storage_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ["swiglu", ClampedSwiGLU()], ids=str)
+@pytest.mark.parametrize("activation", ["swiglu", ClampedSwiGLU()], ids=name_of)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_every_storage_computes_the_same_on_gpus(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fold_parity import Case, worst
 from hf_models import BRIEFLY, FAMILIES
+from toys import name_of
 
 import foldpar.folding
 import foldpar.lane_ends
@@ -40,7 +41,7 @@ def test_every_family_is_exact(family: str) -> None:
         Case("gpt_oss", tp=4, overrides={"num_key_value_heads": 1}, steps=1),
         Case("granitemoe", tp=1, ep=2, steps=1),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_options_are_exact(case: Case) -> None:
     check(case)
@@ -89,7 +90,7 @@ def test_the_matrix_is_exact(case: Case) -> None:
         Case("phimoe", backend="spawned", random=True),
         Case("mixtral", backend="spawned", random=True, overrides={"router_jitter_noise": 0.1}),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_processes_are_exact(case: Case) -> None:
     check(case)

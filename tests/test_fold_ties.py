@@ -10,6 +10,7 @@ import pytest
 import torch
 from hf_models import VOCAB, tiny_model
 from torch import nn
+from toys import name_of
 
 import foldpar
 from foldpar.dtensors import is_dtensor
@@ -121,7 +122,7 @@ def test_what_is_shared_between_depths_stays_one_and_is_exact(family: str, tie: 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", [LAYOUT, SLICED], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUT, SLICED], ids=name_of)
 @pytest.mark.parametrize(("family", "tie"), [*TIES, *MORE_TIES], ids=lambda value: getattr(value, "__name__", value))
 def test_everything_that_is_shared_stays_one(
     family: str, tie: Callable[[Any], None], layout: foldpar.FoldedLayout

@@ -11,6 +11,7 @@ from fold_parity import Case, worst
 from hf_models import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import name_of
 
 import foldpar
 from foldpar import activations
@@ -73,7 +74,7 @@ def test_every_activation_of_transformers_is_known_kept_or_refused(name: str) ->
         (lambda x: F.silu(x), None),
         (nn.Hardtanh(-40, 40), None),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_code_and_parameters_tell(function: Any, known: str | None) -> None:
     assert activation_of(experts_with(function), "experts") == (known or OwnActivation(function, "gate"))
