@@ -84,6 +84,7 @@ FLOORS = (
         "boxes",
         "integers",
         "requirements",
+        "arguments",
         "errors",
     ),
 )
