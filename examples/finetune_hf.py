@@ -10,7 +10,7 @@ trained on it first. All runs with the same ``--global-batch`` are the same run,
 
 ``--engine transformers`` runs the same loop over transformers' own parallelism, to compare the two on one machine; that
 needs the package ``accelerate`` too.
-The last line is JSON: losses, tokens per second, peak memory.
+It ends with a short summary, or with ``--json`` with a line of JSON: losses, tokens per second, peak memory.
 """
 
 from __future__ import annotations
@@ -346,16 +346,27 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default=None, choices=["cpu", "cuda"], help="by default cuda where there is one")
     parser.add_argument("--dtype", default=None, choices=["float64", "float32", "bfloat16"], help="bfloat16 on GPUs")
     parser.add_argument("--plot", default="finetune_hf.png", help="where the loss curve goes; empty: nowhere")
-    parser.add_argument("--save", default=None, help="a folder for the trained model, as from_pretrained takes it")
+    parser.add_argument("--save", default=None, help="a new folder for the trained model, as from_pretrained takes it")
+    parser.add_argument("--json", action="store_true", help="end with a line of JSON in place of the summary")
     options = parser.parse_args()
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
-    data_ranks = int(os.environ.get("WORLD_SIZE", "1")) // options.tp
-    if data_ranks == 0 or options.global_batch % (data_ranks * options.accumulate):
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        options.layout = foldpar.solve_layout(world, tp=options.tp, ep=options.ep, etp=options.etp, order=options.order)
+    except foldpar.LayoutError as error:
+        alone = " This is one process; start several: torchrun --nproc-per-node N examples/finetune_hf.py ..."
+        parser.error(f"{error}{alone if world == 1 else ''}")
+    data_ranks = world // options.tp
+    if options.accumulate < 1 or options.steps < 1:
+        parser.error("--accumulate and --steps must be 1 or more")
+    if options.global_batch % (data_ranks * options.accumulate):
         parser.error(
             f"--global-batch {options.global_batch} must be a multiple of data ranks * --accumulate = "
             f"{data_ranks} * {options.accumulate}"
         )
+    if options.save and Path(options.save).exists():
+        parser.error(f"--save {options.save} exists already, and nothing is written over; name a new folder")
     if options.save and options.engine != "foldpar":
         parser.error("--save goes with --engine foldpar")
     return options
@@ -368,10 +379,7 @@ def main() -> None:
     if options.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    try:
-        layout = foldpar.solve_layout(world, tp=options.tp, ep=options.ep, etp=options.etp, order=options.order)
-    except foldpar.LayoutError as error:
-        raise SystemExit(str(error)) from None
+    layout = options.layout
     with (
         foldpar.create_groups(layout, backend="nccl" if options.device == "cuda" else "gloo") as groups,
         tempfile.TemporaryDirectory() as own_folder,
@@ -414,7 +422,24 @@ def main() -> None:
                 "tokens_per_second": round(tokens / seconds, 1) if options.steps > 1 else None,
                 "peak_memory_bytes": memory,
             }
-            print(json.dumps(result), flush=True)
+            print(json.dumps(result) if options.json else summary(result, options), flush=True)
+
+
+def summary(result: dict[str, Any], options: argparse.Namespace) -> str:
+    """The result for people."""
+    layout = " ".join(f"{name}={value}" for name, value in result["layout"].items() if name != "order")
+    speed = result["tokens_per_second"]
+    lines = [
+        f"{result['engine']} on {layout}, {result['dtype']}, {result['parameters']:,} parameters",
+        f"held-out loss {result['loss_before']:.3f} -> {result['loss_after']:.3f} in {len(result['losses'])} step(s)",
+        f"{'too few steps to time' if speed is None else f'{speed:,.0f} tokens/s'}, "
+        f"at most {result['peak_memory_bytes'] / 1e9:.2f} GB on a rank",
+    ]
+    if options.plot:
+        lines.append(f"the loss curve is {Path(options.plot).resolve()}")
+    if options.save:
+        lines.append(f"the trained model is {Path(options.save).resolve()}")
+    return "\n".join(lines)
 
 
 def parameters_of(folder: Path) -> int:

@@ -90,6 +90,7 @@ FLOORS = (
         "boxes",
         "integers",
         "requirements",
+        "arguments",
         "errors",
     ),
 )

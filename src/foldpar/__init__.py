@@ -184,6 +184,7 @@ _NAMES_OF_MODULE = {
     "counters": ("CounterValues", "LayerCounters"),
     "dispatching": ("DispatchPlan", "combine", "dispatch", "plan_dispatch"),
     "errors": (
+        "ArgumentError",
         "CheckpointError",
         "CollectiveError",
         "FamilyError",
