@@ -99,7 +99,7 @@ def test_weights_that_go_wrong_are_teaching_errors(weights: Any) -> None:
         plan_fold(Model(), LAYOUTS[0], adapters=(adapter,))
 
 
-@pytest.mark.parametrize("act_fn", [lambda x, y: x, 3, "silu", torch.nn.Bilinear(1, 1, 1)], ids=repr)
+@pytest.mark.parametrize("act_fn", [lambda x, y: x, 3, "silu", torch.nn.Bilinear(1, 1, 1)], ids=name_of)
 def test_an_activation_of_another_kind_is_a_teaching_error(act_fn: Any) -> None:
     model = tiny_model("mixtral")
     experts = model.model.layers[0].mlp.experts
