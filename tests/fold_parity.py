@@ -44,6 +44,7 @@ class Case:
     """``use_reentrant`` of gradient checkpointing, or none."""
     unplanned: str | None = None
     """Modules that the model's tensor-parallel plan leaves out, by a part of their names."""
+    check: bool | None = None
     random: bool = False
     """Let routers draw random numbers as in training; on spawned ranks, whose generators are their own."""
 
@@ -105,7 +106,7 @@ def train_reference(model: nn.Module, case: Case) -> Trace:
 def train_folded(model: nn.Module, case: Case, reference: Trace) -> dict[str, tuple[float, float]]:
     """On one rank: squared differences and squared norms by tensor."""
     with foldpar.create_groups(case.layout) as groups:
-        fold_model(model, groups, partition=case.partition)
+        fold_model(model, groups, partition=case.partition, check=case.check)
         found: dict[str, tuple[float, float]] = {}
         for step in range(case.steps):
             model.zero_grad()

@@ -342,6 +342,7 @@ ELSEWHERE = {
     "protocols and plain values": {
         "BalancedRouter",
         "ClampedSwiGLU",
+        "OwnActivation",
         "ExpertStorage",
         "ExpertWeights",
         "FoldedGroups",

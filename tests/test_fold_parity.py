@@ -117,5 +117,5 @@ def test_the_router_sees_the_gradients_of_all_tokens(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         foldpar.lane_ends, "split_rows", lambda x, group, *, backward: split(x, group, backward="zero_pad")
     )
-    error, name = worst(Case("mixtral", steps=1))
+    error, name = worst(Case("mixtral", steps=1, check=False))  # which the check of the first step sees too
     assert error > 1e-2 and "gradient" in name

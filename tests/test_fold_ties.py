@@ -146,9 +146,9 @@ def test_the_exactness_sees_an_untied_weight(monkeypatch: pytest.MonkeyPatch) ->
     tie_down(model)
     kept = foldpar.folding._folded
 
-    def untied(block: Any, groups: Any, partition: Any, shared: Any) -> Any:
-        shared.weights.clear()
-        return kept(block, groups, partition, shared)
+    def untied(*given: Any) -> Any:
+        given[-1].weights.clear()
+        return kept(*given)
 
     monkeypatch.setattr(foldpar.folding, "_folded", untied)
     with pytest.raises(Exception, match=r"Folding did not give what was planned|assert"):

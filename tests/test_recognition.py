@@ -240,5 +240,6 @@ def test_the_comparison_sees_a_wrong_slope(monkeypatch: pytest.MonkeyPatch) -> N
         return value, 1.01 * grad_x, grad_weights
 
     monkeypatch.setattr(activations, "backward", wrong)
+    monkeypatch.setattr("foldpar.folding.prove_block", lambda *of: "not compared")  # it sees that too
     error, _ = worst(Case("qwen3_moe", steps=1, overrides={"hidden_act": "gelu_10"}))
     assert error > 1e-3

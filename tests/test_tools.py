@@ -61,8 +61,8 @@ class Layout:
         return f"tp {self.tp} ep {self.ep}{etp}, stage {self.stage}{order}"
 
 
-QUICK = [Layout(1, 4), Layout(2, 2, stage=3)]
-COLUMNS = [*QUICK, Layout(2, 4), Layout(2, 2, etp=2), Layout(1, 2, stage=3)]
+QUICK = [Layout(1, 4)]
+COLUMNS = [*QUICK, Layout(2, 2, stage=3), Layout(2, 4), Layout(2, 2, etp=2), Layout(1, 2, stage=3)]
 ALL = [
     Layout(tp, ep, order=order, stage=stage)
     for tp in (1, 2)

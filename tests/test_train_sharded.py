@@ -109,6 +109,7 @@ def kill_and_compare(tmp_path: Path, world: int, steps: int, kills: list[dict[st
     assert len(left) == 2 and not any("incomplete" in name for name in left), left
 
 
+@pytest.mark.long
 def test_killed_once_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     options = ["--tp", "2", "--ep", "2", "--stage", "3", "--save-every", "2", "--asynchronous"]
     kill_and_compare(tmp_path, 2, 12, [{"steps": 5, "seconds": 0.01, "rank": 1}], options)
