@@ -131,6 +131,7 @@ def check_kills(folder: Path, operations: list[list[str]], points: list[dict[str
     assert not unfinished(folder / f"attempt-{leftovers[-1]}")
 
 
+@pytest.mark.long
 def test_a_save_that_is_killed_leaves_the_checkpoints_before_it(before):
     folder, operations = before
     check_kills(folder, operations, killed_at_each_kind_of_operation(operations), first=1)

@@ -56,6 +56,7 @@ def test_some_steps_equal_one_process(case: Case, stages: list[int]) -> None:
     assert_equal_to_one_process(Run(case, steps=3), stages)
 
 
+@pytest.mark.long
 def test_eight_ranks_equal_one_process() -> None:
     assert_equal_to_one_process(Run(Case(8, 2, 2, 2), steps=2), [3])
 

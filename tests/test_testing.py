@@ -297,11 +297,11 @@ def oversleep(peers_wait):
 def test_a_rank_that_does_not_answer_is_named_with_its_stack(backend, peers_wait):
     start = time.monotonic()
     with pytest.raises(RanksFailed) as caught:
-        run_ranks(oversleep, 3, peers_wait, backend=backend, timeout=0.7)
-    assert time.monotonic() - start < 4
+        run_ranks(oversleep, 3, peers_wait, backend=backend, timeout=2.0)
+    assert time.monotonic() - start < 8
     first, *others = caught.value.failures
     assert (first.rank, first.cause) == (1, "silent")
-    assert "rank 1 did not answer (first failure): it was still running after 0.7" in str(caught.value)
+    assert "rank 1 did not answer (first failure): it was still running after 2" in str(caught.value)
     assert "in oversleep" in first.trace
     assert "_spawned.py" not in first.trace
     assert "_threads.py" not in first.trace

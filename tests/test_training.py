@@ -54,7 +54,7 @@ def assert_equal_to_one_process(case: Case) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize("case", folds(4) + folds(8)[::9], ids=str)
+@pytest.mark.parametrize("case", folds(4) + folds(8)[::3], ids=str)
 def test_every_fold_equals_one_process(case: Case) -> None:
     """All of world 4, some of world 8; the long matrix below has the rest."""
     assert_equal_to_one_process(case)
