@@ -39,6 +39,7 @@ __all__ = [
     "partial_dimension",
     "placed_like",
     "refuse_foreign_scalers",
+    "version_of",
 ]
 
 
@@ -51,6 +52,12 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
     with torch.no_grad():
         return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def version_of(tensor: Tensor) -> int:
+    """Grows with every change in place; of a DTensor, operations on itself count on itself, those on its part there."""
+    part: Tensor | None = getattr(tensor, "_local_tensor", None)
+    return tensor._version if part is None else tensor._version + part._version
 
 
 def communication_device(shard: Tensor) -> torch.device:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from foldpar.arguments import expect
-from foldpar.dtensors import is_dtensor, local_tensor, refuse_foreign_scalers
+from foldpar.dtensors import is_dtensor, refuse_foreign_scalers, version_of
 from foldpar.errors import GradientError
 from foldpar.groups import FoldedGroups
 from foldpar.sharded import bring_back_shards
@@ -46,7 +46,7 @@ class _Stamp(NamedTuple):
 def stamp(parameters: Iterable[nn.Parameter], *, used: bool = False) -> None:
     """Say of the gradients as they are now that they are complete."""
     for gradient in _gradients(parameters):
-        setattr(gradient, _STAMP, _Stamp(_version(gradient), used))
+        setattr(gradient, _STAMP, _Stamp(version_of(gradient), used))
 
 
 def declare_reduced(model: nn.Module) -> None:
@@ -199,20 +199,14 @@ def _is_known(gradient: Tensor) -> bool:
 def _is_unchanged(gradient: Tensor) -> bool:
     """Whether it was complete, and nothing has changed it since."""
     known: _Stamp | None = getattr(gradient, _STAMP, None)
-    return known is not None and known.version == _version(gradient)
+    return known is not None and known.version == version_of(gradient)
 
 
 def _is_unreduced(gradient: Tensor) -> bool:
     """Whether nobody has said that it is complete, or something was added to it after an optimizer took it."""
     known: _Stamp | None = getattr(gradient, _STAMP, None)
-    return known is None or (known.used and known.version != _version(gradient))
+    return known is None or (known.used and known.version != version_of(gradient))
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Any]:
     return (parameter.grad for parameter in parameters if parameter.grad is not None)
-
-
-def _version(gradient: Tensor) -> int:
-    """Of a DTensor, operations on itself count on itself, those on its local part there."""
-    local = local_tensor(gradient)
-    return gradient._version + (0 if local is gradient else local._version)
