@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import foldpar
-from foldpar.checkpoint_replicas import _digest
+from foldpar.checks import digest_of_bits
 
 
 def seconds(work: Callable[[], object], times: int = 3) -> float:
@@ -51,7 +51,7 @@ def main() -> None:
     tensors += [state for each in optimizer.state.values() for state in each.values()]
     took = {
         "save": seconds(save),
-        "digests of all tensors": seconds(lambda: torch.stack([_digest(each).cpu() for each in tensors])),
+        "digests of all tensors": seconds(lambda: torch.stack([digest_of_bits(each).cpu() for each in tensors])),
         "load, not verified": seconds(lambda: foldpar.load_checkpoint(path, model, optimizer, groups, verify=False)),
         "load, verified": seconds(lambda: foldpar.load_checkpoint(path, model, optimizer, groups, verify=True)),
         "SHA-256 alone": seconds(lambda: [hashlib.sha256(file.read_bytes()) for file in path.iterdir()]),

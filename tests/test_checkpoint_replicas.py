@@ -15,7 +15,7 @@ from torch import nn
 
 import foldpar
 from foldpar.checkpoint import load_checkpoint, save_checkpoint
-from foldpar.checkpoint_replicas import _digest
+from foldpar.checks import digest_of_bits
 from foldpar.errors import CheckpointError
 from foldpar.testing import run_ranks
 
@@ -122,24 +122,31 @@ def test_copies_are_saved_as_they_are_where_it_is_asked_for(tmp_path):
 def test_any_two_flipped_bits_change_the_digest(size, place, bit, other):
     torch.manual_seed(size)
     tensor = torch.randn(size)
-    before = int(_digest(tensor))
+    before = int(digest_of_bits(tensor))
     bits = tensor.view(torch.int32)
     flip = -(2**31) if bit == 31 else 1 << bit
     bits[place % size] ^= flip
-    assert int(_digest(tensor)) != before
+    assert int(digest_of_bits(tensor)) != before
     if other % size != place % size:
         bits[other % size] ^= flip  # two signs, for example
-        assert int(_digest(tensor)) != before
+        assert int(digest_of_bits(tensor)) != before
 
 
 def test_the_digest_knows_the_order_of_everything_and_any_dtype():
     rows = torch.arange(2**20, dtype=torch.float32)
-    assert int(_digest(rows)) != int(_digest(rows.flip(0))) != int(_digest(rows.roll(2**19)))
-    assert int(_digest(rows.view(2, -1).t())) == int(_digest(rows.view(2, -1).t().contiguous()))
+    assert int(digest_of_bits(rows)) != int(digest_of_bits(rows.flip(0))) != int(digest_of_bits(rows.roll(2**19)))
+    assert int(digest_of_bits(rows.view(2, -1).t())) == int(digest_of_bits(rows.view(2, -1).t().contiguous()))
     for dtype in (torch.bool, torch.int8, torch.bfloat16, torch.float64, torch.complex64):
         one, two = torch.zeros(11, dtype=dtype), torch.zeros(11, dtype=dtype)
-        assert int(_digest(one)) == int(_digest(two))
+        assert int(digest_of_bits(one)) == int(digest_of_bits(two))
         two[10] = 1
-        assert int(_digest(one)) != int(_digest(two))
-        assert int(_digest(one[:0])) == 0
-        assert int(_digest(two[9:])) == int(_digest(two[9:].clone()))
+        assert int(digest_of_bits(one)) != int(digest_of_bits(two))
+        assert int(digest_of_bits(one[:0])) == 0
+        assert int(digest_of_bits(two[9:])) == int(digest_of_bits(two[9:].clone()))
+
+
+def test_the_digest_tells_words_from_their_complements():
+    words = torch.arange(5)
+    assert int(digest_of_bits(torch.tensor([0]))) != int(digest_of_bits(torch.tensor([-1])))
+    assert int(digest_of_bits(words)) != int(digest_of_bits(~words))
+    assert int(digest_of_bits(words)) != int(digest_of_bits(torch.where(words == 3, ~words, words)))

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from foldpar.checkpoint_ranks import Ranks
 from foldpar.checkpoint_state import Entry
+from foldpar.checks import digest_of_bits, listed
 from foldpar.errors import CheckpointError
 
 __all__ = ["check_copies"]
-
-_CHUNK = 2**18  # words at a time: what is made on the way stays in the cache
-_SHOWN = 5
 
 
 @torch.no_grad()
@@ -34,7 +32,7 @@ def check_copies(ranks: Ranks, entries: Sequence[Entry], stage: int) -> None:
     held = [(_number(f"{stage} {entry.key} {entry.share}"), entry) for entry in entries if _has_copies(entry)]
     ids = torch.tensor([number for number, _ in held], dtype=torch.int64)
     # One transfer from the device for all of them.
-    digests = torch.stack([_digest(entry.tensor) for _, entry in held]).cpu() if held else ids
+    digests = torch.stack([digest_of_bits(entry.tensor) for _, entry in held]).cpu() if held else ids
     gathered = ranks.gather((ids, digests))
     differing = ranks.broadcast(_differing(gathered) if ranks.rank == 0 else {})
     if not differing:
@@ -42,10 +40,9 @@ def check_copies(ranks: Ranks, entries: Sequence[Entry], stage: int) -> None:
     own = {number: entry.key for number, entry in held if number in differing}
     names = {number: key for of_rank in ranks.all_gather(own) for number, key in of_rank.items()}
     lines = sorted(f"{names[number]}: {text}" for number, text in differing.items())
-    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    listed = "".join(f"\n    {line}" for line in [*lines[:_SHOWN], *more])
     raise CheckpointError(
-        f"{ranks.doing}: copies of one tensor differ between ranks, and a checkpoint holds one of each:{listed}\n"
+        f"{ranks.doing}: copies of one tensor differ between ranks, and a checkpoint holds one of each:"
+        f"{listed(lines)}\n"
         f"Nothing was saved. Replicas start equal and take equal steps: check_replicas(model, groups) says over which "
         f"axis parameters drifted. A state that is one number of each rank's own share cannot be placed in another "
         f"layout: save with optimizer=None. A buffer that is each rank's own is registered with persistent=False, or "
@@ -80,21 +77,3 @@ def _differing(gathered: Sequence[tuple[Tensor, Tensor]]) -> dict[int, str]:
 
 def _number(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def _digest(tensor: Tensor) -> Tensor:
-    """A sum over the tensor's words, each mixed and weighted by its place; int64 that wraps, on the tensor's device."""
-    data = tensor.contiguous().view(-1).view(torch.uint8)
-    whole = data.numel() // 8 * 8
-    if data.data_ptr() % 8:
-        data = data.clone()
-    words = data[:whole].view(torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    weights = torch.arange(1, 2 * min(_CHUNK, max(1, words.numel())), 2, device=data.device)
-    for number, chunk in enumerate(words.split(_CHUNK)):
-        # Signs lie in the highest bits, where products of odd numbers would cancel: they are carried down first.
-        part = ((chunk ^ (chunk >> 31)) * weights[: chunk.numel()]).sum()
-        total = (total ^ (total >> 29)) * 0x1E3779B97F4A7C15 + part * (2 * number + 1)
-    rest = data[whole:].to(torch.int64)
-    places = torch.arange(1, rest.numel() + 1, device=data.device)
-    return total * 0x1E3779B97F4A7C15 + (rest * places).sum()

@@ -16,12 +16,19 @@ from foldpar.groups import AxisGroup, FoldedGroups
 from foldpar.layout import Axis
 from foldpar.marks import resolve_parameters
 
-__all__ = ["assert_same_on_group", "check_replicas", "check_replicas_of_stage", "differences", "listed"]
+__all__ = [
+    "assert_same_on_group",
+    "check_replicas",
+    "check_replicas_of_stage",
+    "differences",
+    "digest_of_bits",
+    "listed",
+]
 
 _CHUNK = 2**20
+_WORDS = 2**18  # of 8 bytes: what is made of them on the way stays in a cache
 _SHOWN = 5
 _REPLICA_AXES: tuple[Axis, ...] = ("tp", "dp_cp", "etp", "edp")
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 def check_replicas(model: nn.Module, groups: FoldedGroups) -> None:
@@ -128,16 +135,26 @@ def differences(
 
 
 def _digest(tensor: Tensor) -> Tensor:
-    """A position-weighted sum over the bits of a tensor, its shape and its dtype: an int64 scalar on its device."""
+    """Of the bits of a tensor, its shape and its dtype: an int64 scalar on its device."""
     tensor = local_tensor(tensor).detach()
-    total = torch.tensor(_checksum([_signature(tensor)]), device=tensor.device)
-    bits = tensor.contiguous().view(-1).view(_INTEGERS[tensor.dtype.itemsize])
-    for start in range(0, bits.numel(), _CHUNK):
-        chunk = bits[start : start + _CHUNK].to(torch.int64)
-        # Odd weights are invertible modulo 2**64: a change of one entry is always seen.
-        weights = torch.arange(start, start + chunk.numel(), device=tensor.device) * 2 + 1
-        total = total + (_mixed(chunk) * weights).sum()
-    return total
+    signature = torch.tensor(_checksum([_signature(tensor)]), device=tensor.device)
+    return _mixed(signature) + digest_of_bits(tensor)
+
+
+def digest_of_bits(tensor: Tensor) -> Tensor:
+    """A position-weighted sum over the bits of a tensor: an int64 scalar on its device, 0 of nothing."""
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    if data.data_ptr() % 8:
+        data = data.clone()
+    whole = data.numel() // 8 * 8
+    words, rest = data[:whole].view(torch.int64), data[whole:].to(torch.int64)
+    # Odd weights are invertible modulo 2**64, and mixing is too: a change of one word is always seen.
+    weights = torch.arange(1, 2 * min(_WORDS, max(1, words.numel())), 2, device=data.device)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for chunk in words.split(_WORDS):
+        total = _mixed(total) + (_mixed(chunk) * weights[: chunk.numel()]).sum()
+    places = torch.arange(1, rest.numel() + 1, device=data.device)
+    return _mixed(total) + (rest * places).sum()
 
 
 def _mixed(values: Tensor) -> Tensor:
