@@ -131,9 +131,8 @@ def shard_model(
     precision, offload = mixed_precision or MixedPrecisionPolicy(), offload or OffloadPolicy()
     converts = precision != MixedPrecisionPolicy() or type(offload) is not OffloadPolicy
     resolved = resolve_parameters(model, groups)
-    narrow = precision.param_dtype or min(
-        (entry.parameter.dtype for entry in resolved), key=lambda dtype: dtype.itemsize
-    )
+    dtypes = (entry.parameter.dtype for entry in resolved)
+    narrow = precision.param_dtype or min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
     shards = [
         entry
         for entry in resolved
