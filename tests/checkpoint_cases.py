@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ import foldpar
 from foldpar import checkpoint_dcp
 from foldpar.boxes import Share
 from foldpar.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from foldpar.errors import CheckpointError, FoldingError
 from foldpar.placements import parameter_placements
 from foldpar.sharding import shard_model
 
@@ -227,3 +230,41 @@ class FullDisk:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.raw, name)
+
+
+# -- Checkpoints that are refused -------------------------------------------------------------------------------------
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[Any]:
+    """All values of a model and an optimizer, and all options."""
+    values: list[Any] = [parameter.detach().clone() for parameter in model.state_dict().values()]
+    if optimizer is not None:
+        values += [value for state in optimizer.state.values() for value in state.values()]
+        values += [option for group in optimizer.param_groups for name, option in group.items() if name != "params"]
+    return [value.clone() if isinstance(value, Tensor) else value for value in values]
+
+
+def same(before: list[Any], after: list[Any]) -> bool:
+    return len(before) == len(after) and all(
+        torch.equal(one, two) if isinstance(one, Tensor) else one == two for one, two in zip(before, after, strict=True)
+    )
+
+
+def refused(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, groups: foldpar.FoldedGroups, **options: Any
+) -> str:
+    """The error's text; nothing may have changed."""
+    before = everything(model, optimizer)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path, model, optimizer, groups, **options)
+    assert isinstance(caught.value, FoldingError) and isinstance(caught.value, RuntimeError)
+    assert same(before, everything(model, optimizer)), "something was loaded"
+    return str(caught.value)
+
+
+def sealed(page: Path, **values: Any) -> None:
+    """As another version of foldpar would write it: with a sum of its own."""
+    document = {**json.loads(page.read_text()), **values}
+    document.pop("sha256")
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    page.write_text(json.dumps({**document, "sha256": digest}))

@@ -1,10 +1,14 @@
-"""Of large matrices ``make test`` runs every n-th case, ``make test-long`` the others."""
+"""Fixtures of several files. Of large matrices ``make test`` runs every n-th case, ``make test-long`` the others."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+import foldpar
 
 EVERY = {
     "test_accumulation.py::test_hooked_reduction_equals_one_process": 3,
@@ -42,3 +46,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if seen[name] % EVERY[name]:
                 item.add_marker(pytest.mark.long)
             seen[name] += 1
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[foldpar.FoldedGroups]:
+    """Of one rank alone."""
+    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
+        yield groups
+
+
+@pytest.fixture(scope="module")
+def original(groups: foldpar.FoldedGroups, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, to be copied and spoilt."""
+    from checkpoint_killer import trained
+
+    path = tmp_path_factory.mktemp("saved") / "step-9"
+    foldpar.save_checkpoint(path, *trained(groups, 1), groups, step=9)
+    return path

@@ -13,10 +13,10 @@ from hf_models import FAMILIES, tiny_model
 from test_fold_custom import DIM, EXPERTS, HAND_MADE, TOP_K, Convention, ConventionExperts, Model, Stored
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import name_of
+from toys import name_of, plant_wrong_slope
 
 import foldpar
-from foldpar import activations, block_proof
+from foldpar import block_proof
 from foldpar.errors import ModelError
 from foldpar.folding import fold_model
 from foldpar.models import MoEAdapter
@@ -183,13 +183,7 @@ def test_weights_in_the_wrong_order_are_refused() -> None:
 
 
 def test_a_wrong_slope_in_the_library_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    backward = activations.backward
-
-    def wrong(*arguments: Any, **options: Any) -> Any:
-        value, grad_x, grad_weights = backward(*arguments, **options)
-        return value, 1.01 * grad_x, grad_weights
-
-    monkeypatch.setattr(activations, "backward", wrong)
+    plant_wrong_slope(monkeypatch)
     with pytest.raises(ModelError, match="outputs are equal, and the gradient of"):
         proof(tiny_model("mixtral"))
 

@@ -2,74 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_cases import everything, refused, same, sealed
 from checkpoint_killer import trained
-from torch import Tensor, nn
+from torch import nn
 
 import foldpar
 from foldpar.boxes import Share
 from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.checkpoint_manifest import Manifest
-from foldpar.errors import CheckpointError, FoldingError
+from foldpar.errors import CheckpointError
 from foldpar.families import DENSE_SHARDED, REPLICATED
 from foldpar.testing import run_ranks
 
 solve = foldpar.solve_layout
 
 
-@pytest.fixture(scope="module")
-def groups() -> Iterator[foldpar.FoldedGroups]:
-    with foldpar.create_groups(solve(1)) as groups:
-        yield groups
-
-
-@pytest.fixture(scope="module")
-def original(groups, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("saved") / "step-9"
-    save_checkpoint(path, *trained(groups, 1), groups, step=9)
-    return path
-
-
 @pytest.fixture
 def saved(original, tmp_path) -> Path:
     """A copy that a test may spoil."""
     return Path(shutil.copytree(original, tmp_path / "runs" / "step-9"))
-
-
-def everything(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[Any]:
-    """All values of a model and an optimizer, and all options."""
-    values: list[Any] = [parameter.detach().clone() for parameter in model.state_dict().values()]
-    if optimizer is not None:
-        values += [value for state in optimizer.state.values() for value in state.values()]
-        values += [option for group in optimizer.param_groups for name, option in group.items() if name != "params"]
-    return [value.clone() if isinstance(value, Tensor) else value for value in values]
-
-
-def same(before: list[Any], after: list[Any]) -> bool:
-    return len(before) == len(after) and all(
-        torch.equal(one, two) if isinstance(one, Tensor) else one == two for one, two in zip(before, after, strict=True)
-    )
-
-
-def refused(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, groups: foldpar.FoldedGroups, **options: Any
-) -> str:
-    """The error's text; nothing may have changed."""
-    before = everything(model, optimizer)
-    with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(path, model, optimizer, groups, **options)
-    assert isinstance(caught.value, FoldingError) and isinstance(caught.value, RuntimeError)
-    assert same(before, everything(model, optimizer)), "something was loaded"
-    return str(caught.value)
 
 
 # -- Another model or optimizer ---------------------------------------------------------------------------------------
@@ -200,14 +160,6 @@ def data_of(file: Path, needle: bytes) -> int:
 
 def change(page: Path, **values: Any) -> None:
     page.write_text(json.dumps({**json.loads(page.read_text()), **values}))
-
-
-def sealed(page: Path, **values: Any) -> None:
-    """As another version of foldpar would write it: with a sum of its own."""
-    document = {**json.loads(page.read_text()), **values}
-    document.pop("sha256")
-    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-    page.write_text(json.dumps({**document, "sha256": digest}))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint_errors import sealed
+from checkpoint_cases import sealed
 from torch import nn
 
 import foldpar
@@ -21,12 +21,6 @@ from foldpar import checkpoint_files
 from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.checkpoint_files import begin
 from foldpar.errors import CheckpointError
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[foldpar.FoldedGroups]:
-    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
-        yield groups
 
 
 def save(path: Path, groups: foldpar.FoldedGroups, **options: Any) -> Path:

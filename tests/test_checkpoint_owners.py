@@ -6,7 +6,6 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,6 @@ from foldpar.checkpoint_files import begin, discard, publish
 from foldpar.checkpoint_manifest import FileRecord, Manifest
 from foldpar.errors import CheckpointError
 from foldpar.testing import run_ranks
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[foldpar.FoldedGroups]:
-    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
-        yield groups
 
 
 def filled(value: float) -> nn.Module:

@@ -19,33 +19,19 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_cases import refused, sealed
 from checkpoint_killer import trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_checkpoint_errors import refused, sealed
 
-import foldpar
-from foldpar.checkpoint import load_checkpoint, save_checkpoint
+from foldpar.checkpoint import load_checkpoint
 from foldpar.checkpoint_manifest import Manifest
 from foldpar.checkpoint_metadata import read_metadata
 from foldpar.errors import CheckpointError
 from foldpar.hf_files import read_folder
 
 OLD = Path(__file__).parent / "data" / "checkpoint-before-dtensors"
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[foldpar.FoldedGroups]:
-    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
-        yield groups
-
-
-@pytest.fixture(scope="module")
-def original(groups, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("saved") / "step-9"
-    save_checkpoint(path, *trained(groups, 1), groups, step=9)
-    return path
 
 
 @pytest.fixture

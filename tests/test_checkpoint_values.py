@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,9 @@ from torch import nn
 from torch.optim import lr_scheduler as lr
 from transformers import optimization
 
-import foldpar
 from foldpar.checkpoint import load_checkpoint, save_checkpoint
 from foldpar.checkpoint_values import decode, encode
 from foldpar.errors import CheckpointError
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[foldpar.FoldedGroups]:
-    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
-        yield groups
-
 
 # -- extra ------------------------------------------------------------------------------------------------------------
 

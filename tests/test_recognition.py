@@ -11,7 +11,7 @@ from fold_parity import Case, worst
 from hf_models import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import name_of
+from toys import assert_gradient_is_autograds, name_of, plant_wrong_slope
 
 import foldpar
 from foldpar import activations
@@ -126,18 +126,8 @@ def test_the_gradient_of_a_kept_activation_is_autograds(form: Any, interleaved: 
         return torch.tanh(gate) * up.clamp(-1, 1)
 
     own = OwnActivation(halves if form == "gate_up" else F.mish, form)
-    draw = torch.Generator().manual_seed(0)
-    x = (3 * torch.randn(6, 10, generator=draw, dtype=torch.float64)).requires_grad_()
-    weights = torch.rand(6, generator=draw, dtype=torch.float64).requires_grad_()
-    value = activations.forward(x, weights, own, interleaved=interleaved)
-    arriving = torch.randn(value.shape, generator=draw, dtype=torch.float64)
-    value.backward(arriving)
-    again, grad_x, grad_weights = activations.backward(
-        arriving, x.detach(), weights.detach(), own, interleaved=interleaved
-    )
-    torch.testing.assert_close(again, value.detach())
-    torch.testing.assert_close(grad_x, x.grad)
-    torch.testing.assert_close(grad_weights, weights.grad)
+    x = 3 * torch.randn(6, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert_gradient_is_autograds(x, own, interleaved)
 
 
 # -- What cannot be kept ----------------------------------------------------------------------------------------------
@@ -233,13 +223,7 @@ def test_kept_activations_train_exactly(case: Case) -> None:
 
 
 def test_the_comparison_sees_a_wrong_slope(monkeypatch: pytest.MonkeyPatch) -> None:
-    backward = activations.backward
-
-    def wrong(*arguments: Any, **options: Any) -> Any:
-        value, grad_x, grad_weights = backward(*arguments, **options)
-        return value, 1.01 * grad_x, grad_weights
-
-    monkeypatch.setattr(activations, "backward", wrong)
+    plant_wrong_slope(monkeypatch)
     monkeypatch.setattr("foldpar.folding.prove_block", lambda *of: "not compared")  # it sees that too
     error, _ = worst(Case("qwen3_moe", steps=1, overrides={"hidden_act": "gelu_10"}))
     assert error > 1e-3

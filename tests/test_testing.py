@@ -298,7 +298,7 @@ def test_a_rank_that_does_not_answer_is_named_with_its_stack(backend, peers_wait
     start = time.monotonic()
     with pytest.raises(RanksFailed) as caught:
         run_ranks(oversleep, 3, peers_wait, backend=backend, timeout=2.0)
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 5.3
     first, *others = caught.value.failures
     assert (first.rank, first.cause) == (1, "silent")
     assert "rank 1 did not answer (first failure): it was still running after 2" in str(caught.value)

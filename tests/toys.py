@@ -10,12 +10,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import foldpar
-from foldpar import families
+from foldpar import activations, families
 from foldpar.dtensors import is_dtensor, local_tensor
 
 VOCABULARY, DIM, HIDDEN, EXPERTS, TOP_K, LENGTH = 12, 8, 4, 8, 2, 6
@@ -236,3 +237,30 @@ def gradient_errors(
 
 def worst(errors: dict[str, float]) -> tuple[float, str]:
     return max((error, name) for name, error in errors.items())
+
+
+def plant_wrong_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward of foldpar's activations gives 1.01 times the gradient of its input."""
+    backward = activations.backward
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        value, grad_x, grad_weights = backward(*arguments, **options)
+        return value, 1.01 * grad_x, grad_weights
+
+    monkeypatch.setattr(activations, "backward", wrong)
+
+
+def assert_gradient_is_autograds(x: Tensor, activation: activations.Activation, interleaved: bool) -> None:
+    """Of an activation, times a weight for each row: the backward by hand against autograd's."""
+    draw = torch.Generator().manual_seed(0)
+    x = x.requires_grad_()
+    weights = torch.rand(len(x), generator=draw, dtype=torch.float64).requires_grad_()
+    value = activations.forward(x, weights, activation, interleaved=interleaved)
+    arriving = torch.randn(value.shape, generator=draw, dtype=torch.float64)
+    value.backward(arriving)
+    again, grad_x, grad_weights = activations.backward(
+        arriving, x.detach(), weights.detach(), activation, interleaved=interleaved
+    )
+    torch.testing.assert_close(again, value.detach())
+    torch.testing.assert_close(grad_x, x.grad)
+    torch.testing.assert_close(grad_weights, weights.grad)

@@ -31,33 +31,6 @@ from foldpar.checkpoint_manifest import FileRecord
 
 __all__ = ["read_metadata"]
 
-_OF_METADATA = "torch.distributed.checkpoint.metadata"
-_KNOWN: Mapping[tuple[str, str], Any] = {
-    **{
-        (_OF_METADATA, kind.__name__): kind
-        for kind in (
-            _MEM_FORMAT_ENCODING,
-            BytesStorageMetadata,
-            ChunkStorageMetadata,
-            Metadata,
-            MetadataIndex,
-            StorageMeta,
-            TensorProperties,
-            TensorStorageMetadata,
-        )
-    },
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): _get_layout,
-    # Where it was written: nothing is read from there. Python has moved these classes once.
-    **{
-        (module, name): PurePosixPath
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "WindowsPath")
-    },
-}
-
-
 _PLAIN = (
     Metadata,
     TensorStorageMetadata,
@@ -67,6 +40,17 @@ _PLAIN = (
     StorageMeta,
     _StorageInfo,
 )
+_KNOWN: Mapping[tuple[str, str], Any] = {
+    **{(kind.__module__, kind.__name__): kind for kind in (*_PLAIN, TensorProperties, _MEM_FORMAT_ENCODING)},
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): _get_layout,
+    # Where it was written: nothing is read from there. Python has moved these classes once.
+    **{
+        (module, name): PurePosixPath
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath")
+    },
+}
 # What pickle.dump writes of such values. No sets, no persistent objects, no names by number.
 _OPCODES = b"".join(
     (

@@ -166,7 +166,7 @@ class Survey:
 def survey(model: nn.Module, layout: FoldedLayout, adapters: Iterable[MoEAdapter]) -> Survey:
     """Look at everything and check it."""
     _check_untouched(model)
-    own = _checked(model, layout, adapters)
+    own = _checked(adapters)
     blocks = tuple(_find_blocks(model, (*own, *DEFAULT_ADAPTERS)))
     for adapter in own:
         _check_names(model, layout, adapter, [block for block in blocks if block.adapter is adapter])
@@ -193,8 +193,8 @@ def survey(model: nn.Module, layout: FoldedLayout, adapters: Iterable[MoEAdapter
     return Survey(blocks, dense, FoldPlan(type(model).__name__, layout, rows))
 
 
-def _checked(model: nn.Module, layout: FoldedLayout, adapters: Iterable[MoEAdapter]) -> tuple[MoEAdapter, ...]:
-    """The adapters, if all arguments are what they should be."""
+def _checked(adapters: Iterable[MoEAdapter]) -> tuple[MoEAdapter, ...]:
+    """The adapters, if they are what they should be."""
     if isinstance(adapters, MoEAdapter):
         raise _ArgumentError(f"adapters is a tuple: adapters=(MoEAdapter({adapters.blocks[0]!r}, ...),).")
     if isinstance(adapters, str) or not isinstance(adapters, Iterable):
