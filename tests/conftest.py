@@ -17,7 +17,6 @@ EVERY = {
     "test_checkpoint.py::test_training_goes_on_in_another_layout": 2,
     "test_conventions.py::test_gradient_norms_over_those_of_the_unfolded_model_are_one": 3,
     "test_conventions.py::test_post_hoc_is_exact_with_nothing_sharded_over_tp": 3,
-    "test_fold_parity.py::test_every_family_is_exact": 3,
     "test_fold_parity.py::test_options_are_exact": 2,
     "test_gradients.py::test_a_norm_counts_every_logical_element_once": 3,
     "test_interplay.py::test_recomputation_routes_alike_and_gives_equal_gradients": 3,

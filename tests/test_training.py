@@ -56,7 +56,7 @@ def assert_equal_to_one_process(case: Case) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", folds(4) + folds(8)[::3], ids=str)
 def test_every_fold_equals_one_process(case: Case) -> None:
-    """All of world 4, some of world 8; the long matrix below has the rest."""
+    """All of world 4, some of world 8, of which ``make test`` runs every third; the long matrix below has the rest."""
     assert_equal_to_one_process(case)
 
 

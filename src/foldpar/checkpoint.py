@@ -147,7 +147,7 @@ def save_checkpoint(
             and that hold nothing but a checkpoint's files. ``None`` removes none.
         check_replicas: compare what several ranks hold, bit by bit by a digest, and refuse to save copies that differ.
             It costs one pass over what this rank holds copies of, where it is, none of what is sharded: 0.5 s for a GB
-            on a CPU core, to the 2.4 s of its writing (``benchmarks/checkpoint.py``).
+            on a CPU core, to the 1.7 s of its writing (``benchmarks/checkpoint.py``).
         piece_bytes: no piece of a file is larger. Loading in another layout holds one such piece at a time.
 
     Example::
@@ -237,7 +237,7 @@ def load_checkpoint(
         cast: convert parameters and buffers of another dtype, and states with them.
         verify: compare the SHA-256 sums of all files first, which reads them once more; sizes are always compared, but
             of the single bits that can flip, 4 of 10 load as wrong values without. Each rank sums up its part of the
-            files: 0.9 s for a GB on a CPU core, to the 1.0 s of its loading where files are in memory, so it is not the
+            files: 0.8 s for a GB on a CPU core, to the 0.8 s of its loading where files are in memory, so it is not the
             default (``benchmarks/checkpoint.py``).
         staged: read into new tensors and copy at the end: twice the memory of this rank's part.
 
