@@ -589,3 +589,8 @@ def test_one_rank_needs_no_wrapper() -> None:
     model = nn.Linear(2, 2)
     shard_model(model, groups, stage=3)
     assert type(model) is nn.Linear
+
+
+def test_a_model_without_parameters_is_nothing_to_shard() -> None:
+    with create_groups(solve_layout(1)) as groups:
+        shard_model(nn.Sequential(nn.ReLU()), groups, stage=3)

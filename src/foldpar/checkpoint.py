@@ -236,7 +236,7 @@ def load_checkpoint(
             loaded beside the one in training, such as an average, and should not rewind the generators.
         cast: convert parameters and buffers of another dtype, and states with them.
         verify: compare the SHA-256 sums of all files first, which reads them once more; sizes are always compared, but
-            of the single bits that can flip, 4 of 10 load as wrong values without. Each rank sums up its part of the
+            a bit that has flipped in a tensor loads as a wrong value without. Each rank sums up its part of the
             files: 0.8 s for a GB on a CPU core, to the 0.8 s of its loading where files are in memory, so it is not the
             default (``benchmarks/checkpoint.py``).
         staged: read into new tensors and copy at the end: twice the memory of this rank's part.
