@@ -31,9 +31,7 @@ def check_copies(ranks: Ranks, entries: Sequence[Entry], stage: int) -> None:
     """
     held = [(_number(f"{stage} {entry.key} {entry.share}"), entry) for entry in entries if _has_copies(entry)]
     ids = torch.tensor([number for number, _ in held], dtype=torch.int64)
-    # One transfer from the device for all of them.
-    digests = torch.stack([digest_of_bits(entry.tensor) for _, entry in held]).cpu() if held else ids
-    gathered = ranks.gather((ids, digests))
+    gathered = ranks.gather((ids, _on_host([digest_of_bits(entry.tensor) for _, entry in held])))
     differing = ranks.broadcast(_differing(gathered) if ranks.rank == 0 else {})
     if not differing:
         return
@@ -48,6 +46,15 @@ def check_copies(ranks: Ranks, entries: Sequence[Entry], stage: int) -> None:
         f"layout: save with optimizer=None. A buffer that is each rank's own is registered with persistent=False, or "
         f"averaged first. check_replicas=False saves the copies as they are, each piece from one of them."
     )
+
+
+def _on_host(digests: Sequence[Tensor]) -> Tensor:
+    """Scalars of several devices (a step counter lies on the CPU) as one vector, with one transfer from each."""
+    collected = torch.empty(len(digests), dtype=torch.int64)
+    for device in {each.device for each in digests}:
+        places = [place for place, each in enumerate(digests) if each.device == device]
+        collected[places] = torch.stack([digests[place] for place in places]).cpu()
+    return collected
 
 
 def _has_copies(entry: Entry) -> bool:
