@@ -286,22 +286,51 @@ def resolve_parameters(model: nn.Module, groups: FoldedGroups) -> list[ResolvedP
             raise ModelError(_data_was_assigned(use.name))
     resolved, unmarked = [], []
     for uses in uses_of.values():
-        found = [(use, family) for use in uses if (family := _family_of(use, axes_of, groups)) is not None]
-        if not found:
+        found = _one_family(uses, axes_of, groups)
+        if found is None:
             unmarked.append(uses[0].name)
             continue
-        first, family = found[0]
-        for use, other in found[1:]:
-            if replace(other, name="") != replace(family, name=""):
-                raise FamilyError(_two_families(first, family, use, other))
-            if family.view == "expert" and use.groups is not first.groups:
-                raise FamilyError(_two_folds(first, use))
+        first, family = found
         own = first.groups if family.view == "expert" and first.groups is not None else groups
         _check_is_shard(first, family)
         resolved.append(ResolvedParameter(uses[0].name, uses[0].parameter, family, own, first.sharded))
     if unmarked:
         raise FamilyError(_no_family(unmarked, groups.layout.tp))
     return resolved
+
+
+def families_seen_from(layer: nn.Module, groups: FoldedGroups) -> dict[str, ParameterFamily | str]:
+    """The family of every parameter of a layer, by the rules of :func:`parameter_families`, or why it has none.
+
+    For telling people: it takes a part of a sharded model in any state, and moves nothing.
+    """
+    axes_of = MeshAxes()
+    uses_of: dict[int, list[_Use]] = {}
+    for use in _uses(layer):
+        uses_of.setdefault(id(use.parameter), []).append(use)
+    seen: dict[str, ParameterFamily | str] = {}
+    for uses in uses_of.values():
+        try:
+            found = _one_family(uses, axes_of, groups)
+        except FamilyError as error:
+            seen[uses[0].name] = str(error).splitlines()[0]
+        else:
+            seen[uses[0].name] = "no mark in this layer; one on a module around it decides" if not found else found[1]
+    return seen
+
+
+def _one_family(uses: list[_Use], axes_of: MeshAxes, groups: FoldedGroups) -> tuple[_Use, ParameterFamily] | None:
+    """The family that all places of a parameter agree on, and the first that has it; ``None`` if no place has one."""
+    found = [(use, family) for use in uses if (family := _family_of(use, axes_of, groups)) is not None]
+    if not found:
+        return None
+    first, family = found[0]
+    for use, other in found[1:]:
+        if replace(other, name="") != replace(family, name=""):
+            raise FamilyError(_two_families(first, family, use, other))
+        if family.view == "expert" and use.groups is not first.groups:
+            raise FamilyError(_two_folds(first, use))
+    return first, family
 
 
 def _check_one_dense_view(model: nn.Module, groups: FoldedGroups) -> None:
