@@ -46,7 +46,7 @@ from foldpar.lanes import LaneGradients, Lanes, LaneState
 from foldpar.marks import families_seen_from, mark_children, mark_parameters
 from foldpar.onesided import OneSided
 from foldpar.randomness import random_region
-from foldpar.routing import Router, Routing, check_routing
+from foldpar.routing import Router, Routing, check_routing, takes_padding, without_tokens
 
 
 class FoldedMoE(nn.Module):
@@ -134,6 +134,8 @@ class FoldedMoE(nn.Module):
         self.lane_state = LaneState(groups, lanes, lane_grads, partition)
         self.checks = LaneChecks(self.lane_state, check)
         self.capacity = capacity
+        self.without_data = False
+        """All tokens are padding; set by :func:`foldpar.lockstep`."""
         self._ends = lane_ends(groups.tp, lanes, lane_grads, partition)
         self.journey = Journey(self.lane_state, self._ends, counters, one_sided)
         self.router, self.experts, self.shared = router, experts, shared
@@ -262,12 +264,15 @@ class FoldedMoE(nn.Module):
         if padding is not None:
             _goes_with("padding", padding.shape, x)
             given["padding"] = state.own(padding.reshape(-1))
+        if self.without_data and takes_padding(self.router):  # it counts what it decides
+            given["padding"] = torch.ones(own.shape[0], dtype=torch.bool, device=own.device)
         region: AbstractContextManager[None] = nullcontext()
         if getattr(self.router, "is_random", False):
             region = random_region(state.random_region, self.groups.coordinate, device=own.device)
         with region:
             routing = self.router(own, **given)
         check_routing(routing, own.shape[0])
+        routing = without_tokens(routing) if self.without_data else routing
         if self.capacity is None:
             return routing
         counts = even_row_counts(x.numel() // x.shape[-1], self.groups.tp.size) if state.lanes == "replicated" else None
