@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import doctest
 import io
 import json
@@ -565,6 +566,92 @@ def test_the_older_flag_for_expert_parallelism_means_all_lanes():
 def test_transformers_mistakes_are_named(given, text):
     with pytest.raises(LayoutError, match=text):
         FoldingConfig.from_transformers(given)
+
+
+# TorchTitan.
+
+
+@dataclasses.dataclass
+class ParallelismConfig:
+    """The degrees of TorchTitan 0.3.0's class of this name, and some of what is beside them, with its defaults."""
+
+    data_parallel_replicate_degree: int = 1
+    data_parallel_shard_degree: int = -1
+    fsdp_reshard_after_forward: str = "default"
+    tensor_parallel_degree: int = 1
+    enable_sequence_parallel: bool = True
+    spmd_backend: str = "spmd_types"
+    pipeline_parallel_degree: int = 1
+    pipeline_parallel_schedule: str = "1F1B"
+    context_parallel_degree: int = 1
+    expert_parallel_degree: int = 1
+
+
+def test_torchtitan_configurations_are_read_from_objects_and_mappings():
+    theirs = ParallelismConfig(tensor_parallel_degree=2, expert_parallel_degree=4, pipeline_parallel_degree=2)
+    config = FoldingConfig.from_torchtitan(theirs)
+    assert config == FoldingConfig(tp=2, ep=4, pp=2, order="consecutive", lanes="sharded")
+    assert config == FoldingConfig.from_torchtitan(dataclasses.asdict(theirs)) and config.not_used == ()
+    changed = {"tensor_parallel_degree": 2, "expert_parallel_degree": 4, "pipeline_parallel_degree": 2}
+    assert FoldingConfig.from_torchtitan(changed) == config
+    # Its sparse mesh is (pp, dp_replicate, efsdp, ep) over the ranks in order.
+    assert config.layout(16).groups("ep")[:2] == ((0, 1, 2, 3), (4, 5, 6, 7)) and config.layout(16).edp == 2
+
+
+def test_torchtitan_leaves_the_world_open_unless_it_says_how_many_shards():
+    assert FoldingConfig.from_torchtitan({}).world is None
+    assert FoldingConfig.from_torchtitan({"data_parallel_shard_degree": -1}).layout(8).dp == 8
+    assert FoldingConfig.from_torchtitan({"data_parallel_shard_degree": 1}).world == 1
+    config = FoldingConfig.from_torchtitan(
+        {
+            "data_parallel_shard_degree": 2,
+            "data_parallel_replicate_degree": 2,
+            "context_parallel_degree": 2,
+            "fsdp_reshard_after_forward": "never",
+        }
+    )
+    assert (config.world, config.layout().dp) == (8, 4)
+    assert config.not_used == (
+        "data_parallel_replicate_degree = 2: shard_model shards over all of dp, without replicas of shards",
+        "fsdp_reshard_after_forward: see shard_model(model, groups, stage=...)",
+    )
+    with pytest.raises(LayoutError, match=r"^world = 16, but the configuration is for 8 ranks\."):
+        config.layout(16)
+
+
+def test_torchtitan_cuts_experts_over_tensor_parallelism_where_they_are_not_spread():
+    assert FoldingConfig.from_torchtitan({"tensor_parallel_degree": 4}).etp == 4
+    assert FoldingConfig.from_torchtitan({"tensor_parallel_degree": 4, "expert_parallel_degree": 2}).etp == 1
+
+
+def test_torchtitan_sequence_parallelism_needs_lanes_and_may_be_off():
+    assert FoldingConfig.from_torchtitan({}).lanes == "replicated"
+    off = {"tensor_parallel_degree": 2, "enable_sequence_parallel": False}
+    assert FoldingConfig.from_torchtitan(off).lanes == "replicated"
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"tensor_parallel_degre": 2}, r"^'tensor_parallel_degre' in ParallelismConfig is unknown: did you mean 'tens"),
+        ({"efsdp": 2}, r"^'efsdp' in ParallelismConfig cannot be given: edp is derived\."),
+        ({"tensor_parallel_degree": 0}, r"^tensor_parallel_degree = 0 is not an integer from 1 on\.$"),
+        ({"data_parallel_shard_degree": 0}, r"^data_parallel_shard_degree = 0 is not an integer from 1 on\.$"),
+        ({"data_parallel_shard_degree": "2"}, r"^data_parallel_shard_degree = '2', of type str, is not an integer"),
+        ({"data_parallel_replicate_degree": -1}, r"^data_parallel_replicate_degree = -1 is not an integer from 1 on"),
+        ({"enable_sequence_parallel": 1}, r"^enable_sequence_parallel = 1 can be true or false\.$"),
+        (
+            {"parallelism": {}},
+            r"^This is TorchTitan's whole configuration, of which a layout is one part: pass its par",
+        ),
+        (argparse.Namespace(parallelism=ParallelismConfig()), r"^This is TorchTitan's whole configuration"),
+        (argparse.Namespace(tp=2), r"^This Namespace has no tensor_parallel_degree, so it is no ParallelismConfig\.$"),
+        (None, r"^This NoneType has no tensor_parallel_degree, so it is no ParallelismConfig\.$"),
+    ],
+)
+def test_torchtitan_mistakes_are_named(given, text):
+    with pytest.raises(LayoutError, match=text):
+        FoldingConfig.from_torchtitan(given)
 
 
 # The migration page.

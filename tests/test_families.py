@@ -10,8 +10,10 @@ from fractions import Fraction
 from itertools import permutations
 
 import pytest
+import torch
 from torch import nn
 
+import foldpar
 from foldpar import create_groups, mark_parameters, parameter_families, solve_layout
 from foldpar.errors import FamilyError
 from foldpar.factors import gradient_factor, loss_factor
@@ -272,6 +274,111 @@ def test_mark_parameters_refuses_what_it_cannot_mark():
         mark_parameters([nn.Linear(1, 1)], REPLICATED)
     with pytest.raises(FamilyError, match=r"takes a ParameterFamily, not 'replicated': one of foldpar.families"):
         mark_parameters(nn.Linear(1, 1), "replicated")
+
+
+def decaying_model(groups):
+    """Layers with all kinds of parameters that do not decay, experts' biases among them."""
+    torch.manual_seed(0)
+    experts = foldpar.GroupedExperts(4, 2, 4, groups, bias=True, seed=0)
+    moe = foldpar.FoldedMoE(foldpar.TopKRouter(2, 4, 2, bias=True), experts, groups)
+    return mark_parameters(nn.ModuleDict({"embed": nn.Embedding(4, 2), "norm": nn.RMSNorm(2), "moe": moe}), REPLICATED)
+
+
+VECTORS = ["norm.weight", "moe.router.bias", "moe.experts.gate_up_bias", "moe.experts.down_bias"]
+
+
+def decaying(layout):
+    with foldpar.create_groups(layout) as groups:
+        model = decaying_model(groups)
+        given = parameter_groups(model, weight_decay=0.1, named=True)
+        embed = parameter_groups(model, weight_decay=0.1, no_decay=lambda name, _: "embed" in name, named=True)
+        torch.optim.AdamW(given)
+        assert all(len(group["param_names"]) == len(group["params"]) for group in given)
+        assert len({group["name"] for group in given}) == len(given)
+        assert all(("no decay" in group["name"]) == (group["weight_decay"] == 0.0) for group in given)
+        return tuple(
+            sorted(name for group in found for name in group["param_names"] if group["weight_decay"] == 0.0)
+            for found in (given, embed)
+        )
+
+
+@pytest.mark.parametrize("degrees", [{}, {"tp": 2, "ep": 4}, {"tp": 2, "ep": 1, "etp": 2}])
+def test_gains_and_biases_do_not_decay_and_the_user_may_say_what_else(degrees):
+    world = 4 if degrees else 1
+    for found in run_ranks(decaying, world, foldpar.solve_layout(world, **degrees), backend="threads"):
+        assert found == (sorted(VECTORS), ["embed.weight"])
+
+
+def test_without_weight_decay_groups_say_nothing_of_it():
+    groups = parameter_groups(mark_parameters(nn.Linear(2, 2), REPLICATED))
+    assert [set(group) for group in groups] == [{"params", "family", "name"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"weight_decay": -0.1}, ValueError, r"^weight_decay = -0\.1 must be 0 or more"),
+        ({"weight_decay": float("nan")}, ValueError, r"^weight_decay = nan must be 0 or more"),
+        ({"weight_decay": "0.1"}, TypeError, r"weight_decay must be a float or an int or None, and is a str: '0\.1'"),
+        ({"weight_decay": True}, TypeError, r"weight_decay must be a number, and is True"),
+        ({"no_decay": lambda name, _: True}, TypeError, r"no_decay says which parameters do not decay, so say weight"),
+        ({"weight_decay": 0.1, "no_decay": ["bias"]}, TypeError, r"no_decay must be called with \(name, parameter\)"),
+    ],
+)
+def test_wrong_weight_decay_is_told(options, error, text):
+    with pytest.raises(error, match=text):
+        parameter_groups(nn.Linear(2, 2), **options)
+
+
+def decayed_steps(folder, layout, loads):
+    """Two steps of a schedule, saved; or two more after loading into this layout: options by parameter, and weights."""
+    with foldpar.create_groups(layout) as groups:
+        model = decaying_model(groups)
+        optimizer = torch.optim.SGD(parameter_groups(model, weight_decay=0.5, named=not loads), lr=0.25)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        if loads:
+            for group in optimizer.param_groups:
+                group["weight_decay"] = 7.0  # comes from the checkpoint
+            foldpar.load_checkpoint(folder, model, optimizer, groups, schedulers=scheduler)
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            foldpar.declare_reduced(model)
+            optimizer.step()
+            scheduler.step()
+        if not loads:
+            foldpar.save_checkpoint(folder, model, optimizer, groups, schedulers=scheduler)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        options = {
+            names[id(parameter)]: (group["weight_decay"], group["lr"])
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        assert all(("no decay" in group["name"]) == (group["weight_decay"] == 0) for group in optimizer.param_groups)
+        norms = {
+            name: float(getattr(parameter, "full_tensor", lambda own=parameter: own)().detach().double().sum())
+            for name, parameter in model.named_parameters()
+        }
+        return options, norms, len(optimizer.param_groups)
+
+
+def on_ranks(folder, layout, loads):
+    if layout.world == 1:
+        return [decayed_steps(folder, layout, loads)]
+    return run_ranks(decayed_steps, layout.world, folder, layout, loads)
+
+
+def test_a_checkpoint_goes_on_in_another_layout_with_what_decays_apart(tmp_path):
+    one, folded = foldpar.solve_layout(1), foldpar.solve_layout(2, tp=2, ep=2)
+    for saved, loaded in ((one, folded), (folded, one)):
+        folder = tmp_path / str(saved.world)
+        (_, before, first), *_ = on_ranks(folder, saved, False)
+        (options, after, second), *_ = on_ranks(folder, loaded, True)
+        assert first >= 4 <= second
+        for name, (weight_decay, rate) in options.items():
+            assert (weight_decay, rate) == (0.0 if name in VECTORS else 0.5, 0.25 / 5)
+            shrunk = 1.0 if name in VECTORS else (1 - 0.5 * 0.25 / 3) * (1 - 0.5 * 0.25 / 4)
+            assert after[name] == pytest.approx(before[name] * shrunk, rel=1e-5, abs=1e-6)
 
 
 def test_optimizer_groups_hold_every_trainable_parameter_once():

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import foldpar
 from foldpar import collectives
 from foldpar.errors import ReplicaError, ShapeError
-from foldpar.lane_checks import rounds
+from foldpar.lane_checks import ModelChecks, rounds
 from foldpar.testing import run_ranks
 
 LAYOUT = foldpar.solve_layout(4, tp=2, ep=4)
@@ -315,6 +315,75 @@ def test_a_loss_over_the_lanes_own_half_of_a_folded_model_is_found() -> None:
         assert "The gradient that arrived at the model's output differs between the lanes" in text
         assert "foldpar.split_rows(x, groups.tp, backward='all_gather')" in text
     assert said_on_each_rank(partial(own_half, check=False)) == [""] * 4
+
+
+def loss_and_own_term(groups: foldpar.FoldedGroups, where: str, convert: bool = False) -> None:
+    """The model's own loss, which all lanes have, and a term of the lane's own: over its half, or on one lane only."""
+    model = copy.deepcopy(MODEL)
+    foldpar.fold_model(model, groups)
+    ids = torch.randint(32, (2, 6), generator=torch.Generator().manual_seed(groups.dp.index))
+    out = model(input_ids=ids, labels=ids)
+    logits = out.logits
+    if convert:
+        logits = foldpar.copy_to_group(logits, groups.tp)
+    loss = out.loss
+    if where == "half":
+        loss = loss + 0.1 * logits[:, groups.tp.index :: 2].square().mean()
+    if (where, groups.tp.index) == ("one lane", 1) or (where, groups.dp.index) == ("one data rank, all lanes", 1):
+        loss = loss + 0.1 * logits.square().mean()
+    loss.backward()
+
+
+@pytest.mark.parametrize("where", ["half", "one lane"])
+def test_a_term_over_the_lanes_own_half_beside_the_models_own_loss_is_found(where: str) -> None:
+    for text in said_on_each_rank(lambda groups: loss_and_own_term(groups, where)):
+        assert "The gradient that arrived at the model's output differs between the lanes" in text
+
+
+@pytest.mark.parametrize("where", ["none", "one data rank, all lanes"])
+def test_a_sound_term_beside_the_models_own_loss_says_nothing(where: str) -> None:
+    assert said_on_each_rank(lambda groups: loss_and_own_term(groups, where)) == [""] * 4
+
+
+def test_a_converted_term_over_the_lanes_own_half_says_nothing() -> None:
+    assert said_on_each_rank(lambda groups: loss_and_own_term(groups, "half", convert=True)) == [""] * 4
+
+
+class TwoEnds(nn.Module):
+    """Two outputs, neither of which is made of the other."""
+
+    def __init__(self, groups: foldpar.FoldedGroups) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(x), self.other(x)
+
+
+def two_ends(groups: foldpar.FoldedGroups, weights: Callable[[int, int], tuple[int, int]]) -> None:
+    model = TwoEnds(groups)
+    ModelChecks(groups, None, experts=True).watch(model)
+    loss = torch.zeros(())
+    for weight, y in zip(weights(groups.tp.index, groups.dp.index), model(rows(groups.dp.index)), strict=True):
+        loss = loss + weight * y.sum() if weight else loss
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("weights", "sound"),
+    [
+        (lambda lane, data: (1, 1), True),
+        (lambda lane, data: (1, data), True),  # other data ranks may use other outputs
+        (lambda lane, data: (1 - data, data), True),
+        (lambda lane, data: (1, lane), False),
+        (lambda lane, data: (lane, 1 - lane), False),
+        (lambda lane, data: (1, 1 + lane * data), False),  # on the lanes of one TP group only: the others are told too
+    ],
+)
+def test_each_output_is_compared_whichever_lanes_and_data_ranks_use_it(weights: Any, sound: bool) -> None:
+    said = said_on_each_rank(lambda groups: two_ends(groups, weights))
+    assert [text == "" for text in said] == [sound] * 4
+    assert sound or any("arrived at the model's output differs between the lanes" in text for text in said)
 
 
 def test_a_sound_step_leaves_no_hooks_and_says_nothing() -> None:

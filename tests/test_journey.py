@@ -31,8 +31,7 @@ class OwnExperts(nn.Module):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({}, "in messages: max_tokens is not given, so nobody knows how large shared memory must be"),
-        ({"one_sided": foldpar.OneSided(8)}, "one-sided where ranks can read each other's memory"),
+        ({"one_sided": foldpar.OneSided(8)}, "in messages: it needs GPUs, and this is cpu"),
         (
             {"one_sided": foldpar.OneSided(8), "counters": foldpar.LayerCounters()},
             "in messages: counters read the sizes on the host",
@@ -47,7 +46,31 @@ class OwnExperts(nn.Module):
 def test_a_layer_explains_which_way_its_rows_take(options: dict[str, Any], text: str) -> None:
     told = layer(foldpar.create_groups(foldpar.solve_layout(1)), **options).explain()
     assert text in told
-    assert "sent once per EP rank over (0,), and back as one sum: at most 1 x, not top_k x" in told
+    assert "stay: ep = 1, so this rank has all experts" in told
+
+
+def test_nothing_is_said_of_what_was_not_asked_for() -> None:
+    told = layer(foldpar.create_groups(foldpar.solve_layout(1))).explain().splitlines()
+    assert told[1:] == [
+        "  lanes      one (tp = 1), which takes all tokens; no split, no gather",
+        "  rows       stay: ep = 1, so this rank has all experts",
+        "  router     router_own_tokens: left as it is, tp = 1",
+        "  experts    routed_expert: left as it is",
+    ]
+    folded = run_ranks(explained, 4, 1, None, backend="threads")[0]
+    assert "\n             in messages\n" in folded
+    assert "max_tokens" not in folded and "one" not in folded.replace("once", "").replace(" one sum", "")
+
+
+def test_rows_go_one_sided_where_everything_that_is_known_before_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldpar.journey.why_no_peers", lambda device: None)
+    groups = foldpar.create_groups(foldpar.solve_layout(1))
+    moe = layer(groups, one_sided=foldpar.OneSided(8))
+    assert "one-sided where ranks can read each other's memory" in moe.explain()
+    moe.double()
+    assert "in messages: the rows are torch.float64, and the kernels add up in float32" in moe.explain()
+    sliced = run_ranks(explained, 4, 2, backend="threads")[0]
+    assert "in messages: etp = 2, and slices of an expert share rows in messages" in sliced
 
 
 def test_experts_of_another_kind_travel_in_messages() -> None:
@@ -57,9 +80,9 @@ def test_experts_of_another_kind_travel_in_messages() -> None:
     assert "in messages: OwnExperts may not leave rows alone that hold nothing, as GroupedExperts do" in told
 
 
-def explained(etp: int) -> str:
+def explained(etp: int, one_sided: foldpar.OneSided | None = foldpar.OneSided(8)) -> str:  # noqa: B008 (frozen)
     with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4 // etp, etp=etp)) as groups:
-        return layer(groups, one_sided=foldpar.OneSided(8)).explain()
+        return layer(groups, one_sided=one_sided).explain()
 
 
 def test_slices_of_an_expert_share_rows_and_say_how_often_they_cross() -> None:

@@ -275,7 +275,65 @@ def test_explain_says_which_path_and_which_reduction() -> None:
     assert "FoldedMoE on rank 1: tp=2 ep=2 etp=2 edp=1" in text
     assert "a lane takes 1/2 of the tokens" in text
     assert "then shared inside the ETP group" in text
-    assert "SUM over tp" in text
+    assert "router     router_own_tokens: SUM over tp" in text
+    assert "experts    routed_expert: left as it is" in text
+
+
+class Added(nn.Module):
+    """Shared experts of two kinds of parameters: cut over the lanes, and whole on all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(DIM, 8, dtype=torch.float64), nn.Linear(8, DIM, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x))
+
+
+def explained_and_decided(lane_grads: str) -> tuple[str, dict[str, str]]:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4)) as groups:
+        experts = foldpar.GroupedExperts(EXPERTS, DIM, 8, groups, bias=True, seed=0)
+        router = foldpar.TopKRouter(DIM, EXPERTS, TOP_K)
+        moe = foldpar.FoldedMoE(router, experts, groups, shared=Added(), lane_grads=lane_grads)
+        assert moe.shared is not None
+        tp = groups.mesh("dense")["tp"]
+        parallelize_module(moe.shared, tp, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        foldpar.mark_parameters(moe.router, families.ROUTER_ALL_TOKENS)  # a user's own word wins
+        decided = {name: family.name for name, family in foldpar.parameter_families(moe, groups).items()}
+        return moe.explain(), decided
+
+
+@pytest.mark.parametrize("lane_grads", ["replicated", "post-hoc"])
+def test_explain_names_the_families_that_decide(lane_grads: str) -> None:
+    text, decided = run_ranks(explained_and_decided, 4, lane_grads)[0]
+    lines = [line for line in text.splitlines() if line.startswith(("  router ", "  experts ", "  shared "))]
+    assert {line.split()[1].rstrip(":") for line in lines} == set(decided.values())
+    for name, family in decided.items():
+        part, own_name = name.split(".", 1)
+        (line,) = [line for line in lines if line.split()[0] == part and line.split()[1].rstrip(":") == family]
+        assert own_name in line or [each.split()[0] for each in lines].count(part) == 1
+    assert "  shared     dense_sharded (up.weight, up.bias, down.weight): left as it is" in lines
+    assert "  shared     replicated (down.bias): AVERAGE over tp" in lines
+    assert "  router     router_all_tokens: AVERAGE over tp" in lines
+    cancelled = [line for line in lines if "expert_bias_post_hoc" in line and line.endswith(", times 1/2")]
+    assert bool(cancelled) == (lane_grads == "post-hoc")
+    assert any("divided by tp = 2" in line for line in lines) == (lane_grads == "post-hoc")
+
+
+def explained_with_a_stranger() -> str:
+    with foldpar.create_groups(foldpar.solve_layout(2, tp=2, ep=2)) as groups:
+        moe = layer(groups)
+        moe.experts.adapter = nn.Linear(DIM, 1)
+        moe.own_scale = nn.Parameter(torch.ones(1))
+        return moe.explain()
+
+
+def test_explain_says_what_it_cannot_know_instead_of_failing() -> None:
+    text = run_ranks(explained_with_a_stranger, 2, backend="threads")[0]
+    assert "no family (adapter.weight): experts.adapter.weight is inside the experts experts" in text
+    assert "own_scale  no family: no mark in this layer; one on a module around it decides" in text
 
 
 # -- Wrong use --------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ FLOORS = (
         "planner",
         "refusals",
         "sharding",
+        "stand_ins",
     ),
     (
         "checkpoint_dcp",
@@ -174,6 +175,7 @@ def test_the_exported_names_are_these():
         "limit_capacity",
         "load_balancing_loss",
         "load_checkpoint",
+        "lockstep",
         "mark_parameters",
         "mark_placement",
         "parameter_families",

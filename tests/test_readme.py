@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import torch
@@ -106,6 +107,56 @@ def test_the_training_loop_runs_under_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "train.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300)
     assert [line[:5] for line in done.stdout.splitlines()] == ["step "] * 3
+
+
+AROUND = """\
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import MixtralForCausalLM
+
+import foldpar
+
+
+def program(
+    model: MixtralForCausalLM,
+    groups: foldpar.FoldedGroups,
+    loader: Iterable[dict[str, Tensor]],
+    batch: dict[str, Tensor] | None,
+    tokens: Tensor,
+    labels: Tensor,
+    tokens_of_all_ranks: Tensor,
+    micro_batches: int,
+) -> None:
+"""
+"""What stands around a part of a loop on the page: the names that it takes for granted, each of one type."""
+
+
+def complaints_about(folder: Path, programs: list[str]) -> str:
+    """What mypy --strict says about programs, and parts of loops, each in a file of its own."""
+    for number, program in enumerate(programs):
+        whole = program if "import foldpar" in program else AROUND + indent(program, "    ")
+        (folder / f"block_{number}.py").write_text(whole)
+    files = [str(path) for path in sorted(folder.glob("*.py"))]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", *files],
+        cwd=ROOT,
+        env={**os.environ, "MYPYPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert (done.returncode == 0) == (done.stdout + done.stderr == ""), done.stderr
+    return done.stdout
+
+
+def test_the_programs_of_the_page_pass_strict_type_checks(tmp_path):
+    programs = [block.text for block in blocks("python")]
+    assert len(programs) >= 5
+    wrong = "import foldpar\n\nlayout: int = foldpar.solve_layout(world=4)\n"
+    said = complaints_about(tmp_path, [*programs, wrong])
+    assert said.count("\n") == 1 and f"block_{len(programs)}.py:3: error: Incompatible types" in said, said
 
 
 HUGGING_FACE = "A Hugging Face model, sharded and saved"

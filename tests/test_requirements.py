@@ -34,3 +34,10 @@ def test_one_rank_needs_no_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         model: Any = nn.Linear(2, 2)
         foldpar.save_checkpoint(tmp_path / "c", model, None, groups)
         foldpar.load_checkpoint(tmp_path / "c", model, None, groups)
+
+
+def test_the_metadata_says_where_the_project_lives() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    urls = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["urls"]
+    assert set(urls) == {"Homepage", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith("https://") for url in urls.values())

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from foldpar.scaling import GradScaler
     from foldpar.selection import GroupLimit
     from foldpar.sharding import accumulate, shard_model
+    from foldpar.stand_ins import lockstep
     from foldpar.steps import declare_reduced
     from foldpar.storage import ExpertStorage
 
@@ -140,6 +141,7 @@ __all__ = [
     "limit_capacity",
     "load_balancing_loss",
     "load_checkpoint",
+    "lockstep",
     "mark_parameters",
     "mark_placement",
     "parameter_families",
@@ -220,6 +222,7 @@ _NAMES_OF_MODULE = {
     "routing": ("Router", "Routing", "TopKRouter"),
     "selection": ("GroupLimit",),
     "sharding": ("accumulate", "shard_model"),
+    "stand_ins": ("lockstep",),
     "storage": ("ExpertStorage",),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}

@@ -36,7 +36,7 @@ __all__ = [
 
 # Options that say how an optimizer computes, not what: those of the optimizer at hand stay.
 KEPT_OPTIONS = frozenset(
-    {"params", "param_names", "family", "foreach", "fused", "capturable", "differentiable"},
+    {"params", "param_names", "name", "family", "foreach", "fused", "capturable", "differentiable"},
 )
 
 

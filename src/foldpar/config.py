@@ -25,6 +25,7 @@ from foldpar.foreign_configs import (
     raise_faults,
     read_deepspeed,
     read_megatron,
+    read_torchtitan,
     read_transformers,
 )
 from foldpar.integers import as_integer, divisors, listed
@@ -41,7 +42,8 @@ class FoldingConfig:
 
     A plain value: it compares, hashes and pickles, and what it says is what :meth:`to_dict` says. Constructed from
     keywords, from foldpar's own section (:meth:`from_dict`, :meth:`from_json`), or from what DeepSpeed (the same two),
-    Megatron-Core (:meth:`from_megatron`) and transformers (:meth:`from_transformers`) are configured with.
+    Megatron-Core (:meth:`from_megatron`), transformers (:meth:`from_transformers`) and TorchTitan
+    (:meth:`from_torchtitan`) are configured with.
 
     Args:
         tp: as in :func:`foldpar.solve_layout`; so are ``ep``, ``etp``, ``pp``, ``cp`` and ``order``.
@@ -192,6 +194,25 @@ world=None)
                 nothing there.
         """
         return cls._from(read_transformers(source))
+
+    @classmethod
+    def from_torchtitan(cls, source: object) -> FoldingConfig:
+        """A configuration from TorchTitan's ``ParallelismConfig``, or from a mapping of its fields.
+
+        What a mapping does not say has its default there. Its meshes count ranks in ``"consecutive"`` order;
+        ``enable_sequence_parallel``, on by default, is ``lanes="sharded"``. Where ``expert_parallel_degree`` is 1 it
+        cuts the experts over tensor parallelism, so ``etp`` is ``tp`` then, and 1 otherwise.
+        ``data_parallel_shard_degree`` says the world, unless it is -1, the default: the ranks that are left.
+
+        Example:
+            >>> config = FoldingConfig.from_torchtitan({"tensor_parallel_degree": 2, "expert_parallel_degree": 4})
+            >>> config.tp, config.ep, config.etp, config.lanes, config.world
+            (2, 4, 1, 'sharded', None)
+
+        Raises:
+            LayoutError: an unknown key, a degree that is none, or a whole configuration instead of its part.
+        """
+        return cls._from(read_torchtitan(source))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data for JSON; :meth:`from_dict` gives an equal configuration back.

@@ -24,7 +24,7 @@ from foldpar.lane_checks import LaneChecks
 from foldpar.lane_ends import lane_ends
 from foldpar.lanes import Lanes, LaneState
 from foldpar.onesided import OneSided
-from foldpar.routing import Routing
+from foldpar.routing import Routing, without_tokens
 from foldpar.sharded import is_sharded_over
 
 __all__ = ["FoldedExperts", "check_device_and_dtype"]
@@ -78,6 +78,8 @@ class FoldedExperts(GroupedExperts):
     ) -> None:
         super().__init__(num_experts, dim, hidden_dim, groups, **options)
         self.call = call
+        self.without_data = False
+        """All tokens are padding; set by :func:`foldpar.lockstep`."""
         self.lane_state = LaneState(groups, lanes, partition=partition)
         self.checks = LaneChecks(self.lane_state, check)
         self._ends = lane_ends(groups.tp, lanes, "replicated", partition)
@@ -107,7 +109,7 @@ class FoldedExperts(GroupedExperts):
         rows, ids = self._ends.own(hidden_states), state.own(top_k_index)
         # Weights of a narrower dtype than the rows lose digits where parts of their gradient are added up.
         weights = self._ends.own(top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype)))
-        routing = Routing(ids, weights)
+        routing = without_tokens(Routing(ids, weights)) if self.without_data else Routing(ids, weights)
         if checked:
             self.checks.routing(routing)
         y = self.journey(self, rows, routing, tokens=hidden_states.shape[0], compute=self.compute)

@@ -2,7 +2,8 @@
 
 Each reader takes a configuration as it is and returns a :class:`Reading`: values for the fields of ``FoldingConfig``,
 who said each, and what was left unread and why. What would change the layout or the numbers and has no counterpart
-here is an error, never dropped. The keys are those of DeepSpeed 0.19.8, Megatron-Core 0.16.1 and transformers 5.23.
+here is an error, never dropped. The keys are those of DeepSpeed 0.19.8, Megatron-Core 0.16.1, transformers 5.23 and
+TorchTitan 0.3.0.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = [
     "raise_faults",
     "read_deepspeed",
     "read_megatron",
+    "read_torchtitan",
     "read_transformers",
 ]
 
@@ -457,3 +459,83 @@ def read_transformers(source: object) -> Reading:
         if said.get(key, "auto") not in (False, "auto"):
             reading.not_used.append(f"{key}: {why}")
     return reading
+
+
+# TorchTitan: ParallelismConfig, or a mapping of its fields.
+
+_TORCHTITAN_SIZES = {
+    "tp": "tensor_parallel_degree",
+    "ep": "expert_parallel_degree",
+    "pp": "pipeline_parallel_degree",
+    "cp": "context_parallel_degree",
+}
+_TORCHTITAN_DATA = ("data_parallel_replicate_degree", "data_parallel_shard_degree")
+_SCHEDULE = "a pipeline schedule's; torch.distributed.pipelining takes it"
+_CP_ATTENTION = "the attention's over cp"
+_TORCHTITAN_NOT_USED: dict[str, tuple[object, str]] = {  # key -> its default, and why it is not used
+    "fsdp_reshard_after_forward": ("default", "see shard_model(model, groups, stage=...)"),
+    "enable_fsdp_symm_mem": (False, "how FSDP2 communicates"),
+    "spmd_backend": ("spmd_types", "how TorchTitan annotates its models"),
+    "module_fqns_per_model_part": (None, _SCHEDULE),
+    "pipeline_parallel_first_stage_less_layers": (1, _SCHEDULE),
+    "pipeline_parallel_last_stage_less_layers": (1, _SCHEDULE),
+    "pipeline_parallel_layers_per_stage": (None, _SCHEDULE),
+    "pipeline_parallel_schedule": ("1F1B", _SCHEDULE),
+    "pipeline_parallel_schedule_csv": ("", _SCHEDULE),
+    "pipeline_parallel_microbatch_size": (1, _SCHEDULE),
+    "context_parallel_load_balancer": ("headtail", _CP_ATTENTION),
+    "context_parallel_ptrr_mask_key": (None, _CP_ATTENTION),
+}
+_TORCHTITAN_KEYS = (
+    *_TORCHTITAN_SIZES.values(),
+    *_TORCHTITAN_DATA,
+    "enable_sequence_parallel",
+    *_TORCHTITAN_NOT_USED,
+)
+
+
+def read_torchtitan(source: object) -> Reading:
+    """TorchTitan's degrees; what is absent has its default there. Its meshes count ranks consecutively."""
+    reading = Reading()
+    said = _torchtitan_values(source, reading)
+    sizes = {name: reading.size(key, said.get(key, 1)) for name, key in _TORCHTITAN_SIZES.items()}
+    for name, size in sizes.items():
+        reading.say(name, size, _TORCHTITAN_SIZES[name])
+    tp, pp, cp = sizes["tp"], sizes["pp"], sizes["cp"]
+    if sizes["ep"] == 1 and tp > 1:
+        reading.say("etp", tp, "expert_parallel_degree = 1, where TorchTitan cuts the experts over tensor parallelism")
+    reading.say("order", "consecutive", "TorchTitan's meshes")
+    if reading.flag("enable_sequence_parallel", said.get("enable_sequence_parallel", True)) and tp > 1:
+        reading.say("lanes", "sharded", "enable_sequence_parallel")
+    replicas, shards = _TORCHTITAN_DATA
+    copies = reading.size(replicas, said.get(replicas, 1))
+    if as_integer(said.get(shards, -1)) != -1:  # -1, the default: the ranks that are left
+        cut = reading.size(shards, said[shards])
+        product = f"pp * cp * tp * {replicas} * {shards} = {pp} * {cp} * {tp} * {copies} * {cut}"
+        reading.say("world", pp * cp * tp * copies * cut, product)
+    if copies > 1:
+        reading.not_used.append(f"{replicas} = {copies}: shard_model shards over all of dp, without replicas of shards")
+    for key, (default, why) in _TORCHTITAN_NOT_USED.items():
+        if said.get(key, default) != default:
+            reading.not_used.append(f"{key}: {why}")
+    return reading
+
+
+def _torchtitan_values(source: object, reading: Reading) -> dict[str, object]:
+    if isinstance(source, Mapping):
+        given: dict[str, object] = {str(key): value for key, value in source.items()}
+        inner = "parallelism" in given
+        if not inner:
+            check_keys("ParallelismConfig", given, _TORCHTITAN_KEYS, reading)
+    else:
+        given = {key: getattr(source, key) for key in _TORCHTITAN_KEYS if hasattr(source, key)}
+        inner = hasattr(source, "parallelism")
+        if _TORCHTITAN_SIZES["tp"] not in given and not inner:
+            reading.faults.append(
+                f"This {type(source).__name__} has no {_TORCHTITAN_SIZES['tp']}, so it is no ParallelismConfig."
+            )
+    if inner:
+        reading.faults.append(
+            "This is TorchTitan's whole configuration, of which a layout is one part: pass its parallelism."
+        )
+    return given

@@ -21,6 +21,7 @@ from foldpar.grouped import in_autocast_dtype
 from foldpar.lane_ends import LaneEnds
 from foldpar.lanes import LaneState
 from foldpar.onesided import OneSided, OneSidedPlan, OneSidedWay, combine_one_sided, dispatch_one_sided
+from foldpar.peers import why_no_peers
 from foldpar.routing import Routing
 
 __all__ = ["Experts", "Journey"]
@@ -94,12 +95,18 @@ class Journey:
         """Which way the rows of this layer take, and why; and how often a row crosses which axis."""
         ep, etp = self.state.groups.ep, self.state.groups.etp
         lines = [f"sent once per EP rank over {ep.ranks}, and back as one sum: at most {ep.size} x, not top_k x"]
-        if etp.size > 1:
+        if ep.size == 1:
+            lines = [f"stay: ep = 1, so this rank has {'all' if etp.size == 1 else 'a slice of all'} experts"]
+        if etp.size > 1 and ep.size > 1:
             lines.append(
                 f"then shared inside the ETP group {etp.ranks}: a row crosses EP once and ETP {etp.size - 1} x; a "
                 f"journey for each slice would cross EP {etp.size} x"
             )
-        refusal = self._refusal(experts)
+        elif etp.size > 1:
+            lines.append(f"shared inside the ETP group {etp.ranks}: a row crosses ETP {etp.size - 1} x")
+        if self.one_sided is None:
+            return [*lines, "in messages"] if ep.size * etp.size > 1 else lines
+        refusal = self._foreseen(self.one_sided, experts)
         lines.append(f"in messages: {refusal}" if refusal else "one-sided where ranks can read each other's memory")
         return lines
 
@@ -111,8 +118,6 @@ class Journey:
 
     def _refusal(self, experts: Experts) -> str | None:
         """Why the rows of this layer can only travel in messages."""
-        if self.one_sided is None:
-            return "max_tokens is not given, so nobody knows how large shared memory must be"
         if self.counters is not None:
             return "counters read the sizes on the host"
         if not isinstance(experts, GroupedExperts):
@@ -120,6 +125,13 @@ class Journey:
         if experts.biases is not None:
             return "the experts have biases, whose gradients are sums over all rows"
         return None
+
+    def _foreseen(self, one_sided: OneSided, experts: Experts) -> str | None:
+        """The same, as far as it can be told before there are rows, which come in the dtype of the experts."""
+        if refusal := self._refusal(experts):
+            return refusal
+        weight = next(cast(GroupedExperts, experts).parameters())
+        return one_sided.refusal(self.state.groups, weight.dtype) or why_no_peers(weight.device)
 
 
 def _wants_sizes(plan: OneSidedPlan) -> bool:

@@ -10,13 +10,15 @@ without it, and ends with an agreement among them, so that all raise together in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
 from foldpar.checks import differences, listed
@@ -39,6 +41,8 @@ _ELSEWHERE = {
     "gradient": "The gradient that arrived at the lanes of another TP group is not in the declared state; see its "
     "ranks.",
 }
+_MOST_OUTPUTS = 32
+"""How many outputs of a model are looked at: a number that all ranks know, whatever their models return."""
 _TOKENS = (
     "Replicated lanes share the work on one batch, so all lanes of a TP group must hold the same tokens; with others "
     "every row comes out wrong. Usually a sampler or a seed depends on the global rank: give the sampler "
@@ -175,17 +179,30 @@ class ModelChecks:
         if torch.compiler.is_compiling():
             return
         if self.when.is_open("backward"):
-            for tensor in _tensors(output):
-                if tensor.requires_grad and can_compare(tensor):
-                    tensor.register_hook(self._arrived)
+            tensors = [each for each in _tensors(output) if each.requires_grad and can_compare(each)][:_MOST_OUTPUTS]
+            if tensors:  # a gradient may arrive at each of them: the loss, and the logits that a term of one's own uses
+                shapes = [(local_tensor(each).shape, each.dtype) for each in tensors]
+                register_multi_grad_hook(tensors, partial(self._arrived, shapes))
         elif not self.when.is_open(_forward()):
             for hook in self._hooks:
                 hook.remove()
 
-    def _arrived(self, grad: Tensor) -> None:
-        if self.when.due("backward", grad):
+    def _arrived(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], grads: Sequence[Tensor | None]) -> None:
+        """Compare the gradients of all outputs, when the last of them has arrived, and before layers below have it."""
+        first = next((grad for grad in grads if grad is not None), None)
+        if first is None or not self.when.due("backward", first):
+            return
+        device = first.device
+        reached = torch.zeros(_MOST_OUTPUTS, dtype=torch.int32, device=device)
+        reached[: len(grads)] = torch.tensor([grad is not None for grad in grads], dtype=torch.int32, device=device)
+        for group in self.meeting.groups:  # so that all go through the same rounds
+            all_reduce_(reached, group, "max")
+        for place in reached.nonzero().flatten().tolist():
+            grad = grads[place] if place < len(grads) else torch.zeros(0, device=device)
+            if grad is None:  # it arrived on other lanes only
+                grad = torch.zeros(shapes[place][0], dtype=shapes[place][1], device=device)
             check_lane_gradient(local_tensor(grad), self.groups.tp, self.meeting, "replicated", "the model's output")
-            self.when.done("backward")
+        self.when.done("backward")
 
 
 def check_lane_gradient(

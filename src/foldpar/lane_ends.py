@@ -41,8 +41,10 @@ def lane_ends(tp: AxisGroup, lanes: str, lane_grads: str, partition: str) -> Lan
 
     Post-hoc gradients take the ends of partial ones: what averages to the gradient adds up to ``tp`` times it.
     """
+    alone = "one (tp = 1), which takes all tokens; no split, no gather" if tp.size == 1 else ""
     if lanes == "sharded":
-        return LaneEnds(_same, _same, _same_rows, "sharded: every lane brings its own tokens; no split, no gather")
+        why = alone or "sharded: every lane brings its own tokens; no split, no gather"
+        return LaneEnds(_same, _same, _same_rows, why)
     replicated = lane_grads == "replicated"
     if partition == "tokens":
         return LaneEnds(
@@ -54,13 +56,13 @@ def lane_ends(tp: AxisGroup, lanes: str, lane_grads: str, partition: str) -> Lan
                 row_counts=even_row_counts(tokens, tp.size),
                 backward="slice" if replicated else "reduce_scatter",
             ),
-            why=f"replicated: a lane takes 1/{tp.size} of the tokens, and rows are gathered after combining",
+            why=alone or f"replicated: a lane takes 1/{tp.size} of the tokens, and rows are gathered after combining",
         )
     return LaneEnds(
         own=_same,
         enter=lambda x: copy_to_group(x, tp) if replicated else x,
         leave=lambda y, tokens: all_reduce(y, tp, backward="identity" if replicated else "sum"),
-        why=f"replicated: a lane takes 1/{tp.size} of each expert's assignments, and partial rows are summed",
+        why=alone or f"replicated: a lane takes 1/{tp.size} of each expert's assignments, and partial rows are summed",
     )
 
 

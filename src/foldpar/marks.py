@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +19,7 @@ from foldpar.dtensors import (
     is_dtensor,
     is_sharding,
 )
-from foldpar.errors import FamilyError, GroupsError, ModelError, ShardingError
+from foldpar.errors import ArgumentError, FamilyError, GroupsError, ModelError, ShardingError
 from foldpar.families import DENSE_SHARDED, REPLICATED, ParameterFamily
 from foldpar.groups import FoldedGroups
 from foldpar.layout import Axis
@@ -154,14 +155,30 @@ def parameter_families(model: nn.Module, groups: FoldedGroups) -> dict[str, Para
     return {resolved.name: resolved.family for resolved in resolve_parameters(model, groups)}
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float | None = None,
+    no_decay: Callable[[str, nn.Parameter], bool] | None = None,
+    named: bool = False,
+) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: one per family, with DTensors apart from plain tensors.
 
     Call it after :func:`foldpar.shard_model`, which replaces parameters. Fused optimizers fail on a group that mixes
     plain and DTensor parameters, or DTensors of two meshes. Each group has ``"params"`` (those that require a gradient,
-    a tied one once) and ``"family"``, the family's name by the rules of :func:`parameter_families` as far as they can
-    be told without groups; ``"unmarked"`` where there is no mark. Other options can be added before the optimizer is
-    made.
+    a tied one once), ``"family"``, the family's name by the rules of :func:`parameter_families` as far as they can
+    be told without groups; ``"unmarked"`` where there is no mark; and ``"name"``, which no other group has. Other
+    options can be added before the optimizer is made. A checkpoint loads into whatever groups there are: it keeps
+    options by parameter, and names, families and lists of parameters are those of the optimizer at hand.
+
+    Args:
+        weight_decay: each group's ``"weight_decay"`` is this, or 0 in the groups of parameters that do not decay.
+            ``None``: no such key, and no such groups.
+        no_decay: ``(name, parameter) -> bool``: which parameters do not decay; of a tied one, its first name. Answer
+            from what is the same in every layout, as names are. By default those with one dimension
+            or none, an expert's own: gains of norms and biases, ``[num_experts, dim]`` of the experts too.
+        named: each group has ``"param_names"``, torch's key for the names of its parameters, which the optimizer's own
+            state dict keeps. torch wants it in all groups of an optimizer or in none.
 
     Example:
         >>> from foldpar import families
@@ -170,15 +187,56 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         [('unmarked', 2), ('replicated', 2)]
         >>> import torch
         >>> optimizer = torch.optim.SGD(parameter_groups(model), lr=0.1)
+        >>> [(group["name"], group["weight_decay"]) for group in parameter_groups(model, weight_decay=0.1)]
+        [('unmarked', 0.1), ('unmarked, no decay', 0.0), ('replicated, no decay', 0.0)]
+
+    Raises:
+        ArgumentError: an argument of a wrong kind, or ``no_decay`` without ``weight_decay``. ValueError: a negative
+            ``weight_decay``.
     """
-    expect("parameter_groups", model=(model, nn.Module))
+    _check_decay(model, weight_decay, no_decay)
     bring_back_shards(model)
-    members: dict[tuple[str, DeviceMesh | None], list[nn.Parameter]] = {}
+    members: dict[tuple[str, DeviceMesh | None, bool], list[_Use]] = {}
     for use in _first_uses(model):
         if use.parameter.requires_grad:
             mesh = use.parameter.device_mesh if is_dtensor(use.parameter) else None
-            members.setdefault((_label(use), mesh), []).append(use.parameter)
-    return [{"params": parameters, "family": label} for (label, _), parameters in members.items()]
+            decays = weight_decay is None or not (
+                _has_one_dimension(use) if no_decay is None else no_decay(use.name, use.parameter)
+            )
+            members.setdefault((_label(use), mesh, decays), []).append(use)
+    groups: list[dict[str, Any]] = []
+    taken: Counter[str] = Counter()
+    for (label, _, decays), uses in members.items():
+        name = label if decays else f"{label}, no decay"
+        taken[name] += 1
+        group: dict[str, Any] = {"params": [use.parameter for use in uses], "family": label}
+        group["name"] = name if taken[name] == 1 else f"{name}, {taken[name]}"
+        group |= {} if weight_decay is None else {"weight_decay": float(weight_decay) if decays else 0.0}
+        group |= {"param_names": [use.name for use in uses]} if named else {}
+        groups.append(group)
+    return groups
+
+
+def _check_decay(model: object, weight_decay: object, no_decay: object) -> None:
+    expect("parameter_groups", model=(model, nn.Module), weight_decay=(weight_decay, (float, int, type(None))))
+    if isinstance(weight_decay, bool):
+        raise ArgumentError(f"parameter_groups: weight_decay must be a number, and is {weight_decay}.")
+    if isinstance(weight_decay, (float, int)) and not weight_decay >= 0:
+        raise ValueError(f"weight_decay = {weight_decay} must be 0 or more: 0.1, for example.")
+    if no_decay is None:
+        return
+    if not callable(no_decay):
+        raise ArgumentError(
+            f"parameter_groups: no_decay must be called with (name, parameter) and answer True where there is no "
+            f"decay; a {type(no_decay).__name__} cannot be called: lambda name, parameter: 'embed' in name."
+        )
+    if weight_decay is None:
+        raise ArgumentError("parameter_groups: no_decay says which parameters do not decay, so say weight_decay too.")
+
+
+def _has_one_dimension(use: _Use) -> bool:
+    """Whether it is a vector or a number; of experts' parameters, which are stacked, whether that of one expert is."""
+    return use.parameter.dim() - use.stacked < 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +255,8 @@ class _Use:
     """Whether ``shard_model`` has sharded it over its data axis."""
     inside: str | None = None
     """The name of the experts' module around it, where it is none of the experts' own parameters."""
+    stacked: int = 0
+    """Of experts' own parameters: how many dimensions come on top of one expert's, for experts and pairs."""
 
 
 def _uses(model: nn.Module) -> Iterator[_Use]:
@@ -223,7 +283,8 @@ def _places(
         stranger = inside if holds is None or name not in holds else None
         if holds is not None and stranger is not None:
             explicit = getattr(parameter, _MARK, None) or by_name.get(name)  # the module's mark is of its experts
-        yield module, name, _Use(prefix + name, parameter, explicit, inherited, groups, is_shard, stranger)
+        stacked = 0 if holds is None or stranger is not None else 1 + (name in getattr(module, "pairs", ()))
+        yield module, name, _Use(prefix + name, parameter, explicit, inherited, groups, is_shard, stranger, stacked)
     of_children: dict[str, ParameterFamily] = getattr(module, _MARKS_OF_CHILDREN, {})
     for name, child in module.named_children():
         yield from _places(child, f"{prefix}{name}.", of_children.get(name) or own or inherited, groups, inside)
@@ -286,22 +347,51 @@ def resolve_parameters(model: nn.Module, groups: FoldedGroups) -> list[ResolvedP
             raise ModelError(_data_was_assigned(use.name))
     resolved, unmarked = [], []
     for uses in uses_of.values():
-        found = [(use, family) for use in uses if (family := _family_of(use, axes_of, groups)) is not None]
-        if not found:
+        found = _one_family(uses, axes_of, groups)
+        if found is None:
             unmarked.append(uses[0].name)
             continue
-        first, family = found[0]
-        for use, other in found[1:]:
-            if replace(other, name="") != replace(family, name=""):
-                raise FamilyError(_two_families(first, family, use, other))
-            if family.view == "expert" and use.groups is not first.groups:
-                raise FamilyError(_two_folds(first, use))
+        first, family = found
         own = first.groups if family.view == "expert" and first.groups is not None else groups
         _check_is_shard(first, family)
         resolved.append(ResolvedParameter(uses[0].name, uses[0].parameter, family, own, first.sharded))
     if unmarked:
         raise FamilyError(_no_family(unmarked, groups.layout.tp))
     return resolved
+
+
+def families_seen_from(layer: nn.Module, groups: FoldedGroups) -> dict[str, ParameterFamily | str]:
+    """The family of every parameter of a layer, by the rules of :func:`parameter_families`, or why it has none.
+
+    For telling people: it takes a part of a sharded model in any state, and moves nothing.
+    """
+    axes_of = MeshAxes()
+    uses_of: dict[int, list[_Use]] = {}
+    for use in _uses(layer):
+        uses_of.setdefault(id(use.parameter), []).append(use)
+    seen: dict[str, ParameterFamily | str] = {}
+    for uses in uses_of.values():
+        try:
+            found = _one_family(uses, axes_of, groups)
+        except FamilyError as error:
+            seen[uses[0].name] = str(error).splitlines()[0]
+        else:
+            seen[uses[0].name] = "no mark in this layer; one on a module around it decides" if not found else found[1]
+    return seen
+
+
+def _one_family(uses: list[_Use], axes_of: MeshAxes, groups: FoldedGroups) -> tuple[_Use, ParameterFamily] | None:
+    """The family that all places of a parameter agree on, and the first that has it; ``None`` if no place has one."""
+    found = [(use, family) for use in uses if (family := _family_of(use, axes_of, groups)) is not None]
+    if not found:
+        return None
+    first, family = found[0]
+    for use, other in found[1:]:
+        if replace(other, name="") != replace(family, name=""):
+            raise FamilyError(_two_families(first, family, use, other))
+        if family.view == "expert" and use.groups is not first.groups:
+            raise FamilyError(_two_folds(first, use))
+    return first, family
 
 
 def _check_one_dense_view(model: nn.Module, groups: FoldedGroups) -> None:

@@ -34,6 +34,7 @@ from foldpar.families import (
     ROUTER_OWN_TOKENS,
     ROUTER_POST_HOC,
     ParameterFamily,
+    Reduction,
 )
 from foldpar.folded_experts import FoldedExperts, check_device_and_dtype
 from foldpar.groups import FoldedGroups
@@ -42,10 +43,10 @@ from foldpar.journey import Experts, Journey
 from foldpar.lane_checks import LaneChecks
 from foldpar.lane_ends import lane_ends
 from foldpar.lanes import LaneGradients, Lanes, LaneState
-from foldpar.marks import mark_children, mark_parameters
+from foldpar.marks import families_seen_from, mark_children, mark_parameters
 from foldpar.onesided import OneSided
 from foldpar.randomness import random_region
-from foldpar.routing import Router, Routing, check_routing
+from foldpar.routing import Router, Routing, check_routing, takes_padding, without_tokens
 
 
 class FoldedMoE(nn.Module):
@@ -133,6 +134,8 @@ class FoldedMoE(nn.Module):
         self.lane_state = LaneState(groups, lanes, lane_grads, partition)
         self.checks = LaneChecks(self.lane_state, check)
         self.capacity = capacity
+        self.without_data = False
+        """All tokens are padding; set by :func:`foldpar.lockstep`."""
         self._ends = lane_ends(groups.tp, lanes, lane_grads, partition)
         self.journey = Journey(self.lane_state, self._ends, counters, one_sided)
         self.router, self.experts, self.shared = router, experts, shared
@@ -201,7 +204,10 @@ class FoldedMoE(nn.Module):
         return y.view(x.shape), routing
 
     def explain(self) -> str:
-        """What this layer does on this rank, and why: the path of a row, and how each parameter is reduced."""
+        """What this layer does on this rank, and why: the path of a row, and how each parameter is reduced.
+
+        The families are those of :func:`foldpar.parameter_families`, as they are now.
+        """
         layout, ends = self.groups.layout, self._ends
         lines = [
             f"FoldedMoE on rank {self.groups.rank}: tp={layout.tp} ep={layout.ep} etp={layout.etp} edp={layout.edp}",
@@ -211,12 +217,7 @@ class FoldedMoE(nn.Module):
                 for place, line in enumerate(self.journey.explain(self.experts))
             ),
         ]
-        for name, (module, family) in zip(("router", "experts", "shared"), self._families(), strict=True):
-            if module is not None:
-                lines.append(
-                    f"  {name:<10} {family.name}: {family.reduction.name} over {family.lane_axis or 'no lanes'}"
-                )
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {part:<10} {told}" for part, told in self._reductions())])
 
     @property
     def counters(self) -> LayerCounters | None:
@@ -225,6 +226,18 @@ class FoldedMoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"lanes={self.lanes!r}, lane_grads={self.lane_grads!r}, partition={self.partition!r}"
+
+    def _reductions(self) -> list[tuple[str, str]]:
+        """How the parameters of each part are reduced over the lanes; by name where a part has several families."""
+        names: dict[tuple[str, ParameterFamily | str], list[str]] = {}
+        for name, family in families_seen_from(self, self.groups).items():
+            part, _, own_name = name.partition(".")
+            names.setdefault((part, family), []).append(own_name or part)
+        parts = [part for part, _ in names]
+        return [
+            (part, _told(family, own_names if parts.count(part) > 1 else [], self.groups))
+            for (part, family), own_names in names.items()
+        ]
 
     def _families(self) -> list[tuple[object, ParameterFamily]]:
         """What is known here of each part: which rows its copies see, and the state of the gradient that arrives."""
@@ -251,12 +264,15 @@ class FoldedMoE(nn.Module):
         if padding is not None:
             _goes_with("padding", padding.shape, x)
             given["padding"] = state.own(padding.reshape(-1))
+        if self.without_data and takes_padding(self.router):  # it counts what it decides
+            given["padding"] = torch.ones(own.shape[0], dtype=torch.bool, device=own.device)
         region: AbstractContextManager[None] = nullcontext()
         if getattr(self.router, "is_random", False):
             region = random_region(state.random_region, self.groups.coordinate, device=own.device)
         with region:
             routing = self.router(own, **given)
         check_routing(routing, own.shape[0])
+        routing = without_tokens(routing) if self.without_data else routing
         if self.capacity is None:
             return routing
         counts = even_row_counts(x.numel() // x.shape[-1], self.groups.tp.size) if state.lanes == "replicated" else None
@@ -285,6 +301,26 @@ def _check_parts(router: object, experts: object) -> None:
             f"with (rows, rows_per_expert); a {type(experts).__name__} has no "
             f"{' and no '.join(missing or ['forward'])}."
         )
+
+
+def _told(family: ParameterFamily | str, names: list[str], groups: FoldedGroups) -> str:
+    """A family in words: its name, whose it is, and what is done over the lanes."""
+    whose = f" ({', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''})" if names else ""
+    if isinstance(family, str):
+        return f"no family{whose}: {family}"
+    times = "" if family.factor == 1 else f", times {family.factor}"
+    return f"{family.name}{whose}: {_over_lanes(family, groups)}{times}"
+
+
+def _over_lanes(family: ParameterFamily, groups: FoldedGroups) -> str:
+    axis = family.lane_axis
+    if family.reduction is Reduction.EXPERT_TP_CANCEL and groups.tp.size > 1:
+        return f"divided by tp = {groups.tp.size}"
+    if axis is None or family.reduction in (Reduction.SKIP, Reduction.EXPERT_TP_CANCEL):
+        return "left as it is"
+    if groups.axis(axis).size == 1:
+        return f"left as it is, {axis} = 1"
+    return f"{family.reduction.name} over {axis}"
 
 
 def _goes_with(name: str, shape: torch.Size, x: Tensor) -> None:

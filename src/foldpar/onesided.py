@@ -92,16 +92,22 @@ class OneSided:
         if not self.slack >= 1:
             raise ValueError(f"slack = {self.slack!r} must be 1 or more: 1 is room for perfectly balanced routing.")
 
+    def refusal(self, groups: FoldedGroups, dtype: torch.dtype) -> str | None:
+        """Why rows of this dtype do not travel one-sided in this layout, on whatever devices; ``None`` if they may."""
+        if groups.etp.size > 1:
+            return f"etp = {groups.etp.size}, and slices of an expert share rows in messages"
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"the rows are {dtype}, and the kernels add up in float32"
+        return None
+
     def way(self, x: Tensor, top_k: int, groups: FoldedGroups, num_experts: int) -> OneSidedWay | str:
         """The memory, the exchange and the room for these rows; or why they travel in messages instead.
 
         The answer follows from what is equal on all ranks of the group, so it is the same on all of them. The first
         time it is a meeting of the group.
         """
-        if groups.etp.size > 1:
-            return f"etp = {groups.etp.size}, and slices of an expert share rows in messages"
-        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"the rows are {x.dtype}, and the kernels add up in float32"
+        if (reason := self.refusal(groups, x.dtype)) is not None:
+            return reason
         exchange = RowExchange(groups.ep.size, self.max_tokens, x.shape[1], top_k, x.dtype)
         local = num_experts // groups.ep.size
         room = exchange.room(local, self.slack)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from foldpar.groups import AxisGroup, FoldedGroups
 from foldpar.requirements import why_no_objects
 
-__all__ = ["PeerMemory", "memories", "memory_of", "why_unreachable"]
+__all__ = ["PeerMemory", "memories", "memory_of", "why_no_peers", "why_unreachable"]
 
 
 class PeerMemory:
@@ -82,7 +82,7 @@ def why_unreachable(group: AxisGroup, device: torch.device) -> str | None:
 
     A collective over the group, and a host synchronisation: ask once.
     """
-    reason = _local_reason(device)
+    reason = why_no_peers(device)
     if group.size == 1 or device.type != "cuda":  # all ranks have devices of one kind
         return reason
     if missing := why_no_objects():
@@ -98,7 +98,8 @@ def why_unreachable(group: AxisGroup, device: torch.device) -> str | None:
     return None
 
 
-def _local_reason(device: torch.device) -> str | None:
+def why_no_peers(device: torch.device) -> str | None:
+    """Why a device can share no memory, whatever the other ranks have; ``None`` where it may. Asks nobody."""
     if device.type != "cuda":
         return f"it needs GPUs, and this is {device.type}"
     for module in ("triton", "torch.distributed._symmetric_memory"):

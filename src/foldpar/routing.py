@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, Literal, Protocol
 
 import torch
@@ -64,6 +65,17 @@ def check_routing(routing: object, rows: int) -> None:
             f"Routing weights must be floating point, and are {routing.weights.dtype}; ids are {routing.ids.dtype}. "
             f"The order is Routing(ids, weights)."
         )
+
+
+def without_tokens(routing: Routing) -> Routing:
+    """The same with padding only: nothing travels, and no count and no loss sees anything."""
+    padding = torch.ones(routing.ids.shape[0], dtype=torch.bool, device=routing.ids.device)
+    return replace(routing, mask=torch.zeros_like(routing.ids, dtype=torch.bool), padding=padding)
+
+
+def takes_padding(router: object) -> bool:
+    """Whether a router has the keyword ``padding``."""
+    return "padding" in signature(getattr(router, "forward", router)).parameters  # type: ignore[arg-type]
 
 
 class Router(Protocol):
