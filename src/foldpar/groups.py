@@ -189,6 +189,12 @@ class FoldedGroups:
         """Whether there is torch.distributed: only groups of a single process may have none."""
         return self._factory is not None
 
+    @property
+    def device(self) -> torch.device:
+        """Where its communicators want their tensors; the CPU without torch.distributed."""
+        cuda = self._factory is not None and self._factory.device_type == "cuda"
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
     def mesh(self, view: Literal["dense", "expert"]) -> DeviceMesh:
         """A ``DeviceMesh`` over the same communicators, for the parts of torch that want one.
 

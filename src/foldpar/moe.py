@@ -190,7 +190,7 @@ class FoldedMoE(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         checked = self.checks.due(tokens)
         if checked:
-            self.checks.entering("What enters a FoldedMoE", {"x": x, "ids": ids, "padding": padding})
+            self.checks.entering(self, "What enters a FoldedMoE", {"x": x, "ids": ids, "padding": padding})
         own = self._ends.own(tokens)
         routing = self._route(own, x, ids, padding)
         if checked:

@@ -24,6 +24,7 @@ from foldpar.arguments import expect
 from foldpar.dtensors import adopt, is_dtensor, local_tensor
 from foldpar.errors import FamilyError, GroupsError, ShapeError, ShardingError
 from foldpar.families import Reduction
+from foldpar.first_step import compare_in_stage
 from foldpar.groups import FoldedGroups
 from foldpar.kept_dtypes import kept_dtype
 from foldpar.marks import ResolvedParameter, explicitly_marked, resolve_parameters, tie_marks_to_names
@@ -145,6 +146,7 @@ def shard_model(
     _check_tensors(shards, groups, explicitly_marked(model))
     if not shards:
         return
+    compare_in_stage(model, groups, {"stage": str(stage), "mixed_precision": str(precision)})  # FSDP2 gathers them
 
     tie_marks_to_names(model)  # FSDP2 makes new parameters
     before = list(model.parameters())
