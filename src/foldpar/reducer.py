@@ -66,8 +66,9 @@ class GradientReducer:
         bucket_bytes: a bucket is closed before it would exceed this size.
 
     Raises:
-        FamilyError, GroupsError, ValueError: when it is made, see :func:`foldpar.reduce_gradients`. ShardingError: the
-            model is sharded. RuntimeError: in backward, see :meth:`no_sync`.
+        FamilyError, GroupsError, ValueError: when it is made, see :func:`foldpar.reduce_gradients`. ReplicaError:
+            when it is made: ranks differ in dtypes, in what is frozen, or in these arguments; later: in their replicas.
+            ShardingError: the model is sharded. RuntimeError: in backward, see :meth:`no_sync`.
     """
 
     def __init__(

@@ -117,7 +117,8 @@ def shard_model(
     Raises:
         ValueError: an unknown stage. ShardingError: the model is sharded already, a block is not in the model, or one
             unit would have parameters of several dtypes or share one with another unit, or experts share a module with
-            other parameters. FamilyError: a family is unknown or contradicted. GroupsError: a DTensor on another mesh,
+            other parameters. FamilyError: a family is unknown or contradicted. ReplicaError: ranks of a stage differ in
+            dtypes, in what is frozen, or in the stage. GroupsError: a DTensor on another mesh,
             or no torch.distributed. ShapeError: a parameter is not contiguous. All before anything is touched.
 
     Source: ZeRO (Rajbhandari et al. 2020), stages 1 to 3; FSDP2 (``torch.distributed.fsdp.fully_shard``).
