@@ -264,7 +264,11 @@ def refused(
 
 def sealed(page: Path, **values: Any) -> None:
     """As another version of foldpar would write it: with a sum of its own."""
-    document = {**json.loads(page.read_text()), **values}
-    document.pop("sha256")
+    resealed(page, {**json.loads(page.read_text()), **values})
+
+
+def resealed(page: Path, document: dict[str, Any]) -> None:
+    """Write a page of any contents with its sum."""
+    document = {name: value for name, value in document.items() if name != "sha256"}
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
     page.write_text(json.dumps({**document, "sha256": digest}))

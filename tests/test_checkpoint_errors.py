@@ -16,6 +16,7 @@ from checkpoint_killer import trained
 from torch import nn
 
 import foldpar
+from foldpar import checkpoint, checkpoint_dcp
 from foldpar.boxes import Share
 from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.checkpoint_manifest import Manifest
@@ -415,3 +416,73 @@ def test_arguments_that_cannot_be(groups, tmp_path):
     with pytest.raises(CheckpointError, match=r"parameter of shape \[3, 2\] that the model does not have"):
         save_checkpoint(tmp_path / "c", model, torch.optim.SGD(nn.Linear(2, 3).parameters()), groups)
     assert not list(tmp_path.iterdir())
+
+
+def one_saves_while_another_loads(groups: foldpar.FoldedGroups, path: Path) -> None:
+    model, optimizer = trained(groups, 0)
+    if groups.rank == 0:
+        save_checkpoint(path, model, optimizer, groups)
+    else:
+        load_checkpoint(path, model, optimizer, groups)
+
+
+def one_loads_while_another_saves(groups: foldpar.FoldedGroups, path: Path) -> None:
+    model, optimizer = trained(groups, 0)
+    if groups.rank == 1:
+        save_checkpoint(path, model, optimizer, groups)
+    else:
+        load_checkpoint(None, model, optimizer, groups)
+
+
+@pytest.mark.parametrize(
+    ("case", "verbs"),
+    [(one_saves_while_another_loads, ("saving", "loading")), (one_loads_while_another_saves, ("loading", "saving"))],
+)
+def test_one_rank_that_saves_while_another_loads(tmp_path, case, verbs):
+    first, second = verbs
+    for text in run_ranks(error_on_rank, 2, case, solve(2, ep=2), tmp_path / "c"):
+        assert f"ranks do different things: rank 0 is {first}, and rank 1 is {second}. Call the same functions" in text
+    assert not list(tmp_path.iterdir())
+
+
+def interrupted_on_a_rank(path: Path, rank: int, where: str) -> str:
+    """Ctrl-C on one rank: the others are told at once, nothing is left, and the next save succeeds."""
+    with foldpar.create_groups(solve(2, ep=2)) as groups:
+        model, optimizer = trained(groups, 0)
+        main = groups.rank == rank
+
+        def interrupted(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        def act() -> None:
+            if where == "load":
+                load_checkpoint(path.with_name("old"), model, optimizer, groups, staged=True)
+            else:
+                save_checkpoint(path, model, optimizer, groups)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if main and where == "load":
+                patch.setattr(checkpoint_dcp.StoredTensors, "read", interrupted)
+            elif main:
+                patch.setattr(checkpoint if where == "publish" else checkpoint_dcp.Writing, where, interrupted)
+            with pytest.raises(KeyboardInterrupt if main else CheckpointError) as caught:
+                act()
+        assert len(gathered(groups)) == 2  # still in step
+        assert not path.exists()
+        save_checkpoint(path, model, optimizer, groups)
+        return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "rank"), [("write", 1), ("write", 0), ("finish", 0), ("publish", 0), ("load", 1)], ids=str
+)
+def test_ctrl_c_at_any_moment(tmp_path, where, rank):
+    run_ranks(saved_by_two, 2, tmp_path / "old")
+    texts = run_ranks(interrupted_on_a_rank, 2, tmp_path / "c", rank, where)
+    assert texts[rank] == "" and "KeyboardInterrupt" in texts[1 - rank]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "old"]
+
+
+def saved_by_two(path: Path) -> None:
+    with foldpar.create_groups(solve(2, ep=2)) as groups:
+        save_checkpoint(path, *trained(groups, 0), groups)

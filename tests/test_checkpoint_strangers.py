@@ -9,9 +9,11 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import time
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,19 +21,28 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import refused, sealed
+from checkpoint_cases import refused, resealed, sealed
 from checkpoint_killer import trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.optim import lr_scheduler
 
-from foldpar.checkpoint import load_checkpoint
+import foldpar
+from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.checkpoint_manifest import Manifest
 from foldpar.checkpoint_metadata import read_metadata
 from foldpar.errors import CheckpointError
 from foldpar.hf_files import read_folder
 
 OLD = Path(__file__).parent / "data" / "checkpoint-before-dtensors"
+
+
+def paced(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Schedulers of several kinds, one inside of another."""
+    warm = lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    pieces = lr_scheduler.SequentialLR(optimizer, [warm, lr_scheduler.MultiStepLR(optimizer, [2, 4])], [2])
+    return [pieces, lr_scheduler.ReduceLROnPlateau(optimizer)]
 
 
 @pytest.fixture
@@ -211,6 +222,72 @@ def test_a_sealed_page_with_a_field_of_any_wrong_kind_is_refused_or_loads(saved,
         except CheckpointError as error:
             found.add(str(error).partition(": ")[0])
     assert found
+
+
+@pytest.fixture(scope="module")
+def full_page(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A page with something in every field."""
+    path = tmp_path_factory.mktemp("full") / "step-9"
+    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
+        model, optimizer = trained(groups, 1)
+        extra = {"place": (1, {2, 3}), "of": [b"x", 1 + 2j, {4: None}], "deep": OrderedDict(a=Counter("aab"))}
+        save_checkpoint(path, model, optimizer, groups, step=9, extra=extra, schedulers=paced(optimizer))
+    return path, json.loads((path / "foldpar.json").read_text())
+
+
+KINDS = [None, True, -1, 0, 2**70, 1.5, "x", "", [], {}, [1], {"x": 1}, ["a"], [[]], [None], {"foldpar": 1}, "float64"]
+
+
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 3))
+@settings(max_examples=80, deadline=None, database=None, derandomize=True)
+def test_a_sealed_page_with_any_changes_is_refused_in_our_words_or_loads(full_page, seed, count):
+    """Fields of another kind, taken away, doubled or under another name, in schedulers and extra too."""
+    path, page = full_page
+    drawn, changed = random.Random(seed), copy.deepcopy(page)
+    # Half of the changes go to the few small parts, which would seldom be drawn.
+    parts = ["schedulers", "extra", "step", "layout", "optimizer", "files", "parameters", "time", "foldpar"]
+    for _ in range(count):
+        part = drawn.choice(parts)
+        places = [place for place in leaves(changed) if place and (drawn.random() < 0.02 or place[0] == part)]
+        *way, last = drawn.choice(places or [("step",)])
+        target = changed
+        for key in way:
+            target = target[key]
+        what = drawn.randrange(5)
+        if what == 0:
+            del target[last]
+        elif what == 1 and isinstance(target, dict):
+            target[drawn.choice(["x", "../x", ""])] = target.pop(last)
+        elif what == 2 and isinstance(target, list):
+            target.append(copy.deepcopy(target[last]))
+        else:
+            target[last] = copy.deepcopy(drawn.choice(KINDS))
+    try:
+        resealed(path / "foldpar.json", changed)
+        latest_checkpoint(path.parent)
+        with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
+            model, optimizer = trained(groups, 0)
+            schedulers = paced(optimizer)
+            with suppress(CheckpointError):
+                load_checkpoint(path, model, optimizer, groups, schedulers=schedulers)
+    finally:
+        resealed(path / "foldpar.json", page)
+
+
+def test_schedulers_of_a_wrong_kind_are_refused_before_anything_is_loaded(full_page, tmp_path, groups):
+    path, page = full_page
+    saved = Path(shutil.copytree(path, tmp_path / "step-9"))
+    for change, text in [
+        ({"last_epoch": "x"}, r"schedulers\[0\]\['last_epoch'\] is 'x' in the checkpoint, which is of another kind"),
+        ({"_milestones": {"x": 1}}, r"schedulers\[0\]\['_milestones'\] is .* which is of another kind"),
+        ({"_schedulers": []}, r"schedulers\[0\]\['_schedulers'\] has 0 elements in the checkpoint and 2 here"),
+        ({"_schedulers": None}, r"schedulers\[0\]\['_schedulers'\] is None in the checkpoint"),
+    ]:
+        changed = copy.deepcopy(page)
+        changed["schedulers"][0]["states"][0].update(change)
+        resealed(saved / "foldpar.json", changed)
+        model, optimizer = trained(groups, 0)
+        assert re.search(text, refused(saved, model, optimizer, groups, schedulers=paced(optimizer)))
 
 
 @pytest.mark.parametrize("name", ["../other", "/etc/hostname", "a/b", "..", "", "a\\b", "a\0b"])

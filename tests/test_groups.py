@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import foldpar
-from foldpar.errors import CollectiveError, GroupsError, LayoutError
+from foldpar.errors import CollectiveError, FoldingError, GroupsError, LayoutError
 from foldpar.layout import AXES
 from foldpar.testing import live_groups, run_ranks
 
@@ -203,6 +204,72 @@ def test_ranks_that_disagree_are_refused_on_every_rank() -> None:
     for rank, text in enumerate(run_ranks(different_arguments, 4, groups_left="error")):
         assert "different arguments: tp, separate differ(s)" in text
         assert f"Rank {rank} passed" in text
+
+
+def one_rank_fails(where: str) -> str:
+    """Rank 1 is wrong in its arguments, or fails while it makes the first group or the last."""
+    layout, last = foldpar.solve_layout(4, tp=2, ep=4), dist.get_rank() == 1
+    given: dict[str, Any] = {"layout": layout, "separate": (), "timeout": timedelta(seconds=1)}
+    made: list[object] = []
+    create = distributed_c10d._new_process_group_helper
+
+    def failing(*rest: Any, **options: Any) -> Any:
+        made.append(rest)
+        if len(made) == (1 if where == "first group" else 2):
+            raise OSError(24, "Too many open files")
+        return create(*rest, **options)
+
+    wrong = {"separate": ("dep",), "layout": foldpar.solve_layout(8, tp=2), "timeout": 3}
+    before = len(distributed_c10d._world.pg_map)
+    with pytest.MonkeyPatch.context() as patch:
+        if last and where in wrong:
+            given[where] = wrong[where]
+        elif last:
+            patch.setattr(distributed_c10d, "_new_process_group_helper", failing)
+        with pytest.raises(FoldingError) as refused:
+            foldpar.create_groups(**given)
+    assert len(distributed_c10d._world.pg_map) == before
+    with foldpar.create_groups(layout) as groups:
+        foldpar.collectives.all_reduce_(torch.ones(1), groups.ep)  # still in step
+    return f"{type(refused.value).__name__}: {refused.value}"
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "cause"),
+    [
+        ("separate", "LayoutError", "separate names the axis 'dep', which does not exist"),
+        ("layout", "GroupsError", "The layout is for world = 8, but the default process group has 4"),
+        ("timeout", "ArgumentError", "timeout must be a timedelta or None, and is an int: 3"),
+        ("first group", "GroupsError", "OSError: [Errno 24] Too many open files"),
+        ("last group", "GroupsError", "OSError: [Errno 24] Too many open files"),
+    ],
+)
+def test_a_rank_that_fails_is_quoted_on_all_others(where: str, kind: str, cause: str) -> None:
+    for rank, text in enumerate(run_ranks(one_rank_fails, 4, where, groups_left="error")):
+        assert cause in text, (rank, text)
+        assert text.startswith(f"{kind if rank == 1 else 'GroupsError'}: ")
+        assert rank == 1 or "create_groups: rank 1 failed: " in text
+
+
+def one_gpu_for_all(own_group: bool) -> str:
+    def duplicate(*_: Any, **__: Any) -> None:
+        raise RuntimeError(
+            "NCCL error: invalid usage. Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 0"
+        )
+
+    with pytest.MonkeyPatch.context() as patch, foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+        patch.setattr(dist, "all_reduce", duplicate)
+        layout, group = groups.layout, groups.ep
+        with pytest.raises((GroupsError, CollectiveError)) as refused:
+            _ = foldpar.collectives.all_reduce_(torch.ones(1), group) if own_group else foldpar.create_groups(layout)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("own_group", [False, True])
+def test_processes_that_share_a_gpu_are_told_to_set_their_device(own_group: bool) -> None:
+    for rank, text in enumerate(run_ranks(one_gpu_for_all, 2, own_group)):
+        assert 'torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))' in text
+        assert "Several processes use one GPU" in text and f"LOCAL_RANK={rank}" in text
 
 
 def test_without_processes_the_error_says_how_to_start_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -451,7 +452,39 @@ def test_a_disk_that_fails_is_an_error_on_every_rank(tmp_path: Path, monkeypatch
             export(model, tmp_path / "out", groups)
 
     on_ranks(TP2_EP4, work)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors.incomplete"}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("broken", ["begin_file", "replace", "save_pretrained"])
+def test_a_disk_that_is_full_at_any_moment_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    from foldpar import hf_export
+
+    (tmp_path / "tokenizer.json").write_text("mine")
+    (tmp_path / "config.json").write_text("{}")
+    calls: list[Any] = []
+
+    def full(*given: Any, **_: Any) -> None:
+        calls.append(given)
+        if broken != "replace" or len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        Path(given[0]).rename(given[1])
+
+    def work(groups: foldpar.FoldedGroups) -> None:
+        model = tiny_model("qwen3_moe")
+        fold_model(model, groups)
+        if broken == "save_pretrained":
+            model.config.save_pretrained = full
+        with pytest.raises(CheckpointError, match=r"writing in .*No space left on device.*free space and export again"):
+            export(model, tmp_path, groups, max_shard_bytes=20_000)
+
+    with monkeypatch.context() as patch:
+        if broken != "save_pretrained":
+            patch.setattr(hf_export if broken == "begin_file" else os, broken, full)
+        on_ranks(TP2_EP4, work)
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json", "config.json"}
+    assert broken == "replace" or (tmp_path / "config.json").read_text() == "{}"
 
 
 def test_a_parameter_without_an_owner_is_found_before_writing(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from foldpar.checkpoint_files import (
 from foldpar.checkpoint_manifest import Manifest, OptimizerRecord
 from foldpar.checkpoint_matching import Match, left_over, match_model, match_optimizer
 from foldpar.checkpoint_pending import PendingSave, settle
-from foldpar.checkpoint_ranks import Ranks, attempt, separate_world
+from foldpar.checkpoint_ranks import Ranks, attempt, raise_interruption, separate_world, told
 from foldpar.checkpoint_replicas import check_copies
 from foldpar.checkpoint_schedulers import (
     Scheduler,
@@ -520,10 +520,11 @@ def _clear(path: Path, keep: int | None) -> None:
         warnings.warn(f"{path} is saved, but older files beside it were not removed: {error}", stacklevel=2)
 
 
-def _raise_on_all(ranks: Ranks, error: Exception | None) -> None:
+def _raise_on_all(ranks: Ranks, error: BaseException | None) -> None:
     """Raise an error of rank 0 on every rank."""
-    known = error is None or isinstance(error, CheckpointError)
-    text = ranks.broadcast(None if error is None else str(error) if known else failed_write(error))
+    failed_disk = isinstance(error, Exception) and not isinstance(error, CheckpointError)
+    text = ranks.broadcast(None if error is None else failed_write(error) if failed_disk else told(error))
+    raise_interruption(error)
     if text is not None:
         raise CheckpointError(f"{ranks.doing}: {text}") from error
 
@@ -597,6 +598,7 @@ def _read(ranks: Ranks, path: Path, manifest: Manifest, match: Match, random_ran
     stored, items = ranks.together(plan)
     values, error = attempt(lambda: stored.read(match.entries, items, [] if key is None else [key]))
     errors = ranks.all_gather(None if error is None else f"{type(error).__name__}: {error}")
+    raise_interruption(error)
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
     if failed:
         left = (

@@ -411,7 +411,7 @@ class _Lock:
 # Texts, and reading.
 
 
-def failed_write(error: Exception) -> str:
+def failed_write(error: BaseException) -> str:
     """The text of an error about writing."""
     return (
         f"{error}. The unfinished files are removed as far as possible, and checkpoints that were complete before are "

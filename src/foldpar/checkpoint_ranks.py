@@ -10,12 +10,12 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from foldpar.errors import CheckpointError
+from foldpar.errors import CheckpointError, FoldingError
 from foldpar.groups import FoldedGroups, create_groups
 from foldpar.layout import FoldedLayout
 from foldpar.requirements import require_numpy
 
-__all__ = ["Ranks", "separate_world"]
+__all__ = ["Ranks", "attempt", "raise_interruption", "separate_world", "told"]
 
 Value = TypeVar("Value")
 
@@ -39,9 +39,17 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
+        verb = self.doing.partition(" ")[0].lower()
         with self._in_touch():
-            dist.all_gather_object(values, value, group=self.group)
-        return values
+            dist.all_gather_object(values, (verb, value), group=self.group)
+        verbs = [of_rank for of_rank, _ in values]
+        other = next((rank for rank, of_rank in enumerate(verbs) if of_rank != verbs[0]), None)
+        if other is not None:
+            raise CheckpointError(
+                f"{self.doing}: ranks do different things: rank 0 is {verbs[0]}, and rank {other} is {verbs[other]}. "
+                f"Call the same functions in the same order on every rank. Nothing was read or written."
+            )
+        return [value for _, value in values]
 
     def gather(self, value: Value) -> list[Value]:
         """The values of all ranks, on rank 0; elsewhere nothing."""
@@ -76,7 +84,7 @@ class Ranks:
         A rank that failed raises its own exception, the others a ``CheckpointError`` that quotes it.
         """
         value, error = attempt(work)
-        errors = self.all_gather(None if error is None else str(error))
+        errors = self.all_gather(None if error is None else told(error))
         if error is not None:
             raise error
         self.raise_first(errors)
@@ -101,12 +109,23 @@ class Ranks:
             ) from error
 
 
-def attempt(work: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
-    """What some work gives, or the exception that ended it."""
+def attempt(work: Callable[[], Value]) -> tuple[Value | None, BaseException | None]:
+    """What some work gives, or the exception that ended it; Ctrl-C too, or the others would wait for this rank."""
     try:
         return work(), None
-    except Exception as error:
+    except BaseException as error:
         return None, error
+
+
+def told(error: BaseException) -> str:
+    """How the other ranks hear of an error."""
+    return str(error) if isinstance(error, FoldingError) else f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def raise_interruption(error: BaseException | None) -> None:
+    """Raise what is no failure but a wish to end, such as Ctrl-C, as it came; the other ranks have been told."""
+    if error is not None and not isinstance(error, Exception):
+        raise error
 
 
 def separate_world(groups: FoldedGroups) -> FoldedGroups | None:

@@ -82,11 +82,17 @@ def match_schedulers(
     if not stages:
         problems.append("the checkpoint holds no schedulers: load it without, and make them anew")
         return []
-    if stages[0]["kinds"] != here["kinds"]:
-        problems.append(
-            f"it was saved with the schedulers {', '.join(stages[0]['kinds'])}, and these are "
-            f"{', '.join(here['kinds'])}"
-        )
+    for kinds in (stage["kinds"] for stage in stages):
+        if kinds != here["kinds"]:
+            problems.append(
+                f"it was saved with the schedulers {', '.join(kinds)}, and these are {', '.join(here['kinds'])}"
+            )
+            return []
+    found = len(problems)
+    for place, fresh in enumerate(here["states"]):
+        for stage in stages:
+            problems.extend(_of_another_kind(f"schedulers[{place}]", decode(stage["states"][place]), decode(fresh)))
+    if len(problems) > found:
         return []
     regroup = _Regroup.of(stages, here["groups"], problems)
     own = next((stage for stage, _ in regroup.places.values()), 0)
@@ -98,8 +104,14 @@ def match_schedulers(
 
 def install_schedulers(schedulers: Sequence[Scheduler], states: Sequence[dict[str, Any]]) -> None:
     """Give them their states, after the optimizer has its own."""
-    for scheduler, state in zip(schedulers, states, strict=True):
-        scheduler.load_state_dict(state)
+    for place, (scheduler, state) in enumerate(zip(schedulers, states, strict=True)):
+        try:
+            scheduler.load_state_dict(state)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"schedulers[{place}], a {type(scheduler).__name__}, does not take its state from the checkpoint "
+                f"({type(error).__name__}: {error}). All else was loaded: make the schedulers anew."
+            ) from error
 
 
 def _groups(optimizer: Optimizer, state: ModelState) -> list[list[str]]:
@@ -116,6 +128,33 @@ def _plain(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_plain(each) for each in value)
     return value
+
+
+def _of_another_kind(where: str, saved: Any, fresh: Any) -> list[str]:
+    """What no such scheduler could have saved; lists of values for each group may be of other lengths."""
+    numbers = (int, float)
+    if fresh is None or (saved is None and not isinstance(fresh, (dict, list, tuple))):
+        return []
+    if isinstance(fresh, numbers) and isinstance(saved, numbers):
+        return []
+    if type(saved) is not type(fresh):
+        return [f"{where} is {saved!r:.60} in the checkpoint, which is of another kind than here, {fresh!r:.60}"]
+    if isinstance(fresh, dict):
+        return [
+            problem
+            for name in fresh
+            if name in saved
+            for problem in _of_another_kind(f"{where}[{name!r}]", saved[name], fresh[name])
+        ]
+    if isinstance(fresh, (list, tuple)):
+        if where.endswith("['_schedulers']") and len(saved) != len(fresh):
+            return [f"{where} has {len(saved)} elements in the checkpoint and {len(fresh)} here"]
+        return [
+            problem
+            for place, (one, other) in enumerate(zip(saved, fresh, strict=False))
+            for problem in _of_another_kind(f"{where}[{place}]", one, other)
+        ]
+    return []
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foldpar.arguments import expect
 from foldpar.collectives import all_gather, all_reduce_
-from foldpar.dtensors import local_tensor
+from foldpar.dtensors import is_dtensor, local_tensor
 from foldpar.errors import ReplicaError
 from foldpar.groups import AxisGroup, FoldedGroups
 from foldpar.layout import Axis
@@ -20,9 +20,11 @@ __all__ = [
     "assert_same_on_group",
     "check_replicas",
     "check_replicas_of_stage",
+    "compare_settings",
     "differences",
     "digest_of_bits",
     "listed",
+    "parameter_settings",
 ]
 
 _CHUNK = 2**20
@@ -128,6 +130,59 @@ def differences(
     if len(set(all_gather(total, group).tolist())) == 1:
         return []
     return _differences(fields, digests, group, device, rounding)
+
+
+def compare_settings(what: str, settings: Mapping[str, str], met: Sequence[AxisGroup], device: torch.device) -> None:
+    """Raise if ranks that are about to communicate would not fit together: other dtypes, sizes or frozen parameters.
+
+    A collective of buffers that differ between ranks hangs, or ends the process. A digest of fixed size is safe.
+
+    Args:
+        what: how the error calls the whole, such as ``"the parameters of the model"``.
+        settings: by name.
+        met: groups over which a word reaches every rank that communicates, in this order.
+
+    Raises:
+        ReplicaError: on every rank that is met; names the settings and the ranks, or says that others are told.
+    """
+    found = [line for group in dict.fromkeys(met) for line in _different_settings(settings, group, device)]
+    word = torch.tensor(int(bool(found)), dtype=torch.int32, device=device)
+    for group in met:
+        all_reduce_(word, group, "max")
+    if found:
+        raise ReplicaError(
+            f"Ranks that communicate with each other differ in {what}:{listed(list(dict.fromkeys(found)))}\nThe next "
+            f"collective would hang or end the process. Build and freeze the same model, in the same dtype, on every "
+            f"rank, and call it in the same way."
+        )
+    if met and int(word):
+        raise ReplicaError(f"Other ranks that this step meets differ in {what}; see their errors.")
+
+
+def parameter_settings(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, str]:
+    """Of each parameter its dtype, whether it is frozen, and its shape if that is the same on every rank."""
+    return {
+        name: f"{str(each.dtype).removeprefix('torch.')}{f' {list(each.shape)}' if is_dtensor(each) else ''}"
+        f"{'' if each.requires_grad else ', frozen'}"
+        for name, each in parameters
+    }
+
+
+def _different_settings(settings: Mapping[str, str], group: AxisGroup, device: torch.device) -> list[str]:
+    if group.size == 1:
+        return []
+    total = torch.tensor(_checksum(f"{name}\t{settings[name]}" for name in sorted(settings)), device=device)
+    if len(set(all_gather(total, group).tolist())) == 1:
+        return []
+    of_ranks = _gathered_texts(settings, group, device)
+    names = dict.fromkeys(name for of_rank in of_ranks for name in of_rank)
+    return [
+        f"{name}: {of_ranks[index].get(name, 'missing')} on {_who(group, index)}, "
+        f"{of_ranks[0].get(name, 'missing')} on {_who(group, 0)}"
+        for name in names
+        for index in range(group.size)
+        if of_ranks[index].get(name) != of_ranks[0].get(name)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +312,7 @@ def listed(found: Sequence[str]) -> str:
 def _differences(
     fields: Mapping[str, Tensor], digests: Mapping[str, Tensor], group: AxisGroup, device: torch.device, rounding: bool
 ) -> list[str]:
-    signatures = _gathered_signatures(fields, group, device)
+    signatures = _gathered_texts({name: _signature(tensor) for name, tensor in fields.items()}, group, device)
     found = []
     for name in sorted(set().union(*signatures)):
         of_rank = [signature.get(name) for signature in signatures]
@@ -277,9 +332,9 @@ def _differences(
     return found
 
 
-def _gathered_signatures(fields: Mapping[str, Tensor], group: AxisGroup, device: torch.device) -> list[dict[str, str]]:
-    """Field -> dtype and shape, of every rank."""
-    text = "\n".join(f"{name}\t{_signature(tensor)}" for name, tensor in fields.items()).encode()
+def _gathered_texts(fields: Mapping[str, str], group: AxisGroup, device: torch.device) -> list[dict[str, str]]:
+    """Field -> text, of every rank."""
+    text = "\n".join(f"{name}\t{field}" for name, field in fields.items()).encode()
     lengths = all_gather(torch.tensor(len(text), device=device), group).tolist()
     padded = torch.tensor(list(text.ljust(max(lengths), b" ")), dtype=torch.uint8, device=device)
     texts = [

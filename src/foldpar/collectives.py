@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from foldpar.arguments import expect
 from foldpar.errors import CollectiveError, ShapeError
-from foldpar.groups import AxisGroup
+from foldpar.groups import AxisGroup, shared_gpu_hint
 
 # torch 2.13 renames these two, and its old names warn.
 _all_gather_tensor = cast(Callable[..., Any], getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)
@@ -132,7 +132,7 @@ def _named(collective: str, group: AxisGroup) -> Iterator[None]:
         raise CollectiveError(
             f"{collective} over {group.axis} failed on rank {group.ranks[group.index]} (ranks {group.ranks}). "
             f"Usually another rank of the group raised or left before it reached this collective; look at the first "
-            f"error of every rank. The backend said: {error}"
+            f"error of every rank. The backend said: {error}{shared_gpu_hint(error)}"
         ) from error
 
 

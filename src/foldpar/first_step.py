@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from foldpar.checks import check_replicas_of_stage
+from foldpar.checks import check_replicas_of_stage, compare_settings, parameter_settings
 from foldpar.dtensors import local_tensor
 from foldpar.groups import FoldedGroups
 
-__all__ = ["When", "can_compare", "check_before_reduction"]
+__all__ = ["When", "can_compare", "check_before_reduction", "compare_in_stage"]
 
 _REDUCTIONS = "first reductions"
 
@@ -51,8 +52,13 @@ def can_compare(tensor: Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def check_before_reduction(model: nn.Module, groups: FoldedGroups, check: bool | None) -> None:
+def check_before_reduction(
+    model: nn.Module, groups: FoldedGroups, check: bool | None, settings: Mapping[str, str]
+) -> None:
     """Compare the replicas of a model's parameters before its first reduction, or before every one.
+
+    Before them what the reduction needs to be alike: which parameters there are, their dtypes, which are frozen, and
+    its settings.
 
     Raises:
         ReplicaError: on every rank of the stage, see :func:`foldpar.check_replicas`.
@@ -64,5 +70,17 @@ def check_before_reduction(model: nn.Module, groups: FoldedGroups, check: bool |
     when = whens.setdefault(model, asked) if check is None else asked
     parameter = next(model.parameters(), None)
     if parameter is not None and when.due("reduction", parameter):
+        compare_in_stage(model, groups, settings)
         check_replicas_of_stage(model, groups)
         when.done("reduction")
+
+
+def compare_in_stage(model: nn.Module, groups: FoldedGroups, settings: Mapping[str, str]) -> None:
+    """Compare what the ranks of a stage must have alike before they gather or reduce parameters; call it on all.
+
+    Raises:
+        ReplicaError: on every rank of the stage; names what differs and the ranks.
+    """
+    of_parameters = parameter_settings(model.named_parameters())
+    met = [group for group in (groups.tp, groups.dp_cp) if group.size > 1]
+    compare_settings("what is to be reduced", {**settings, **of_parameters}, met, groups.device)

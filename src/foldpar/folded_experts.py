@@ -104,7 +104,7 @@ class FoldedExperts(GroupedExperts):
         state, checked = self.lane_state, self.checks.due(hidden_states)
         if checked:
             self.checks.entering(
-                "What enters the experts", {"hidden_states": hidden_states, "top_k_weights": top_k_weights}
+                self, "What enters the experts", {"hidden_states": hidden_states, "top_k_weights": top_k_weights}
             )
         rows, ids = self._ends.own(hidden_states), state.own(top_k_index)
         # Weights of a narrower dtype than the rows lose digits where parts of their gradient are added up.

@@ -85,7 +85,7 @@ def reduce_gradients(
     check_rooms(parameters)
     if groups.layout.world > 1:
         refuse_reduced((entry.name, entry.parameter) for entry in parameters)
-    check_before_reduction(model, groups, check)
+    check_before_reduction(model, groups, check, {"loss": loss, "reduce_dtype": str(reduce_dtype)})
     pieces = [cutter.piece(resolved) for resolved in parameters]
     with torch.no_grad():
         scale([(piece.gradient, piece.factor) for piece in pieces if not piece.travels])

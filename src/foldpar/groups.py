@@ -145,10 +145,15 @@ class FoldedGroups:
         # An axis has the same size on every rank, and whether two axes have equal rank sets does not depend on the
         # rank either (a tested law of layouts), so all ranks make the same groups in the same order.
         self._communicators: dict[tuple[str, tuple[int, ...]], ProcessGroup] = {}
-        for axis in AXES:
-            ranks = layout.group(axis, rank)
-            process_group = self._communicator(axis, ranks, axis in separate) if len(ranks) > 1 else None
-            setattr(self, axis, AxisGroup(axis, ranks, ranks.index(rank), process_group))
+        try:
+            for axis in AXES:
+                ranks = layout.group(axis, rank)
+                process_group = self._communicator(axis, ranks, axis in separate) if len(ranks) > 1 else None
+                setattr(self, axis, AxisGroup(axis, ranks, ranks.index(rank), process_group))
+        except BaseException:
+            for made in self.communicators:
+                dist.destroy_process_group(made)
+            raise
 
     def _communicator(self, axis: str, ranks: tuple[int, ...], separate: bool) -> ProcessGroup:
         """The process group of these ranks: shared by axes with equal ranks, unless the axis wants its own."""
@@ -183,6 +188,12 @@ class FoldedGroups:
     def has_meshes(self) -> bool:
         """Whether there is torch.distributed: only groups of a single process may have none."""
         return self._factory is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its communicators want their tensors; the CPU without torch.distributed."""
+        cuda = self._factory is not None and self._factory.device_type == "cuda"
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
     def mesh(self, view: Literal["dense", "expert"]) -> DeviceMesh:
         """A ``DeviceMesh`` over the same communicators, for the parts of torch that want one.
@@ -372,39 +383,65 @@ def create_groups(
         with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4)) as groups:
             groups.ep.ranks   # (0, 2, 1, 3) on every rank
 
+    A rank that fails here, in its arguments or in making a group, raises its own error, and the others one that quotes
+    it: at once, or where they wait in the backend for that very rank, after its timeout.
+
     Raises:
-        GroupsError: before any collective, on every rank: the layout's world is not the process group's, or there is
-            nothing to initialise from. After one small all-reduce, on every rank: ranks passed different arguments.
+        GroupsError: on every rank: the layout's world is not the process group's, ranks passed different arguments, or
+            one of them failed; several processes use one GPU. Before any communication: there is nothing to initialise
+            from.
         LayoutError: an unknown axis in ``separate``.
     """
-    expect(
-        "create_groups",
-        layout=(layout, FoldedLayout),
-        backend=(backend, (str, type(None))),
-        timeout=(timeout, (timedelta, type(None))),
-        separate=(separate, Iterable),
-    )
-    _check_backend(backend)
-    names = (separate,) if isinstance(separate, str) else tuple(separate)
-    for name in names:
-        if name not in AXES:
-            raise LayoutError(f"separate names the axis {name!r}, which does not exist. Axes are {', '.join(AXES)}.")
-    chosen = frozenset(names)
+    refusal = _refusal(layout, backend, timeout, separate)
+    if refusal is not None and not dist.is_initialized():
+        raise refusal
     under_torchrun = os.environ.get("WORLD_SIZE") == "1" and "RANK" in os.environ
     owns_default = not dist.is_initialized() and (layout.world > 1 or under_torchrun)
     if owns_default:
         _initialise_from_environment(layout, backend, timeout)
     if not dist.is_initialized():
         return FoldedGroups(layout, 0, None)
-    if dist.get_world_size() != layout.world:
-        raise GroupsError(
-            f"The layout is for world = {layout.world}, but the default process group has {dist.get_world_size()} "
-            f"rank(s). Solve the layout with world = torch.distributed.get_world_size()."
+    try:
+        chosen = frozenset() if refusal is not None else frozenset(_names(separate))
+        generation, nonce = _agree(layout, backend, chosen, refusal)
+        factory = _GroupFactory.of_default_group(backend, timeout, generation, nonce)
+        if generation:
+            _forget_meshes()
+        return _make_together(layout, factory, chosen, owns_default)
+    except BaseException:
+        if owns_default:
+            dist.destroy_process_group()
+        raise
+
+
+def _names(separate: Iterable[str]) -> tuple[str, ...]:
+    return (separate,) if isinstance(separate, str) else tuple(separate)
+
+
+def _refusal(layout: object, backend: object, timeout: object, separate: object) -> FoldingError | None:
+    """What is wrong with the arguments of this rank, to be raised when the others know of it."""
+    try:
+        expect(
+            "create_groups",
+            layout=(layout, FoldedLayout),
+            backend=(backend, (str, type(None))),
+            timeout=(timeout, (timedelta, type(None))),
+            separate=(separate, Iterable),
         )
-    factory = _GroupFactory.of_default_group(backend, timeout, *_agree(layout, backend, chosen))
-    if factory.generation:
-        _forget_meshes()
-    return FoldedGroups(layout, dist.get_rank(), factory, chosen, owns_default)
+        assert isinstance(layout, FoldedLayout) and isinstance(separate, Iterable)
+        _check_backend(cast("str | None", backend))
+        for name in _names(separate):
+            if name not in AXES:
+                known = ", ".join(AXES)
+                raise LayoutError(f"separate names the axis {name!r}, which does not exist. Axes are {known}.")
+        if dist.is_initialized() and dist.get_world_size() != layout.world:
+            raise GroupsError(
+                f"The layout is for world = {layout.world}, but the default process group has {dist.get_world_size()} "
+                f"rank(s). Solve the layout with world = torch.distributed.get_world_size()."
+            )
+    except FoldingError as error:
+        return error
+    return None
 
 
 def _check_backend(backend: str | None) -> None:
@@ -430,12 +467,36 @@ def _initialise_from_environment(layout: FoldedLayout, backend: str | None, time
     dist.init_process_group(backend, timeout=timeout)
 
 
-def _agree(layout: FoldedLayout, backend: str | None, separate: frozenset[str]) -> tuple[int, int]:
+def _agree(
+    layout: FoldedLayout, backend: str | None, separate: frozenset[str], refusal: FoldingError | None
+) -> tuple[int, int]:
     """Compare what the ranks passed, and agree on how to name this call's groups: one all-reduce of a few integers.
 
     Returns a generation (one more than any that lives on any rank) and a number that no earlier call had.
     """
-    facts = {
+    facts = {} if refusal is not None else _facts(layout, backend, separate)
+    mine = [facts.get(name, 0) for name in _FACTS]
+    opposite = [-value for value in mine]
+    own = [*mine, *opposite, _next_generation(), secrets.randbits(62), int(refusal is not None)]
+    *extremes, generation, nonce, refused = _largest(own, None)
+    if refused:
+        _raise_first(nonce, refusal)
+    largest, smallest = extremes[: len(mine)], [-value for value in extremes[len(mine) :]]
+    differing = [name for name, low, high in zip(_FACTS, smallest, largest, strict=True) if low != high]
+    if differing:
+        raise GroupsError(
+            f"Ranks called create_groups with different arguments: {', '.join(differing)} differ(s). "
+            f"Rank {dist.get_rank()} passed {layout!r}, backend={backend!r}, separate={sorted(separate)}. "
+            f"Every rank must pass the same."
+        )
+    return generation, nonce
+
+
+_FACTS = ("tp", "ep", "etp", "pp", "cp", "order", "separate", "backend")
+
+
+def _facts(layout: FoldedLayout, backend: str | None, separate: frozenset[str]) -> dict[str, int]:
+    return {
         "tp": layout.tp,
         "ep": layout.ep,
         "etp": layout.etp,
@@ -445,20 +506,81 @@ def _agree(layout: FoldedLayout, backend: str | None, separate: frozenset[str]) 
         "separate": sum(1 << place for place, axis in enumerate(AXES) if axis in separate),
         "backend": int.from_bytes((backend or "").encode()[:7], "big"),
     }
-    mine = list(facts.values())
-    opposite = [-value for value in mine]
-    sent = torch.tensor([*mine, *opposite, _next_generation(), secrets.randbits(62)], device=_collective_device())
-    dist.all_reduce(sent, op=dist.ReduceOp.MAX)
-    *extremes, generation, nonce = sent.tolist()
-    largest, smallest = extremes[: len(mine)], [-value for value in extremes[len(mine) :]]
-    differing = [name for name, low, high in zip(facts, smallest, largest, strict=True) if low != high]
-    if differing:
+
+
+def _make_together(
+    layout: FoldedLayout, factory: _GroupFactory, separate: frozenset[str], owns_default: bool
+) -> FoldedGroups:
+    """Make the groups on every rank, or on none: those of backends that connect later would wait for a missing rank."""
+    groups, failure = None, None
+    try:
+        groups = FoldedGroups(layout, dist.get_rank(), factory, separate, owns_default)
+    except Exception as error:
+        failure = error
+        _first_cause(factory.nonce, error)
+    try:
+        (failed,) = _largest([int(failure is not None)], factory.nonce)
+        if failed:
+            _raise_first(factory.nonce, failure)
+    except BaseException:
+        if groups is not None:
+            groups._owns_default = False  # create_groups does that
+            groups.destroy()
+        raise
+    assert groups is not None
+    return groups
+
+
+def _largest(values: list[int], nonce: int | None) -> list[int]:
+    """The largest of all ranks' values, place by place; a first cause is known under the nonce, if there is one."""
+    try:
+        sent = torch.tensor(values, device=_collective_device())
+        dist.all_reduce(sent, op=dist.ReduceOp.MAX)
+        return cast("list[int]", sent.tolist())
+    except RuntimeError as error:
+        if nonce is not None and _store().check([_cause_key(nonce)]):
+            _raise_first(nonce, None)
         raise GroupsError(
-            f"Ranks called create_groups with different arguments: {', '.join(differing)} differ(s). "
-            f"Rank {dist.get_rank()} passed {layout!r}, backend={backend!r}, separate={sorted(separate)}. "
-            f"Every rank must pass the same."
-        )
-    return generation, nonce
+            f"create_groups: rank {dist.get_rank()} lost touch with the others, of which one has raised or ended "
+            f"before it came here, or did not come in time; look at the first error of every rank. The backend said: "
+            f"{error}{shared_gpu_hint(error)}"
+        ) from error
+
+
+def _raise_first(nonce: int, own: Exception | None) -> NoReturn:
+    """Raise this rank's own error, or one that quotes the first of any rank."""
+    cause = _first_cause(nonce, own)
+    if isinstance(own, FoldingError):
+        raise own
+    raise GroupsError(f"create_groups: {cause}{shared_gpu_hint(cause)}") from own
+
+
+def _first_cause(nonce: int, own: Exception | None) -> str:
+    """What the first rank that failed said in the default group's store; this rank's error, if it is the first."""
+    if own is None:
+        return _store().get(_cause_key(nonce)).decode()
+    said = str(own).removeprefix("create_groups: ") if isinstance(own, FoldingError) else f"{type(own).__name__}: {own}"
+    return _store().compare_set(_cause_key(nonce), "", f"rank {dist.get_rank()} failed: {said}").decode()
+
+
+def _cause_key(nonce: int) -> str:
+    return f"foldpar-{nonce:x}-failed"
+
+
+def _store() -> distributed_c10d.Store:
+    return distributed_c10d._world.pg_map[distributed_c10d._get_default_group()][1]
+
+
+def shared_gpu_hint(error: object) -> str:
+    """What to do about NCCL's word for several processes on one GPU; empty for other errors."""
+    if "duplicate gpu" not in str(error).lower():
+        return ""
+    here = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "the same"
+    return (
+        f"\nSeveral processes use one GPU, and NCCL takes one process for each (this one, LOCAL_RANK="
+        f"{os.environ.get('LOCAL_RANK', 'unset')}, is on {here}). Before init_process_group and create_groups, say "
+        f'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])), and start no more processes on a node than it has GPUs.'
+    )
 
 
 def _next_generation() -> int:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from foldpar.boxes import Box, pieces
-from foldpar.checkpoint_ranks import Ranks, attempt
+from foldpar.checkpoint_ranks import Ranks, attempt, raise_interruption
 from foldpar.collectives import all_reduce_
 from foldpar.dtensors import communication_device
 from foldpar.errors import CheckpointError
@@ -66,7 +68,7 @@ def export(
         foldpar.hf.export(model, "runs/final", groups)
         model = AutoModelForCausalLM.from_pretrained("runs/final")
 
-    Files get their names when all are complete, the index last.
+    Files get their names when all are complete, the index last. An export that fails removes what it wrote.
 
     Args:
         max_shard_bytes: how large a file may be; a single tensor may be larger.
@@ -86,9 +88,10 @@ def export(
         plan = _of_all_stages(plan, ranks.all_gather(plan.tensors))
     _check_owners(plan, ranks)
     files = _files(plan.tensors, max_shard_bytes)
-    ranks.together(lambda: _begin(folder, files, ranks))
-    ranks.together(_write(folder, files, plan, groups, max(8, buffer_bytes)))
-    ranks.together(lambda: _publish(folder, files, model, ranks))
+    with _removed_on_error(folder, files, ranks):
+        ranks.together(_to_disk(folder, lambda: _begin(folder, files, ranks)))
+        ranks.together(_write(folder, files, plan, groups, max(8, buffer_bytes)))
+        ranks.together(_to_disk(folder, lambda: _publish(folder, files, model, ranks)))
     return ExportReport(tuple(file.name for file in files), len(plan.tensors), sum(file.bytes for file in files))
 
 
@@ -218,6 +221,43 @@ def _begin(folder: Path, files: Sequence[_File], ranks: Ranks) -> None:
         begin_file(_unfinished(folder, file), [(each.name, each.shape, each.dtype) for each in file.tensors])
 
 
+@contextmanager
+def _removed_on_error(folder: Path, files: Sequence[_File], ranks: Ranks) -> Iterator[None]:
+    """Rank 0 removes what an export wrote that did not come to its end; what was there before stays."""
+    before = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+    try:
+        yield
+    except BaseException:
+        if ranks.rank == 0 and folder.is_dir():
+            weights = [*(file.name for file in files), INDEX]
+            written = {*weights, "config.json", "generation_config.json"} - (before or set())
+            with suppress(OSError):
+                for name in (*written, *(name + _UNFINISHED for name in weights)):
+                    (folder / name).unlink(missing_ok=True)
+                if before is None and not any(folder.iterdir()):
+                    folder.rmdir()
+        raise
+
+
+def _to_disk(folder: Path, work: Callable[[], None]) -> Callable[[], None]:
+    """The same, with a disk that fails as an error of ours."""
+
+    def written() -> None:
+        try:
+            work()
+        except OSError as error:
+            raise CheckpointError(_failed(folder, error)) from error
+
+    return written
+
+
+def _failed(folder: Path, error: BaseException) -> str:
+    return (
+        f"writing in {folder}: {type(error).__name__}: {error}. What was written is removed as far as possible. If the "
+        f"disk is full, free space and export again."
+    )
+
+
 def _unfinished(folder: Path, file: _File) -> Path:
     return folder / (file.name + _UNFINISHED)
 
@@ -279,7 +319,7 @@ def _write(
     """Write all files, all ranks through all chunks; what is returned raises if this rank's disk failed."""
     buffer = torch.zeros(-(-buffer_bytes // 8), dtype=torch.int64, device=plan.device)
     as_bytes = buffer.view(torch.uint8)
-    failure: Exception | None = None
+    failure: BaseException | None = None
     for number, file in enumerate(files):
         for chunk in _chunks(file, as_bytes.numel()):
             words = buffer[: -(-chunk[-1].end // 8)]
@@ -298,11 +338,9 @@ def _write(
             _, failure = attempt(lambda: sync(_unfinished(folder, file)))  # noqa: B023
 
     def raise_failure() -> None:
+        raise_interruption(failure)
         if failure is not None:
-            raise CheckpointError(
-                f"writing in {folder}: {type(failure).__name__}: {failure}. What was written is left there under names "
-                f"that end in {_UNFINISHED}."
-            ) from failure
+            raise CheckpointError(_failed(folder, failure)) from failure
 
     return raise_failure
 
@@ -311,21 +349,26 @@ def _publish(folder: Path, files: Sequence[_File], model: nn.Module, ranks: Rank
     """Rank 0 gives the files their names, and says what is in them."""
     if ranks.rank != 0:
         return
-    if is_transformers_model(model):
-        config: Any = copy.deepcopy(model.config)
-        config.architectures = [plain_class(model).__name__]
-        config.dtype = next(model.parameters()).dtype
-        config.save_pretrained(folder)
-        generation: Any = getattr(model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
-    for file in files:
-        os.replace(_unfinished(folder, file), folder / file.name)
+    unfinished = folder / (INDEX + _UNFINISHED)
     if len(files) > 1:
         index: dict[str, Any] = {
             "metadata": {"total_size": sum(file.bytes for file in files)},
             "weight_map": {each.name: file.name for file in files for each in file.tensors},
         }
-        unfinished = folder / (INDEX + _UNFINISHED)
         unfinished.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    with tempfile.TemporaryDirectory(dir=folder, prefix="config.", suffix=_UNFINISHED) as pages:
+        if is_transformers_model(model):
+            config: Any = copy.deepcopy(model.config)
+            config.architectures = [plain_class(model).__name__]
+            config.dtype = next(model.parameters()).dtype
+            config.save_pretrained(pages)
+            generation: Any = getattr(model, "generation_config", None)
+            if generation is not None:
+                generation.save_pretrained(pages)
+        # All is on the disk; what there is left to do needs no room.
+        for file in files:
+            os.replace(_unfinished(folder, file), folder / file.name)
+        for page in sorted(Path(pages).iterdir()):
+            os.replace(page, folder / page.name)
+    if len(files) > 1:
         os.replace(unfinished, folder / INDEX)

@@ -168,7 +168,8 @@ def append(path: Path, data: Tensor) -> None:
     """Write the bytes of a contiguous tensor behind what is there."""
     data = data.cpu()
     size = data.numel() * data.element_size()
-    with path.open("ab", buffering=0) as file:
+    with path.open("r+b", buffering=0) as file:  # one that was removed meanwhile does not come back
+        file.seek(0, os.SEEK_END)
         left = memoryview((ctypes.c_char * size).from_address(data.data_ptr())).cast("B") if size else memoryview(b"")
         while left:
             left = left[file.write(left) :]

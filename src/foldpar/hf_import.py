@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from foldpar.checkpoint_ranks import Ranks, attempt
+from foldpar.checkpoint_ranks import Ranks, attempt, raise_interruption, told
 from foldpar.errors import CheckpointError, ModelError
 from foldpar.groups import FoldedGroups
 from foldpar.hf_files import Stored, read_folder
@@ -101,13 +101,14 @@ def import_(
     Source: safetensors' format; transformers' ``conversion_mapping``.
     """
     folder = Path(folder)
-    ranks = Ranks.of(groups, f"loading {folder}")
+    ranks = Ranks.of(groups, f"importing {folder}")
     stored = _headers(folder, ranks)
     plan = ranks.together(lambda: _plan(model, groups, stored, strict))
     unused = _check_fits(plan, folder, ranks, strict)
     slots = Slots(model, torch.device(device) if device is not None else _device(groups))
     read, error = attempt(lambda: _fill(model, folder, stored, plan, slots))
     errors = ranks.all_gather(None if error is None else f"{type(error).__name__}: {error}")
+    raise_interruption(error)
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
     if failed:
         raise (type(error) if isinstance(error, ModelError) else CheckpointError)(
@@ -131,7 +132,8 @@ class _Plan:
 def _headers(folder: Path, ranks: Ranks) -> Stored:
     """Read on rank 0, known to all."""
     value, error = attempt(lambda: read_folder(folder)) if ranks.rank == 0 else (None, None)
-    stored, text = ranks.broadcast((value, None if error is None else str(error)))
+    stored, text = ranks.all_gather((value, None if error is None else told(error)))[0]
+    raise_interruption(error)
     if stored is None:
         raise CheckpointError(f"{text} Nothing was loaded.") from error
     return stored

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
-from foldpar.checks import differences, listed
+from foldpar.checks import compare_settings, differences, listed, parameter_settings
 from foldpar.collectives import all_gather, all_reduce_
 from foldpar.dtensors import local_tensor
 from foldpar.errors import FoldingError, ReplicaError, ShapeError
@@ -104,12 +104,17 @@ class LaneChecks:
         """Whether this forward is checked. The first with gradients is, and the first without."""
         return self.when.due(_forward(), x)
 
-    def entering(self, what: str, fields: Mapping[str, Tensor | None]) -> None:
-        """Raise unless the lanes of every TP group bring the same tokens, and what goes with them.
+    def entering(self, layer: nn.Module, what: str, fields: Mapping[str, Tensor | None]) -> None:
+        """Raise unless the layer and its input fit together on all ranks that this forward links, and the lanes of
+        every TP group bring the same tokens, and what goes with them.
 
         Raises:
             ReplicaError: names the ranks and the shapes, or the first entries, that differ.
         """
+        x = next(each for each in fields.values() if each is not None)
+        with unseen_by_modes(), torch.no_grad():
+            settings = {**_settings_of_input(x), **parameter_settings(layer.named_parameters())}
+            compare_settings("a layer and its input", settings, self.meeting.groups, x.device)
         if self.state.lanes == "sharded" or self.state.groups.tp.size == 1:
             return
         given = {name: each for name, each in fields.items() if each is not None}
@@ -125,6 +130,12 @@ class LaneChecks:
                 field and the first entries that differ, and what usually makes them differ.
         """
         with unseen_by_modes(), torch.no_grad():
+            settings = {
+                "top_k": str(routing.ids.shape[1]),
+                "expert ids": str(routing.ids.dtype).removeprefix("torch."),
+                "routing weights": _state(routing.weights),
+            }
+            compare_settings("their routing", settings, self.meeting.groups, routing.weights.device)
             found = _not_finite(routing.weights, self.state.groups.rank)
             different = None if self.state.own_tokens else _different_routing(routing, self.state.groups.tp)
             self.meeting.raise_together(found or different, routing.weights.device)
@@ -171,6 +182,8 @@ class ModelChecks:
         device = next((each.device for each in fields.values()), torch.device("cpu"))
         if fields and self.when.is_open(_forward()) and all(map(can_compare, fields.values())):
             with unseen_by_modes(), torch.no_grad():
+                settings = parameter_settings(model.named_parameters())
+                compare_settings("the parameters of the model", settings, self.meeting.groups, device)
                 found = _different_tokens(f"What {type(model).__name__} was called with", fields, self.groups.tp)
                 self.meeting.raise_together(found, device)
             self.when.done(_forward())
@@ -235,6 +248,19 @@ def check_lane_gradient(
 # What is found on one TP group: a kind and an error, the same on all its lanes where it concerns all.
 
 _Found = tuple[str, FoldingError] | None
+
+
+def _settings_of_input(x: Tensor) -> dict[str, str]:
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return {
+        "input": _state(x),
+        "width of the input": str(x.shape[-1]),
+        "autocast": str(torch.get_autocast_dtype(x.device.type)) if autocast else "off",
+    }
+
+
+def _state(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{'' if tensor.requires_grad else ', without a gradient'}"
 
 
 def _different_tokens(what: str, fields: Mapping[str, Tensor], tp: AxisGroup) -> _Found:

@@ -74,9 +74,10 @@ class FoldedMoE(nn.Module):
         capacity: drop assignments that exceed the experts' :class:`Capacity`; ``None`` drops none.
         counters: where to count what this layer moves, a :class:`LayerCounters`.
         one_sided: let rows travel through shared memory where that is possible, see :class:`OneSided`.
-        check: when to compare what this layer takes on trust: replicated lanes hold the same tokens, routing weights
-            are finite, lanes that route the same tokens decide alike, and arriving gradients are what ``lane_grads``
-            says (where that can be seen: not for ``"post-hoc"``). It costs collectives and host synchronisations.
+        check: when to compare what this layer takes on trust: ranks fit together (dtypes, frozen parameters, top_k),
+            replicated lanes hold the same tokens, routing weights are finite, lanes that route the same tokens decide
+            alike, and arriving gradients are what ``lane_grads`` says (where that can be seen: not for
+            ``"post-hoc"``). It costs collectives and host synchronisations.
             ``None``: in the first forward with gradients, the first without, and the first backward; nothing
             afterwards. ``True``: always. ``False``: never.
 
@@ -193,7 +194,7 @@ class FoldedMoE(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         checked = self.checks.due(tokens)
         if checked:
-            self.checks.entering("What enters a FoldedMoE", {"x": x, "ids": ids, "padding": padding})
+            self.checks.entering(self, "What enters a FoldedMoE", {"x": x, "ids": ids, "padding": padding})
         own = self._ends.own(tokens)
         routing = self._route(own, x, ids, padding)
         if checked:

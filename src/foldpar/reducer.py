@@ -25,7 +25,7 @@ from foldpar.arguments import expect, expect_sizes
 from foldpar.buckets import PackedBucket, Piece, PieceCutter, scale, settle
 from foldpar.collectives import all_gather, start_all_reduce
 from foldpar.errors import FamilyError, ShardingError
-from foldpar.first_step import check_before_reduction
+from foldpar.first_step import check_before_reduction, compare_in_stage
 from foldpar.gradients import BUCKET_BYTES, check_rooms, parameters_to_reduce
 from foldpar.groups import FoldedGroups
 from foldpar.layout import FoldedLayout, Order, solve_layout
@@ -66,8 +66,9 @@ class GradientReducer:
         bucket_bytes: a bucket is closed before it would exceed this size.
 
     Raises:
-        FamilyError, GroupsError, ValueError: when it is made, see :func:`foldpar.reduce_gradients`. ShardingError: the
-            model is sharded. RuntimeError: in backward, see :meth:`no_sync`.
+        FamilyError, GroupsError, ValueError: when it is made, see :func:`foldpar.reduce_gradients`. ReplicaError:
+            when it is made: ranks differ in dtypes, in what is frozen, or in these arguments; later: in their replicas.
+            ShardingError: the model is sharded. RuntimeError: in backward, see :meth:`no_sync`.
     """
 
     def __init__(
@@ -91,6 +92,10 @@ class GradientReducer:
         self._cutter = PieceCutter(loss, reduce_dtype, groups)
         parameters = parameters_to_reduce(model, groups)
         _refuse_shards(parameters)
+        if check is not False:  # buckets travel in the first backward
+            compare_in_stage(
+                model, groups, {"loss": loss, "reduce_dtype": str(reduce_dtype), "bucket_bytes": str(bucket_bytes)}
+            )
         device = parameters[0].parameter.device if parameters else torch.device("cpu")
         self._given = parameters  # with the groups of the layers, where rows travel
         self._own_groups = _twins(groups, [entry.groups for entry in parameters], device)
@@ -150,7 +155,7 @@ class GradientReducer:
         for wait in waits:
             wait()
         self._start_over()
-        check_before_reduction(self._model, self._groups, self._check)  # now that every rank has come
+        check_before_reduction(self._model, self._groups, self._check, {})  # now that every rank has come
         check_rooms(self._given)
         for packed in travelled:
             packed.unpack()

@@ -24,6 +24,7 @@ from foldpar.arguments import expect
 from foldpar.dtensors import adopt, is_dtensor, local_tensor
 from foldpar.errors import FamilyError, GroupsError, ShapeError, ShardingError
 from foldpar.families import Reduction
+from foldpar.first_step import compare_in_stage
 from foldpar.groups import FoldedGroups
 from foldpar.kept_dtypes import kept_dtype
 from foldpar.marks import ResolvedParameter, explicitly_marked, resolve_parameters, tie_marks_to_names
@@ -116,7 +117,8 @@ def shard_model(
     Raises:
         ValueError: an unknown stage. ShardingError: the model is sharded already, a block is not in the model, or one
             unit would have parameters of several dtypes or share one with another unit, or experts share a module with
-            other parameters. FamilyError: a family is unknown or contradicted. GroupsError: a DTensor on another mesh,
+            other parameters. FamilyError: a family is unknown or contradicted. ReplicaError: ranks of a stage differ in
+            dtypes, in what is frozen, or in the stage. GroupsError: a DTensor on another mesh,
             or no torch.distributed. ShapeError: a parameter is not contiguous. All before anything is touched.
 
     Source: ZeRO (Rajbhandari et al. 2020), stages 1 to 3; FSDP2 (``torch.distributed.fsdp.fully_shard``).
@@ -145,6 +147,7 @@ def shard_model(
     _check_tensors(shards, groups, explicitly_marked(model))
     if not shards:
         return
+    compare_in_stage(model, groups, {"stage": str(stage), "mixed_precision": str(precision)})  # FSDP2 gathers them
 
     tie_marks_to_names(model)  # FSDP2 makes new parameters
     before = list(model.parameters())
