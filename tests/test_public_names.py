@@ -30,6 +30,7 @@ FLOORS = (
         "planner",
         "refusals",
         "sharding",
+        "weights",
     ),
     (
         "checkpoint_dcp",
@@ -48,6 +49,7 @@ FLOORS = (
         "hf_names",
         "hf_tensors",
         "tensor_parallel",
+        "weight_files",
     ),
     ("moe", "folded_experts"),
     (
@@ -174,6 +176,7 @@ def test_the_exported_names_are_these():
         "limit_capacity",
         "load_balancing_loss",
         "load_checkpoint",
+        "load_weights",
         "mark_parameters",
         "mark_placement",
         "parameter_families",
@@ -189,11 +192,13 @@ def test_the_exported_names_are_these():
         "region_generator",
         "router_z_loss",
         "save_checkpoint",
+        "save_weights",
         "scale_gradient",
         "shard_model",
         "solve_layout",
         "split_rows",
         "update_correction_bias",
+        "whole_state_dict",
     ]
 
 

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from foldpar.sharding import accumulate, shard_model
     from foldpar.steps import declare_reduced
     from foldpar.storage import ExpertStorage
+    from foldpar.weights import load_weights, save_weights, whole_state_dict
 
 __version__ = "0.1.0"
 
@@ -140,6 +141,7 @@ __all__ = [
     "limit_capacity",
     "load_balancing_loss",
     "load_checkpoint",
+    "load_weights",
     "mark_parameters",
     "mark_placement",
     "parameter_families",
@@ -155,11 +157,13 @@ __all__ = [
     "region_generator",
     "router_z_loss",
     "save_checkpoint",
+    "save_weights",
     "scale_gradient",
     "shard_model",
     "solve_layout",
     "split_rows",
     "update_correction_bias",
+    "whole_state_dict",
 ]
 
 # No public name may be the name of a module: importing the module would shadow it. tests/test_public_names.py holds it.
@@ -221,6 +225,7 @@ _NAMES_OF_MODULE = {
     "selection": ("GroupLimit",),
     "sharding": ("accumulate", "shard_model"),
     "storage": ("ExpertStorage",),
+    "weights": ("load_weights", "save_weights", "whole_state_dict"),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
 
