@@ -50,7 +50,9 @@ def folded(run: Run, groups: foldpar.FoldedGroups, seed: int = 7) -> nn.Module:
         return model  # as one process has it, without foldpar
     model = parity.fold(model, groups, run.case)
     if run.stage:
-        foldpar.shard_model(model, groups, stage=run.stage, blocks=[] if run.stage == 1 else None)
+        foldpar.shard_model(
+            model, groups, stage=run.stage, replicas=run.replicas, blocks=[] if run.stage == 1 else None
+        )
     return model
 
 
@@ -86,9 +88,11 @@ def write_and_load(run: Run, folder: Path) -> dict[str, Tensor]:
         return whole
 
 
-def run_of(world: int, tp: int, ep: int, etp: int, stage: int, order: str, consumer: str = "replicated") -> Run:
+def run_of(
+    world: int, tp: int, ep: int, etp: int, stage: int, order: str, consumer: str = "replicated", replicas: int = 1
+) -> Run:
     layout = foldpar.solve_layout(world, tp=tp, ep=ep, etp=etp, order=order)
-    return Run(layout, stage=stage, consumer=consumer)
+    return Run(layout, stage=stage, consumer=consumer, replicas=replicas)
 
 
 LANES, CONSECUTIVE = "tp-lane-major", "consecutive"
@@ -101,6 +105,13 @@ MANY = [
     for tp, ep, etp, stage, order in product((1, 2), (1, 2, 4), (1, 2), range(4), (LANES, CONSECUTIVE))
     for consumer in ("replicated", "vocabulary")
     if ep * etp <= 4 and (tp > 1 or (order == LANES and consumer == "replicated"))
+]
+
+MANY += [
+    (4, 1, 2, 1, 3, LANES, "replicated", 2),
+    (4, 1, 1, 1, 2, LANES, "replicated", 2),
+    (8, 2, 2, 2, 3, CONSECUTIVE, "vocabulary", 2),
+    (8, 2, 2, 1, 3, LANES, "vocabulary", 2),
 ]
 
 
