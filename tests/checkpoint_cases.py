@@ -44,6 +44,7 @@ class Run:
     consumer: str = "replicated"
     device: str = "cpu"
     schedule: str = ""
+    replicas: int = 1
 
     @property
     def case(self) -> parity.Case:
@@ -115,7 +116,7 @@ def fresh(run: Run, groups: foldpar.FoldedGroups, seed: int = 7) -> tuple[nn.Mod
     torch.manual_seed(seed)
     model = parity.fold(ByteLM(run.config).to(run.device, run.dtype), groups, run.case)
     if run.stage:
-        shard_model(model, groups, stage=run.stage)
+        shard_model(model, groups, stage=run.stage, replicas=run.replicas)
     return model, optimizer_of(model, run.kind)
 
 

@@ -324,6 +324,14 @@ BAD: list[tuple[str, Callable[[], object]]] = [
     ("Config json", lambda: foldpar.FoldingConfig.from_json("{")),
     ("Config layout world", lambda: foldpar.FoldingConfig(tp=2).layout("8")),
     ("mark_placement", lambda: foldpar.mark_placement(lin, None)),
+    ("save_weights model first", lambda: foldpar.save_weights(lin, "w", g)),
+    ("save_weights layout", lambda: foldpar.save_weights("w", lin, L)),
+    ("save_weights 0", lambda: foldpar.save_weights("w", lin, g, buffer_bytes=0)),
+    ("save_weights float", lambda: foldpar.save_weights("w", lin, g, max_shard_bytes=5e9 + 0.5)),
+    ("load_weights parameters", lambda: foldpar.load_weights("w", lin.parameters(), g)),
+    ("load_weights dict", lambda: foldpar.load_weights(lin.state_dict(), lin, g)),
+    ("whole_state_dict swapped", lambda: foldpar.whole_state_dict(g, lin)),
+    ("whole_state_dict int", lambda: foldpar.whole_state_dict(lin, g, on=0)),
 ]
 RAW = (AttributeError, KeyError, IndexError, ZeroDivisionError, AssertionError, NameError)
 ELSEWHERE = {

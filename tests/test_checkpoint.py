@@ -71,8 +71,11 @@ def check_resumes(folder: Path, uninterrupted: Any, saved_by: Run, loaded_by: Ru
     assert info.random_state == ("restored" if same else "other layout")
 
 
-def run(kind: str, stage: int = 0, consumer: str = "replicated", schedule: str = "", **layout: Any) -> Run:
-    return Run(solve(layout.pop("world"), **layout), kind, stage, consumer=consumer, schedule=schedule)
+def run(
+    kind: str, stage: int = 0, consumer: str = "replicated", schedule: str = "", replicas: int = 1, **layout: Any
+) -> Run:
+    of = solve(layout.pop("world"), **layout)
+    return Run(of, kind, stage, consumer=consumer, schedule=schedule, replicas=replicas)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +91,27 @@ def run(kind: str, stage: int = 0, consumer: str = "replicated", schedule: str =
             run("AdamW", schedule="lambda", world=1),
         ),  # edp (0 2 1 3)
         (run("SGD", world=2, ep=2), run("SGD", stage=2, world=4, tp=2, ep=2)),
+        (run("SGD", stage=3, world=4, replicas=2), run("SGD", world=2, ep=2)),
     ],
-    ids=["tp2-ep4", "grows", "from-stage-3", "to-stage-2"],
+    ids=["tp2-ep4", "grows", "from-stage-3", "to-stage-2", "from-replicas"],
 )
 def test_training_goes_on_in_another_layout(tmp_path, uninterrupted, saved_by, loaded_by):
     check_resumes(tmp_path, uninterrupted, saved_by, loaded_by)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"),
+    [
+        ({"world": 4, "replicas": 2}, {"world": 4, "tp": 2, "ep": 4}),
+        ({"world": 4, "tp": 2, "ep": 2, "etp": 2}, {"world": 4, "ep": 2, "replicas": 2}),
+        ({"world": 8, "ep": 2, "replicas": 4}, {"world": 8, "tp": 2, "ep": 2, "replicas": 2}),
+    ],
+)
+def test_replicas_of_shards_come_and_go(tmp_path, uninterrupted, saved_by, loaded_by, stage):
+    first = run("AdamW", stage, **saved_by)
+    check_resumes(tmp_path, uninterrupted, first, run("AdamW", stage if "replicas" in loaded_by else 0, **loaded_by))
 
 
 FITTING = layouts(8, pp=1, tp=(1, 8), ep=(1, 8), etp=(1, 8)).filter(

@@ -438,12 +438,12 @@ def test_an_export_of_nothing(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fails_is_an_error_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from foldpar import hf_export
+    from foldpar import weight_files
 
     def full(path: Path, data: Tensor) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf_export, "append", full)
+    monkeypatch.setattr(weight_files, "append", full)
 
     def work(groups: foldpar.FoldedGroups) -> None:
         model = tiny_model("qwen3_moe")

@@ -204,13 +204,17 @@ def test_mixed_dtypes_without_autocast_are_refused() -> None:
     not_autocast(plain_model(blocks=1))
 
 
-def scaled(plain: Model, scaler_class: Callable[[foldpar.FoldedGroups], Any], overflow: bool) -> tuple[bool, float]:
+def scaled(
+    plain: Model, scaler_class: Callable[[foldpar.FoldedGroups], Any], overflow: bool, replicas: int = 0
+) -> tuple[bool, float]:
     """One step in fp16 with float32 weights; an overflow in one expert's gradient, on one rank, if so wanted.
 
-    Returns whether this rank has stepped, and its next scale.
+    Returns whether this rank has stepped, and its next scale. With ``replicas`` of shards, of another layout.
     """
-    with foldpar.create_groups(LAYOUT) as groups:
+    with foldpar.create_groups(foldpar.solve_layout(4) if replicas else LAYOUT) as groups:
         model = fold(plain, groups).float()
+        if replicas:
+            foldpar.shard_model(model, groups, stage=3, replicas=replicas)
         before = [parameter.detach().clone() for parameter in model.parameters()]
         optimizer = torch.optim.SGD(foldpar.parameter_groups(model), lr=0.1)
         scaler = scaler_class(groups)
@@ -246,6 +250,7 @@ def folded_scaler(groups: foldpar.FoldedGroups) -> foldpar.GradScaler:
     return foldpar.GradScaler("cpu", groups=groups, init_scale=1024.0)
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
 def test_a_grad_scaler_over_all_ranks_skips_a_step_everywhere_or_nowhere() -> None:
     """Experts are not replicas of each other: an overflow in one of them is known to a part of the ranks only.
 
@@ -256,6 +261,7 @@ def test_a_grad_scaler_over_all_ranks_skips_a_step_everywhere_or_nowhere() -> No
         block.moe.router.weight.data *= 8
     assert run_ranks(scaled, 4, plain, folded_scaler, False) == [(True, 1024.0)] * 4
     assert run_ranks(scaled, 4, plain, folded_scaler, True) == [(False, 512.0)] * 4
+    assert run_ranks(scaled, 4, plain, folded_scaler, True, 2) == [(False, 512.0)] * 4
     for of_torch in (scaler_of_all_ranks, scaler_of_one_rank):
         assert run_ranks(scaled, 4, plain, of_torch, True) == [(False, 1024.0)] * 4
 

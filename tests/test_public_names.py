@@ -31,6 +31,7 @@ FLOORS = (
         "refusals",
         "sharding",
         "stand_ins",
+        "weights",
     ),
     (
         "checkpoint_dcp",
@@ -49,6 +50,7 @@ FLOORS = (
         "hf_names",
         "hf_tensors",
         "tensor_parallel",
+        "weight_files",
     ),
     ("moe", "folded_experts"),
     (
@@ -175,6 +177,7 @@ def test_the_exported_names_are_these():
         "limit_capacity",
         "load_balancing_loss",
         "load_checkpoint",
+        "load_weights",
         "lockstep",
         "mark_parameters",
         "mark_placement",
@@ -191,11 +194,13 @@ def test_the_exported_names_are_these():
         "region_generator",
         "router_z_loss",
         "save_checkpoint",
+        "save_weights",
         "scale_gradient",
         "shard_model",
         "solve_layout",
         "split_rows",
         "update_correction_bias",
+        "whole_state_dict",
     ]
 
 

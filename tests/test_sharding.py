@@ -61,6 +61,25 @@ def test_eight_ranks_equal_one_process() -> None:
     assert_equal_to_one_process(Run(Case(8, 2, 2, 2), steps=2), [3])
 
 
+MORE_HYBRID = [
+    (Case(8, *shape, order=order), replicas)
+    for shape in ((1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 4, 2), (4, 1, 1), (1, 2, 2))
+    for order in (("tp-lane-major", "consecutive") if shape[0] > 1 else ("tp-lane-major",))
+    for replicas in (2, 4)
+    if max(8 // shape[0], 8 // shape[1] // shape[2]) > replicas
+]
+
+
+def test_replicas_of_shards_equal_one_process() -> None:
+    assert_equal_to_one_process(Run(Case(4, 1, 1), steps=3), [3], replicas=2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("case", "replicas"), MORE_HYBRID, ids=str)
+def test_replicas_of_shards_equal_one_process_in_every_layout(case: Case, replicas: int) -> None:
+    assert_equal_to_one_process(Run(case, steps=3), [1, 2, 3], replicas=replicas)
+
+
 def test_float32_equals_one_process() -> None:
     assert_equal_to_one_process(Run(Case(4, 2, 2, **FLOAT32), steps=3), [3], tolerance=1e-5)
 

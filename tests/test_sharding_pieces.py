@@ -21,7 +21,7 @@ from toys import loss_of, plain_gradients, plain_model, relative, share, tokens_
 import foldpar
 from foldpar import create_groups, families, solve_layout
 from foldpar.errors import FamilyError, FoldingError, ReplicaError, ShapeError, ShardingError
-from foldpar.memory import planned_parameters, predict_memory
+from foldpar.memory import LocalParameter, planned_parameters, predict_memory
 from foldpar.planner import FoldPlan, FoldPlanRow
 from foldpar.sharding import accumulate, shard_model
 from foldpar.testing import run_ranks
@@ -62,13 +62,15 @@ def micro_batches(model: nn.Module, data_rank: int, count: int, scale: float = 1
 # Every family.
 
 
-def gradients_of_every_family(plain: toys.Model, want: dict[str, Tensor], layout: foldpar.FoldedLayout) -> set[str]:
+def gradients_of_every_family(
+    plain: toys.Model, want: dict[str, Tensor], layout: foldpar.FoldedLayout, replicas: int = 1
+) -> set[str]:
     """Hand-sliced dense layers, biases of every kind, a frozen parameter, two micro-batches, both kinds of loss."""
     with create_groups(layout) as groups:
         for stage in STAGES:
             model = toys.fold(plain, groups)
             before = dict(model.named_parameters())
-            shard_model(model, groups, stage=stage)
+            shard_model(model, groups, stage=stage, replicas=replicas)
             for loss in ("mean", "sum"):
                 micro_batches(model, groups.dp_cp.index, 2, 0.5)
                 foldpar.reduce_gradients(model, groups, loss=loss)
@@ -109,6 +111,59 @@ def test_every_family_equals_one_process(layout: foldpar.FoldedLayout) -> None:
     want = plain_gradients(plain, layout.dp * layout.cp, 2)
     for whole in run_ranks(gradients_of_every_family, layout.world, plain, want, layout):
         assert not whole
+
+
+# With edp (0 2 1 3) in two pieces; edp 2 and 1, so that experts stay whole; edp 8 and dp 4; and dp 4 and edp 8 / 4.
+REPLICAS = [
+    (solve_layout(4), 2),
+    (solve_layout(4, ep=2), 2),
+    (solve_layout(4, tp=2), 2),
+    (solve_layout(4, ep=4), 2),
+    (solve_layout(8, tp=2), 4),
+    (solve_layout(8, tp=2, etp=2), 2),
+    (solve_layout(8, tp=2, ep=2, order="consecutive"), 2),
+    (solve_layout(8, cp=2, ep=2, etp=2), 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "replicas"), [REPLICAS[1], *(pytest.param(*each, marks=pytest.mark.long) for each in REPLICAS)]
+)
+def test_replicas_of_shards_of_every_family(layout: foldpar.FoldedLayout, replicas: int) -> None:
+    plain = plain_model(bias=True, shared=True)
+    want = plain_gradients(plain, layout.dp * layout.cp, 2)
+    for whole in run_ranks(gradients_of_every_family, layout.world, plain, want, layout, replicas, timeout=120.0):
+        assert any("experts" in name for name in whole) == (layout.edp <= replicas)
+        assert any("experts" not in name for name in whole) == (layout.dp * layout.cp <= replicas)
+
+
+def replicas_lie_in_blocks(layout: foldpar.FoldedLayout) -> None:
+    """The mesh says which ranks hold the same; whatever reads DTensors sees the whole; drift is found by name."""
+    plain = plain_model()
+    with create_groups(layout) as groups:
+        model = toys.fold(plain, groups)
+        wanted = {name: local(parameter).clone() for name, parameter in model.named_parameters()}
+        shard_model(model, groups, stage=3, replicas=2)
+        weight, experts = model.norm.weight, model.blocks[0].moe.experts.down_proj
+        assert weight.device_mesh.mesh_dim_names == ("dp_cp_replicas", "dp_cp")
+        assert weight.device_mesh.mesh.tolist() == [[0, 1], [2, 3]]
+        assert experts.device_mesh.mesh_dim_names == ("edp_replicas", "edp", "ep", "etp")
+        assert experts.device_mesh.mesh.flatten().tolist() == [0, 1, 2, 3]
+        assert torch.equal(weight.full_tensor(), wanted["norm.weight"])
+        assert torch.equal(experts.full_tensor(), wanted["blocks.0.moe.experts.down_proj"])
+        for placement in foldpar.parameter_placements(model, groups):
+            assert placement.replicas == 2 and placement.replica == groups.rank // 2, placement.name
+        foldpar.check_replicas(model, groups)
+        with torch.no_grad():
+            if groups.rank == 3:
+                experts.to_local().add_(1.0)
+        text = text_of(ReplicaError, foldpar.check_replicas, model, groups)
+        assert "1 parameter differs between replicas" in text
+        assert "blocks.0.moe.experts.down_proj over edp: rank 3 differs from the first rank of its group" in text
+
+
+def test_replicas_are_compared_and_lie_in_blocks() -> None:
+    run_ranks(replicas_lie_in_blocks, 4, solve_layout(4))
 
 
 class Gained(nn.Module):
@@ -261,16 +316,17 @@ def numbers_of(tensors: Any) -> int:
     return sum(local(tensor).numel() * tensor.dtype.itemsize for tensor in tensors if tensor is not None)
 
 
-def bytes_by_stage(layout: foldpar.FoldedLayout) -> None:
+def bytes_by_stage(layout: foldpar.FoldedLayout, replicas: int = 1) -> None:
     plain = plain_model(bias=True)
     for dtypes in (None, MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)):
         for stage in (0, *(STAGES if dtypes is None else (1, 2))):
             with create_groups(layout) as groups:
                 model = toys.fold(plain, groups)
                 model.head.bias.requires_grad_(False)
-                wanted = predict_memory(model, layout, stage=stage, rank=groups.rank, mixed_precision=dtypes)
+                options: dict[str, Any] = {"stage": stage, "replicas": replicas, "mixed_precision": dtypes}
+                wanted = predict_memory(model, layout, rank=groups.rank, **options)
                 if stage:
-                    shard_model(model, groups, stage=stage, mixed_precision=dtypes)
+                    shard_model(model, groups, **options)
                 optimizer = torch.optim.AdamW(foldpar.parameter_groups(model))
                 shards = list(model.parameters())
                 assert numbers_of(shards) == wanted.parameters, stage
@@ -313,6 +369,24 @@ class NONE:
 @pytest.mark.parametrize("layout", [solve_layout(4, tp=2), solve_layout(4, ep=4)], ids=repr)
 def test_bytes_are_those_predicted(layout: foldpar.FoldedLayout) -> None:
     run_ranks(bytes_by_stage, layout.world, layout)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [solve_layout(4), solve_layout(4, ep=2), solve_layout(8, tp=2)], ids=repr)
+def test_bytes_of_replicas_are_those_predicted(layout: foldpar.FoldedLayout) -> None:
+    run_ranks(bytes_by_stage, layout.world, layout, 2, timeout=120.0)
+
+
+def test_predictions_count_the_shards_of_a_replica() -> None:
+    weight = LocalParameter("weight", (10, 4), torch.float32, families.REPLICATED)
+    held = [predict_memory([weight], solve_layout(4), stage=3, replicas=2, rank=rank).parameters for rank in range(4)]
+    assert held == [80, 80, 80, 80]
+    held = [predict_memory([weight], solve_layout(8), stage=3, replicas=2, rank=rank).parameters for rank in range(8)]
+    assert held == [48, 48, 48, 16] * 2
+    with pytest.raises(ShardingError, match=r"replicas = 3 does not go into the dp \* cp = 4 ranks"):
+        predict_memory([weight], solve_layout(4), stage=3, replicas=3)
+    with pytest.raises(ShapeError, match="replicas must be a positive integer"):
+        predict_memory([weight], solve_layout(4), stage=3, replicas=0)
 
 
 def test_a_plan_predicts_before_there_are_ranks() -> None:
@@ -377,14 +451,14 @@ def test_mixed_precision_tracks_a_bf16_model(layout: foldpar.FoldedLayout) -> No
     run_ranks(in_mixed_precision, layout.world, layout)
 
 
-def offloaded(layout: foldpar.FoldedLayout) -> None:
+def offloaded(layout: foldpar.FoldedLayout, replicas: int) -> None:
     plain = plain_model(bias=True)
     want = plain_gradients(plain, layout.dp, 2)
     with create_groups(layout) as groups:
         for stage in STAGES:
             model = toys.fold(plain, groups)
             before = dict(model.named_parameters())
-            shard_model(model, groups, stage=stage, offload=CPUOffloadPolicy(pin_memory=False))
+            shard_model(model, groups, stage=stage, replicas=replicas, offload=CPUOffloadPolicy(pin_memory=False))
             micro_batches(model, groups.dp_cp.index, 2, 0.5)
             foldpar.reduce_gradients(model, groups)
             error, name = errors(model, before, want, groups)
@@ -394,7 +468,12 @@ def offloaded(layout: foldpar.FoldedLayout) -> None:
 
 
 def test_offloading_changes_no_number() -> None:
-    run_ranks(offloaded, 4, solve_layout(4, tp=2, ep=2))
+    run_ranks(offloaded, 4, solve_layout(4, tp=2, ep=2), 1)
+
+
+@pytest.mark.long
+def test_offloaded_replicas_of_one_shard_too() -> None:
+    run_ranks(offloaded, 4, solve_layout(4, ep=2), 2)
 
 
 def evaluated_in_between() -> None:
@@ -507,6 +586,16 @@ def refused() -> None:
             text = refusal(ValueError, folded(), stage=wrong)
             assert f"stage = {wrong!r} is unknown. It can be 1 (shards of optimizer states), 2" in text
             assert "is stage 0, and needs no call" in text
+        text = refusal(ShardingError, folded(), replicas=3)
+        assert "replicas = 3 does not go into the dp * cp = 2 ranks that the dense parameters are sharded over" in text
+        assert "It can be 1, 2, or a multiple of 2, which leaves the dense parameters whole" in text
+        text = refusal(ShardingError, folded(), replicas=6)
+        assert "replicas = 6 does not go into the edp = 4 ranks that the experts are sharded over" in text
+        assert "It can be 1, 2, 4, or a multiple of 4" in text
+        text = refusal(ShardingError, folded(), replicas=4)
+        assert "replicas = 4 leaves one rank in each replica, of dp * cp = 2 and edp = 4" in text
+        for wrong in (0, -1, 1.5, True, "2"):
+            assert "replicas must be a positive integer" in refusal(ShapeError, folded(), replicas=wrong)
         assert "4 parameters have no family" in refusal(FamilyError, nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 
         twice = folded()

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from foldpar.stand_ins import lockstep
     from foldpar.steps import declare_reduced
     from foldpar.storage import ExpertStorage
+    from foldpar.weights import load_weights, save_weights, whole_state_dict
 
 __version__ = "0.1.0"
 
@@ -141,6 +142,7 @@ __all__ = [
     "limit_capacity",
     "load_balancing_loss",
     "load_checkpoint",
+    "load_weights",
     "lockstep",
     "mark_parameters",
     "mark_placement",
@@ -157,11 +159,13 @@ __all__ = [
     "region_generator",
     "router_z_loss",
     "save_checkpoint",
+    "save_weights",
     "scale_gradient",
     "shard_model",
     "solve_layout",
     "split_rows",
     "update_correction_bias",
+    "whole_state_dict",
 ]
 
 # No public name may be the name of a module: importing the module would shadow it. tests/test_public_names.py holds it.
@@ -224,6 +228,7 @@ _NAMES_OF_MODULE = {
     "sharding": ("accumulate", "shard_model"),
     "stand_ins": ("lockstep",),
     "storage": ("ExpertStorage",),
+    "weights": ("load_weights", "save_weights", "whole_state_dict"),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
 

@@ -63,16 +63,18 @@ def _compare_replicas(model: nn.Module, groups: FoldedGroups, *, across_stages: 
     entries = sorted(resolve_parameters(model, groups), key=lambda entry: entry.name)
     device = entries[0].communication_device if entries else torch.device("cpu")
     # The next collectives would hang on ranks with different parameters, so it is agreed first what is compared.
-    inventory = _checksum(f"{entry.name} {entry.replica_axes} {entry.groups.layout}" for entry in entries)
+    inventory = _checksum(
+        f"{entry.name} {entry.replica_axes} {entry.data_replicas} {entry.groups.layout}" for entry in entries
+    )
     everywhere = [(groups.tp, [0]), (groups.dp_cp, [0])]
     mask = _differs(torch.tensor([inventory], device=device), everywhere)
     _raise_together(mask, groups, across_stages, _inventory_text)
 
-    places: dict[tuple[Axis, FoldedGroups], list[int]] = {(axis, groups): [] for axis in _REPLICA_AXES}
+    places: dict[AxisGroup, list[int]] = {groups.axis(axis): [] for axis in _REPLICA_AXES}
     for place, entry in enumerate(entries):
-        for axis in entry.replica_axes:
-            places.setdefault((axis, entry.groups), []).append(place)
-    replicas = [(of_axis.axis(axis), found) for (axis, of_axis), found in places.items()]
+        for group in entry.replica_groups:
+            places.setdefault(group, []).append(place)
+    replicas = list(places.items())
     digests = [_digest(entry.parameter).to(device) for entry in entries]
     mask = _differs(torch.stack(digests) if digests else torch.zeros(0, dtype=torch.int64), replicas)
     names = [entry.name for entry in entries]

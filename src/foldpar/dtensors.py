@@ -290,6 +290,8 @@ class MeshAxes:
         row: tuple[int | slice, ...] = (*here[:dim], slice(None), *here[dim + 1 :])
         ranks = tuple(mesh.mesh[row].tolist())
         name = _dim_name(mesh, dim)
+        if name in ("dp_cp", "edp") and set(ranks) <= set(groups.axis(name).ranks):
+            return ranks, frozenset({name})  # all of the axis, or the shards of one replica
         axes = frozenset(axis for axis in AXES if sorted(groups.axis(axis).ranks) == sorted(ranks))
         if name == "tp" and "tp" not in axes:
             raise FamilyError(

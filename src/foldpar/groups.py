@@ -219,8 +219,36 @@ class FoldedGroups:
             self._meshes["ep_etp"] = self.mesh("expert")["ep", "etp"]
         return self._meshes["ep_etp"]
 
-    def data_mesh(self, axis: Literal["dp_cp", "edp"]) -> DeviceMesh:
-        """The one-dimensional mesh of a data axis, over which FSDP2 shards; its dimension is named like the axis.
+    def data_axes(self, axis: Literal["dp_cp", "edp"], replicas: int = 1) -> tuple[AxisGroup, AxisGroup]:
+        """A data axis as so many replicas of shards: the ranks of equal shards, and those of one replica's shards.
+
+        Of ranks ``0 1 2 3`` on the axis and two replicas, rank 2 has the groups ``(0, 2)`` and ``(2, 3)``. With one
+        replica the second is the axis itself. Made once; call it on every rank.
+        """
+        whole, key = self.axis(axis), ("data axes", axis, replicas)
+        if key not in self.kept:
+            size = whole.size // replicas
+            place = whole.index % size
+            start = whole.index - place
+            parts = (whole.ranks[place::size], whole.ranks[start : start + size])
+            names = (f"{axis}_replicas", f"{axis}_shards")
+            self.kept[key] = tuple(
+                whole if ranks == whole.ranks else self._part(axis, name, ranks)
+                for name, ranks in zip(names, parts, strict=True)
+            )
+        of_replicas, of_shards = self.kept[key]
+        return of_replicas, of_shards
+
+    def _part(self, axis: str, name: str, ranks: tuple[int, ...]) -> AxisGroup:
+        """A part of an axis, over a communicator of its own: gathers must not queue behind an all-to-all."""
+        process_group = self._communicator(name, ranks, separate=True) if len(ranks) > 1 else None
+        return AxisGroup(axis, ranks, ranks.index(self.rank), process_group)
+
+    def data_mesh(self, axis: Literal["dp_cp", "edp"], replicas: int = 1) -> DeviceMesh:
+        """The mesh of a data axis, over which FSDP2 shards: one dimension, named like the axis.
+
+        With several replicas there are two, ``(axis + "_replicas", axis)``: the parameter is the same on the first and
+        cut over the second, see :meth:`data_axes`.
 
         A rank's place on it is its coordinate. It is a part of ``mesh("expert")`` for ``edp``, and for ``dp_cp`` of a
         mesh ``(pp, dp_cp, tp)`` of the world, so that FSDP2 can put it beside the axes that shard parameters already.
@@ -231,9 +259,32 @@ class FoldedGroups:
         """
         if axis not in ("dp_cp", "edp"):
             raise LayoutError(f"The data axes are 'dp_cp' and 'edp', not {axis!r}.")
-        if axis not in self._meshes:
-            self._meshes[axis] = self._make_data_mesh(axis)
-        return self._meshes[axis]
+        key = axis if replicas == 1 else f"{axis} x {replicas}"
+        if key not in self._meshes:
+            self._meshes[key] = self._make_data_mesh(axis) if replicas == 1 else self._make_hybrid_mesh(axis, replicas)
+        return self._meshes[key]
+
+    def _make_hybrid_mesh(self, axis: Literal["dp_cp", "edp"], replicas: int) -> DeviceMesh:
+        if self._factory is None:
+            raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
+        view, rest = ("expert", ("ep", "etp")) if axis == "edp" else ("dense", ("tp",))
+        of_replicas, of_shards = self.data_axes(axis, replicas)
+        whole = DeviceMesh.from_group(
+            [
+                self._process_group_of("pp"),
+                *(part.process_group or self._alone() for part in (of_replicas, of_shards)),
+                *(self._process_group_of(name) for name in rest),
+            ],
+            self._factory.device_type,
+            mesh=self._ranks_of_mesh(view).reshape(
+                self.layout.pp,
+                of_replicas.size,
+                of_shards.size,
+                *(self.axis(name).size for name in rest),
+            ),
+            mesh_dim_names=("pp", f"{axis}_replicas", axis, *rest),
+        )
+        return whole[f"{axis}_replicas", axis]
 
     def _make_data_mesh(self, axis: str) -> DeviceMesh:
         if self._factory is None:
@@ -254,7 +305,17 @@ class FoldedGroups:
 
     def _process_group_of(self, axis: str) -> ProcessGroup:
         """Of an axis of one rank, the group that all such axes share: a mesh needs one for every dimension."""
-        return self.axis(axis).process_group or self._communicator(axis, (self.rank,), separate=False)
+        return self.axis(axis).process_group or self._alone()
+
+    def _alone(self) -> ProcessGroup:
+        return self._communicator("", (self.rank,), separate=False)
+
+    def _ranks_of_mesh(self, view: str) -> torch.Tensor:
+        """All ranks in the order of their positions in a view."""
+        world = self.layout.world
+        if view == "dense":
+            return torch.arange(world)
+        return torch.tensor([self.layout.rank_at("expert", position) for position in range(world)])
 
     def _make_mesh(self, view: str) -> DeviceMesh:
         layout = self.layout
@@ -262,15 +323,11 @@ class FoldedGroups:
         if factory is None:
             raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
         groups = [self._process_group_of(name) for name in _VIEW_AXES[view]]
-        if view == "dense":
-            ranks_of_mesh = torch.arange(layout.world)
-        else:
-            ranks_of_mesh = torch.tensor([layout.rank_at("expert", position) for position in range(layout.world)])
         shape = [layout.size(name) for name in _VIEW_AXES[view]]  # type: ignore[arg-type]
         return DeviceMesh.from_group(
             groups,
             factory.device_type,
-            mesh=ranks_of_mesh.reshape(shape).contiguous(),
+            mesh=self._ranks_of_mesh(view).reshape(shape),
             mesh_dim_names=_VIEW_AXES[view],
         )
 

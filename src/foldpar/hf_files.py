@@ -56,16 +56,19 @@ class Stored:
     bytes: int
 
 
-def read_folder(folder: Path) -> Stored:
-    """Read the headers of all files.
+def read_folder(folder: Path, only: str | None = None) -> Stored:
+    """Read the headers of all files, or of ``only`` one.
 
     Raises:
         CheckpointError: there are none, one is damaged or not where the index says, or they are quantised.
     """
     from safetensors import SafetensorError, safe_open
 
-    _check_not_quantised(folder)
-    places = _places(folder)
+    if only is None:
+        _check_not_quantised(folder)
+    elif not (folder / only).is_file():
+        raise CheckpointError(f"{folder / only} does not exist, or is no file.")
+    places = _places(folder) if only is None else {only: only}
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(places.values())):
         path = folder / file

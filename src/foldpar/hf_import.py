@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from foldpar.checkpoint_ranks import Ranks, attempt, raise_interruption, told
 from foldpar.errors import CheckpointError, ModelError
 from foldpar.groups import FoldedGroups
 from foldpar.hf_files import Stored, read_folder
-from foldpar.hf_names import Overlap, lay_out, overlaps
+from foldpar.hf_names import Names, Overlap, lay_out, overlaps
 from foldpar.hf_tensors import Held, Slots, compute_buffers, held_tensors
 from foldpar.kept_dtypes import kept_dtype
 
-__all__ = ["ImportReport", "import_"]
+__all__ = ["ImportReport", "NameRule", "fill", "import_"]
 
 _SHOWN, _LISTED = 5, 20
 
@@ -100,10 +100,30 @@ def import_(
 
     Source: safetensors' format; transformers' ``conversion_mapping``.
     """
-    folder = Path(folder)
-    ranks = Ranks.of(groups, f"importing {folder}")
-    stored = _headers(folder, ranks)
-    plan = ranks.together(lambda: _plan(model, groups, stored, strict))
+    return fill(model, Path(folder), groups, strict=strict, device=device, names=lay_out)
+
+
+NameRule = Callable[[nn.Module, Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]], Names]
+
+
+def fill(
+    model: nn.Module,
+    folder: Path,
+    groups: FoldedGroups,
+    *,
+    strict: bool,
+    device: torch.device | str | None,
+    names: NameRule,
+    file: str | None = None,
+) -> ImportReport:
+    """Fill a model from a folder, or one ``file`` of it, by a rule that says which names make up the model's tensors.
+
+    Raises:
+        CheckpointError, ModelError, FamilyError: see :func:`import_`.
+    """
+    ranks = Ranks.of(groups, f"importing {folder / (file or '')}")
+    stored = _headers(folder, file, ranks)
+    plan = ranks.together(lambda: _plan(model, groups, stored, strict, names))
     unused = _check_fits(plan, folder, ranks, strict)
     slots = Slots(model, torch.device(device) if device is not None else _device(groups))
     read, error = attempt(lambda: _fill(model, folder, stored, plan, slots))
@@ -129,9 +149,9 @@ class _Plan:
     problems: tuple[str, ...]
 
 
-def _headers(folder: Path, ranks: Ranks) -> Stored:
+def _headers(folder: Path, file: str | None, ranks: Ranks) -> Stored:
     """Read on rank 0, known to all."""
-    value, error = attempt(lambda: read_folder(folder)) if ranks.rank == 0 else (None, None)
+    value, error = attempt(lambda: read_folder(folder, file)) if ranks.rank == 0 else (None, None)
     stored, text = ranks.all_gather((value, None if error is None else told(error)))[0]
     raise_interruption(error)
     if stored is None:
@@ -139,10 +159,10 @@ def _headers(folder: Path, ranks: Ranks) -> Stored:
     return stored
 
 
-def _plan(model: nn.Module, groups: FoldedGroups, stored: Stored, strict: bool) -> _Plan:
+def _plan(model: nn.Module, groups: FoldedGroups, stored: Stored, strict: bool, rule: NameRule) -> _Plan:
     held = held_tensors(model, groups)
     wanted = {name: each.share.shape for each in held.values() for name in (each.name, *each.aliases)}
-    names = lay_out(model, {name: each.shape for name, each in stored.tensors.items()}, wanted)
+    names = rule(model, {name: each.shape for name, each in stored.tensors.items()}, wanted)
     reads: dict[str, tuple[Overlap, ...]] = {}
     missing, problems = [], list(names.problems)
     for each in held.values():

@@ -26,6 +26,7 @@ __all__ = [
     "Names",
     "Overlap",
     "Piece",
+    "as_they_are",
     "hub_shapes",
     "is_transformers_model",
     "lay_out",
@@ -168,6 +169,12 @@ def lay_out(model: nn.Module, stored: Mapping[str, Shape], wanted: Mapping[str, 
             listed = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
             problems.append(f"{target}: {listed} do not go together: {error}")
     return Names({name: each for name, each in laid.items() if name in wanted}, tuple(unused), tuple(problems))
+
+
+def as_they_are(model: nn.Module, stored: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> Names:
+    """Files that hold the model's tensors under its own names."""
+    laid = {name: Laid.stored(name, tuple(shape)) for name, shape in stored.items() if name in wanted}
+    return Names(laid, tuple(name for name in sorted(stored, key=natural) if name not in wanted), ())
 
 
 def hub_shapes(model: nn.Module, shapes: Mapping[str, Shape]) -> dict[str, Shape]:

@@ -46,16 +46,19 @@ def held_tensors(model: nn.Module, groups: FoldedGroups) -> dict[str, Held]:
         found[placement.name] = Held(
             placement.name, placement.aliases, placement.parameter, placement.share, placement.replica == 0, placement
         )
-    seen: set[int] = set()
-    first = groups.rank % groups.layout.stage_size == 0
+    of_buffer: dict[int, list[str]] = {}
     for name, module, attribute in _buffers(model):
+        if attribute not in module._non_persistent_buffers_set:
+            of_buffer.setdefault(id(getattr(module, attribute)), []).append(name)
+    first = groups.rank % groups.layout.stage_size == 0
+    for _, module, attribute in _buffers(model):
         buffer = getattr(module, attribute)
-        if attribute in module._non_persistent_buffers_set or id(buffer) in seen:
+        names = of_buffer.pop(id(buffer), None)
+        if names is None:
             continue
-        seen.add(id(buffer))
         if is_dtensor(buffer) and any(is_sharding(placement) for placement in buffer.placements):
-            raise CheckpointError(f"The buffer {name} is a sharded DTensor; buffers must be whole on every rank.")
-        found[name] = Held(name, (), buffer, Share.whole(tuple(buffer.shape)), first)
+            raise CheckpointError(f"The buffer {names[0]} is a sharded DTensor; buffers must be whole on every rank.")
+        found[names[0]] = Held(names[0], tuple(names[1:]), buffer, Share.whole(tuple(buffer.shape)), first)
     return found
 
 

@@ -21,9 +21,9 @@ from foldpar.dtensors import (
 )
 from foldpar.errors import ArgumentError, FamilyError, GroupsError, ModelError, ShardingError
 from foldpar.families import DENSE_SHARDED, REPLICATED, ParameterFamily
-from foldpar.groups import FoldedGroups
+from foldpar.groups import AxisGroup, FoldedGroups
 from foldpar.layout import Axis
-from foldpar.sharded import bring_back_shards, is_sharded_over, sharded_module
+from foldpar.sharded import bring_back_shards, is_sharded_over, replicas_of_shards, sharded_module
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -328,6 +328,18 @@ class ResolvedParameter:
     def replica_axes(self) -> tuple[Axis, ...]:
         """Those of the family, without the data axis where the parameter is sharded over it."""
         return tuple(axis for axis in self.family.replica_axes if axis not in self.shard_axes)
+
+    @property
+    def data_replicas(self) -> int:
+        """How many replicas of shards the data axis holds: 1 where it is cut as a whole, or not at all."""
+        return replicas_of_shards(self.parameter, self.family.data_axis) if self.sharded else 1
+
+    @property
+    def replica_groups(self) -> list[AxisGroup]:
+        """The groups that hold equal parts of it, the replicas of shards included."""
+        found = [self.groups.axis(axis) for axis in self.replica_axes]
+        replicas = self.data_replicas
+        return found if replicas == 1 else [*found, self.groups.data_axes(self.family.data_axis, replicas)[0]]
 
 
 def resolve_parameters(model: nn.Module, groups: FoldedGroups) -> list[ResolvedParameter]:

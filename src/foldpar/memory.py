@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from foldpar import families
+from foldpar.arguments import expect_sizes
 from foldpar.dtensors import local_tensor
 from foldpar.errors import ShardingError
 from foldpar.families import REPLICATED, ParameterFamily
 from foldpar.layout import FoldedLayout
 from foldpar.marks import nearest_marks
-from foldpar.sharded import sharded_module, shards_over_data
+from foldpar.sharded import data_replicas, sharded_module, shards_over_data
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -69,6 +70,7 @@ def predict_memory(
     layout: FoldedLayout,
     *,
     stage: Literal[0, 1, 2, 3],
+    replicas: int = 1,
     rank: int = 0,
     optimizer_states: int = 2,
     mixed_precision: MixedPrecisionPolicy | None = None,
@@ -82,6 +84,7 @@ def predict_memory(
         model: folded and not yet sharded, on any device, the meta device included; or its parameters on ``rank``, such
             as :func:`planned_parameters` tells them before anything is folded.
         stage: that of ``shard_model``; 0 is a model that is not sharded.
+        replicas: those of ``shard_model``, each of which holds all shards.
         rank: whose share. Shapes of the model are those of this rank.
         optimizer_states: 2 for Adam, 1 for SGD with momentum, 0 for plain SGD.
         mixed_precision: that of ``shard_model``.
@@ -96,20 +99,22 @@ def predict_memory(
         RankMemory(parameters=48, gradients=48, optimizer=96, gathered_parameters=160, whole_gradients=160)
 
     Raises:
-        ValueError: an unknown stage. ShardingError: the model is sharded already.
+        ValueError: an unknown stage. ShardingError: the model is sharded already, or ``replicas`` does not fit.
 
     Source: ZeRO (Rajbhandari et al. 2020), section 5, per family.
     """
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"stage = {stage!r} is unknown. It can be 0 (not sharded), 1, 2 or 3.")
+    expect_sizes("predict_memory", replicas=replicas)
     parameters = gradients = gathered = whole_gradients = 0
     compute = mixed_precision.param_dtype if mixed_precision is not None else None
     reduce = mixed_precision.reduce_dtype if mixed_precision is not None else None
     converts = mixed_precision is not None and mixed_precision != type(mixed_precision)()
     for entry, of_layer in _parameters_of(model, layout):
         held = whole = prod(entry.shape)
-        if stage and shards_over_data(entry.family, of_layer, dims=len(entry.shape), converts=converts):
-            held = _rows_held(entry, of_layer, rank) * prod(entry.shape[1:])
+        dims = len(entry.shape)
+        if stage and shards_over_data(entry.family, of_layer, dims=dims, converts=converts, replicas=replicas):
+            held = _rows_held(entry, of_layer, rank, replicas) * prod(entry.shape[1:])
             in_use = compute if compute is not None and entry.dtype.is_floating_point else entry.dtype
             gathered += whole * in_use.itemsize if stage < 3 else 0
             if stage == 1 and entry.trainable:
@@ -143,10 +148,11 @@ def planned_parameters(plan: FoldPlan, *, dtype: torch.dtype) -> list[LocalParam
     return parameters
 
 
-def _rows_held(entry: LocalParameter, layout: FoldedLayout, rank: int) -> int:
+def _rows_held(entry: LocalParameter, layout: FoldedLayout, rank: int, replicas: int) -> int:
     axis, rows = entry.family.data_axis, entry.shape[0]
-    chunk = -(-rows // layout.size(axis))
-    return min(chunk, max(0, rows - layout.group(axis, rank).index(rank) * chunk))
+    shards = layout.size(axis) // data_replicas(layout, axis, replicas)
+    chunk = -(-rows // shards)
+    return min(chunk, max(0, rows - layout.group(axis, rank).index(rank) % shards * chunk))
 
 
 def _parameters_of(

@@ -47,11 +47,12 @@ def get_total_norm(model: nn.Module, groups: FoldedGroups, *, norm_type: float =
     if not norm_type > 0:
         raise ValueError(f"norm_type = {norm_type!r} must be a positive number or infinity.")
     folds: dict[FoldedGroups, int] = {groups: 0}
-    gradients: dict[tuple[int, tuple[Axis, ...]], list[Tensor]] = {}
+    gradients: dict[tuple[int, tuple[Axis, ...], int], list[Tensor]] = {}
     device, dtype = torch.device("cpu"), torch.float32
     for place, resolved in enumerate(resolve_parameters(model, groups)):
-        parameter, shard_axes = resolved.parameter, resolved.shard_axes
-        same_shards = gradients.setdefault((folds.setdefault(resolved.groups, len(folds)), shard_axes), [])
+        parameter = resolved.parameter
+        kind = (folds.setdefault(resolved.groups, len(folds)), resolved.shard_axes, resolved.data_replicas)
+        same_shards = gradients.setdefault(kind, [])
         device = resolved.communication_device if place == 0 else device
         if parameter.grad is not None and parameter.requires_grad:
             _check_whole(resolved.name, parameter.grad)
@@ -59,9 +60,9 @@ def get_total_norm(model: nn.Module, groups: FoldedGroups, *, norm_type: float =
             dtype = torch.promote_types(dtype, parameter.grad.dtype.to_real())
     with torch.no_grad():
         per_family, groups_of_fold = [], list(folds)
-        for fold, shard_axes in sorted(gradients):
-            norm = _norm_of_norms(_norms(gradients[fold, shard_axes], norm_type, device), norm_type)
-            for group in _shard_groups(shard_axes, groups_of_fold[fold]):
+        for fold, shard_axes, replicas in sorted(gradients):
+            norm = _norm_of_norms(_norms(gradients[fold, shard_axes, replicas], norm_type, device), norm_type)
+            for group in _shard_groups(shard_axes, groups_of_fold[fold], replicas):
                 norm = _norm_of_norms(all_gather(norm, group), norm_type)
             per_family.append(norm)
         norms = torch.stack(per_family) if per_family else torch.zeros(0, dtype=torch.float64, device=device)
@@ -139,11 +140,15 @@ def _check_whole(name: str, gradient: Tensor) -> None:
         )
 
 
-def _shard_groups(shard_axes: tuple[Axis, ...], groups: FoldedGroups) -> list[AxisGroup]:
+def _shard_groups(shard_axes: tuple[Axis, ...], groups: FoldedGroups, replicas: int) -> list[AxisGroup]:
     """The groups that hold the shards, an ep and etp pair as one; those of one rank have nothing to add."""
     both = {"ep", "etp"} <= set(shard_axes)
-    alone = [axis for axis in shard_axes if not (both and axis in ("ep", "etp"))]
-    found = [*([groups.ep_etp] if both else []), *(groups.axis(axis) for axis in alone)]
+    found = [groups.ep_etp] if both else []
+    for axis in shard_axes:
+        if axis in ("dp_cp", "edp"):
+            found.append(groups.data_axes(axis, replicas)[1])
+        elif not (both and axis in ("ep", "etp")):
+            found.append(groups.axis(axis))
     return [group for group in found if group.size > 1]
 
 

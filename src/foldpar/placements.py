@@ -271,6 +271,8 @@ def _marked(mark: _Mark, local: tuple[int, ...], family: ParameterFamily, groups
 
 def _axes_of(name: str, dim: MeshDim, family: ParameterFamily, groups: FoldedGroups) -> tuple[Axis, ...]:
     """The axes of the family that a mesh dimension is, found by its ranks."""
+    if family.data_axis in dim.axes:
+        return (family.data_axis,)
     axes = (*family.shard_axes, *family.replica_axes)
     for axis in axes:
         if sorted(groups.axis(axis).ranks) == sorted(dim.ranks):
@@ -292,8 +294,7 @@ def _coordinate(parameter: Any, dim: MeshDim) -> tuple[int, int]:
 def _replica(entry: ResolvedParameter) -> tuple[int, int]:
     """Which copy this rank holds, and how many there are."""
     replica, replicas = 0, 1
-    for axis in entry.replica_axes:
-        group = entry.groups.axis(axis)
+    for group in entry.replica_groups:
         replica, replicas = replica * group.size + group.index, replicas * group.size
     return replica, replicas
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-__all__ = ["require_numpy", "why_no_objects"]
+__all__ = ["require_numpy", "require_safetensors", "why_no_objects"]
 
 
 def why_no_objects() -> str | None:
@@ -25,3 +25,17 @@ def require_numpy(doing: str) -> None:
     """
     if reason := why_no_objects():
         raise ImportError(f"{doing}: {reason}", name="numpy")
+
+
+def require_safetensors(doing: str) -> None:
+    """Raise if safetensors files cannot be read.
+
+    Raises:
+        ImportError: names safetensors, and the extra that brings it.
+    """
+    if find_spec("safetensors") is None:
+        raise ImportError(
+            f"{doing}: safetensors is not installed, which reads such files. Install it, or foldpar with the extra "
+            f"that brings it: pip install 'foldpar[hf]'.",
+            name="safetensors",
+        )

@@ -25,11 +25,13 @@ __all__ = [
     "ShardedModule",
     "Stage",
     "bring_back_shards",
+    "data_replicas",
     "fsdp_modules",
     "is_fsdp_module",
     "is_sharded_over",
     "refuse_replaced",
     "refuse_unreduced",
+    "replicas_of_shards",
     "sharded_module",
     "shards_over_data",
 ]
@@ -53,11 +55,37 @@ def sharded_module(module: nn.Module) -> ShardedModule | None:
     return record
 
 
-def shards_over_data(family: ParameterFamily, layout: FoldedLayout, *, dims: int, converts: bool) -> bool:
+def data_replicas(layout: FoldedLayout, axis: Literal["dp_cp", "edp"], replicas: int) -> int:
+    """How many replicas of shards a data axis holds: so many as were asked for, or all its ranks if those are fewer.
+
+    Example, of 8 ranks whose experts have two copies:
+        >>> from foldpar.layout import solve_layout
+        >>> layout = solve_layout(8, ep=4)
+        >>> [(data_replicas(layout, "dp_cp", asked), data_replicas(layout, "edp", asked)) for asked in (1, 2, 4)]
+        [(1, 1), (2, 2), (4, 2)]
+
+    Raises:
+        ShardingError: neither divides the other.
+    """
+    size = layout.size(axis)
+    if size % replicas and replicas % size:
+        named = f"dp * cp = {size}" if axis == "dp_cp" else f"edp = {size}"
+        what = "dense parameters" if axis == "dp_cp" else "experts"
+        valid = ", ".join(str(each) for each in range(1, size + 1) if size % each == 0)
+        raise ShardingError(
+            f"replicas = {replicas} does not go into the {named} ranks that the {what} are sharded over: replicas are "
+            f"of equal size. It can be {valid}, or a multiple of {size}, which leaves the {what} whole."
+        )
+    return min(size, replicas)
+
+
+def shards_over_data(
+    family: ParameterFamily, layout: FoldedLayout, *, dims: int, converts: bool, replicas: int = 1
+) -> bool:
     """Whether ``shard_model`` shards a parameter of that many dimensions; all ranks answer alike.
 
-    Not a scalar, which has no dimension 0. Not over one rank, unless the wrapper ``converts`` dtypes or offloads: the
-    gathered parameter would be a second copy.
+    Not a scalar, which has no dimension 0. Not where a replica has one rank, unless the wrapper ``converts`` dtypes or
+    offloads: the gathered parameter would be a second copy.
 
     Example:
         >>> from foldpar.families import EXPERT_BIAS, REPLICATED
@@ -66,7 +94,8 @@ def shards_over_data(family: ParameterFamily, layout: FoldedLayout, *, dims: int
         >>> [shards_over_data(family, layout, dims=2, converts=False) for family in (REPLICATED, EXPERT_BIAS)]
         [True, False]
     """
-    return dims > 0 and (layout.size(family.data_axis) > 1 or converts)
+    shards = layout.size(family.data_axis) // data_replicas(layout, family.data_axis, replicas)
+    return dims > 0 and (shards > 1 or converts)
 
 
 def record_shards(model: nn.Module, stage: Stage) -> None:
@@ -83,6 +112,13 @@ def is_sharded_over(parameter: Tensor, axis: str) -> bool:
     """Whether the parameter's mesh has a dimension of this data axis; of one rank counts, as nothing is reduced there
     either."""
     return is_dtensor(parameter) and axis in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def replicas_of_shards(parameter: Tensor, axis: str) -> int:
+    """How many ranks hold the same shard over this data axis."""
+    names = (parameter.device_mesh.mesh_dim_names or ()) if is_dtensor(parameter) else ()
+    name = f"{axis}_replicas"
+    return parameter.device_mesh.size(names.index(name)) if is_dtensor(parameter) and name in names else 1
 
 
 def is_fsdp_module(module: nn.Module) -> bool:

@@ -20,17 +20,19 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from foldpar.arguments import expect
+from foldpar.arguments import expect, expect_sizes
 from foldpar.dtensors import adopt, is_dtensor, local_tensor
 from foldpar.errors import FamilyError, GroupsError, ShapeError, ShardingError
 from foldpar.families import Reduction
 from foldpar.first_step import compare_in_stage
 from foldpar.groups import FoldedGroups
 from foldpar.kept_dtypes import kept_dtype
+from foldpar.layout import FoldedLayout
 from foldpar.marks import ResolvedParameter, explicitly_marked, resolve_parameters, tie_marks_to_names
 from foldpar.sharded import (
     Stage,
     bring_back_shards,
+    data_replicas,
     fsdp_modules,
     is_fsdp_module,
     record_shards,
@@ -49,6 +51,7 @@ def shard_model(
     groups: FoldedGroups,
     *,
     stage: Stage,
+    replicas: int = 1,
     blocks: Iterable[nn.Module] | None = None,
     mixed_precision: MixedPrecisionPolicy | None = None,
     offload: OffloadPolicy | None = None,
@@ -88,6 +91,12 @@ def shard_model(
             optimizer.step()
             optimizer.zero_grad()
 
+    With ``replicas``, several groups of ranks hold all shards each (HSDP): gathers stay inside of one, and the sums of
+    gradients meet over all. A replica is a block of the stage's ranks, ``stage_size / replicas`` of them, in the order
+    of each view; with ``order="consecutive"`` the same block in both, such as a node. Experts of fewer than
+    ``replicas`` copies (``edp``) are not sharded at all, every copy being a replica, and so for the others. The mesh of
+    a parameter has a dimension more, ``("dp_cp_replicas", "dp_cp", ...)`` or ``("edp_replicas", "edp", ...)``.
+
     Every unit's ``forward`` must be called on every rank, in the same order, and a backward must reach the same
     parameters of it on all data ranks: unlike at stage 0, a gradient that some ranks lack is not made up for.
     Communication overlaps best where the data axes have communicators of their own:
@@ -98,6 +107,8 @@ def shard_model(
             them to the current GPU if there is NCCL.
         groups: those that the model was built with; experts are sharded over the groups of their own layer.
         stage: see above.
+        replicas: how many groups of ranks hold all shards each. It must divide ``dp * cp`` and ``edp``, or be a
+            multiple of one of them.
         blocks: the modules that become units; by default the children of every ``ModuleList``, those inside other
             blocks apart. Experts are always units of their own.
         mixed_precision: as for ``fully_shard``: the dtypes of whole parameters and of the sum of gradients.
@@ -115,7 +126,8 @@ def shard_model(
     data axis.
 
     Raises:
-        ValueError: an unknown stage. ShardingError: the model is sharded already, a block is not in the model, or one
+        ValueError: an unknown stage. ShardingError: ``replicas`` does not fit, or leaves nothing to shard; the model is
+            sharded already, a block is not in the model, or one
             unit would have parameters of several dtypes or share one with another unit, or experts share a module with
             other parameters. FamilyError: a family is unknown or contradicted. ReplicaError: ranks of a stage differ in
             dtypes, in what is frozen, or in the stage. GroupsError: a DTensor on another mesh,
@@ -129,16 +141,20 @@ def shard_model(
             f"stage = {stage!r} is unknown. It can be 1 (shards of optimizer states), 2 (and of gradients) or 3 (and "
             f"of parameters); a model that is not sharded at all is stage 0, and needs no call."
         )
+    expect_sizes("shard_model", replicas=replicas)
     _check_unsharded(model)
     precision, offload = mixed_precision or MixedPrecisionPolicy(), offload or OffloadPolicy()
     converts = precision != MixedPrecisionPolicy() or type(offload) is not OffloadPolicy
     resolved = resolve_parameters(model, groups)
+    _check_replicas(replicas, [groups.layout, *(entry.groups.layout for entry in resolved)], converts)
     dtypes = (entry.parameter.dtype for entry in resolved)
     narrow = precision.param_dtype or min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
     shards = [
         entry
         for entry in resolved
-        if shards_over_data(entry.family, entry.groups.layout, dims=entry.parameter.dim(), converts=converts)
+        if shards_over_data(
+            entry.family, entry.groups.layout, dims=entry.parameter.dim(), converts=converts, replicas=replicas
+        )
         and kept_dtype(model, entry.name, narrow) == narrow
     ]
     whole = {entry.parameter for entry in resolved} - {entry.parameter for entry in shards}
@@ -155,7 +171,7 @@ def shard_model(
         is_root = unit.module is model
         wrapped = fully_shard(
             unit.module,
-            mesh=unit.groups.data_mesh(unit.axis),
+            mesh=unit.groups.data_mesh(unit.axis, data_replicas(unit.groups.layout, unit.axis, replicas)),
             # Backward begins with the outermost unit, so torch's own default keeps that one.
             reshard_after_forward=None if stage == 3 and is_root else stage == 3,
             mp_policy=_precision_of(unit, precision, is_root),
@@ -363,6 +379,18 @@ def _units_by_module(model: nn.Module, units: Iterable[nn.Module]) -> dict[nn.Mo
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What cannot be sharded, found before anything is touched.
+
+
+def _check_replicas(replicas: int, layouts: list[FoldedLayout], converts: bool) -> None:
+    """Raise if they do not go into an axis, or leave no shards on any."""
+    axes: tuple[Literal["dp_cp"], Literal["edp"]] = ("dp_cp", "edp")
+    shards = [layout.size(axis) // data_replicas(layout, axis, replicas) for layout in layouts for axis in axes]
+    if replicas > 1 and max(shards) == 1 and not converts:
+        sizes = f"dp * cp = {layouts[0].size('dp_cp')} and edp = {layouts[-1].size('edp')}"
+        raise ShardingError(
+            f"replicas = {replicas} leaves one rank in each replica, of {sizes}, so nothing would be sharded: that is "
+            f"stage 0, and needs no call. Ask for fewer replicas, or none."
+        )
 
 
 def _check_unsharded(model: nn.Module) -> None:
