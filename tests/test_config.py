@@ -24,7 +24,7 @@ from foldpar.errors import LayoutError
 from foldpar.layout import AXES, FoldedLayout, solve_layout
 from foldpar.testing import layouts
 
-MIGRATION = (Path(__file__).parent.parent / "MIGRATION.md").read_text()
+MIGRATION = (Path(__file__).parent.parent / "docs/migration.md").read_text()
 LIBRARIES = ["DeepSpeed", "Megatron-Core", "transformers", "TorchTitan"]
 
 LAW = settings(deadline=None, max_examples=60)
@@ -575,7 +575,7 @@ def test_the_interactive_examples_of_the_migration_page(monkeypatch):
     examples = [block for block in blocks_of(MIGRATION) if block.language == "pycon"]
     assert [block.section.partition("From ")[2].partition(",")[0] for block in examples] == LIBRARIES
     text = "\n".join(block.text for block in examples)
-    page = doctest.DocTestParser().get_doctest(text, {}, "MIGRATION.md", "MIGRATION.md", 0)
+    page = doctest.DocTestParser().get_doctest(text, {}, "migration.md", "migration.md", 0)
     report = io.StringIO()
     doctest.DocTestRunner().run(page, out=report.write)
     assert not report.getvalue(), report.getvalue()
