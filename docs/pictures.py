@@ -193,7 +193,7 @@ def gradients(layout: FoldedLayout) -> str:
             text(
                 left + 6,
                 y + high + 17,
-                f"{lanes if family.lane_axis else 'nothing over the lanes'}, {data}",
+                f"{lanes}, {data}",
                 "faint left",
             )
         ]

@@ -11,12 +11,11 @@ import pickle
 import re
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_readme import blocks_of
+from pages import DOCS, blocks_of
 
 import foldpar
 from foldpar.config import FoldingConfig
@@ -24,7 +23,7 @@ from foldpar.errors import LayoutError
 from foldpar.layout import AXES, FoldedLayout, solve_layout
 from foldpar.testing import layouts
 
-MIGRATION = (Path(__file__).parent.parent / "docs/migration.md").read_text()
+MIGRATION = DOCS["migration"]
 LIBRARIES = ["DeepSpeed", "Megatron-Core", "transformers", "TorchTitan"]
 
 LAW = settings(deadline=None, max_examples=60)
