@@ -2,6 +2,8 @@
 # make demo STEPS=4  the same, shorter
 # make test          lint, format, types, tests, doctests
 # make test-long     the full matrices
+# make docs          the pages of docs/, with warnings as errors, into build/docs
+# make dist          sdist and wheel into dist/, and a look at the wheel in an empty environment
 
 PYTHON ?= python3
 NPROC ?= 4
@@ -12,7 +14,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 IN_PARALLEL := --numprocesses=$(WORKERS) --dist=worksteal
 
-.PHONY: help setup demo test test-long lint format types clean
+.PHONY: help setup demo test test-long lint format types docs dist clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -21,14 +23,14 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[testing,hf,examples,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[testing,hf,examples,docs,dev]'
 	touch $@
 
 demo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) \
 		examples/train_folded_lm.py --tp $(TP) --ep $(EP) $(if $(STEPS),--steps $(STEPS)) $(DEMO_ARGS)
 
-test: lint types $(INSTALLED)
+test: lint types docs $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
 test-long: $(INSTALLED)
@@ -40,6 +42,16 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy --strict src
+
+docs: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs build/docs
+
+dist: $(INSTALLED)
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[testing]"
+	cd build/wheel && bin/python -I ../../tests/check_wheel.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

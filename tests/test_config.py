@@ -12,12 +12,11 @@ import pickle
 import re
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_readme import blocks_of
+from pages import DOCS, blocks_of
 
 import foldpar
 from foldpar.config import FoldingConfig
@@ -25,7 +24,7 @@ from foldpar.errors import LayoutError
 from foldpar.layout import AXES, FoldedLayout, solve_layout
 from foldpar.testing import layouts
 
-MIGRATION = (Path(__file__).parent.parent / "MIGRATION.md").read_text()
+MIGRATION = DOCS["migration"]
 LIBRARIES = ["DeepSpeed", "Megatron-Core", "transformers", "TorchTitan"]
 
 LAW = settings(deadline=None, max_examples=60)
@@ -662,7 +661,7 @@ def test_the_interactive_examples_of_the_migration_page(monkeypatch):
     examples = [block for block in blocks_of(MIGRATION) if block.language == "pycon"]
     assert [block.section.partition("From ")[2].partition(",")[0] for block in examples] == LIBRARIES
     text = "\n".join(block.text for block in examples)
-    page = doctest.DocTestParser().get_doctest(text, {}, "MIGRATION.md", "MIGRATION.md", 0)
+    page = doctest.DocTestParser().get_doctest(text, {}, "migration.md", "migration.md", 0)
     report = io.StringIO()
     doctest.DocTestRunner().run(page, out=report.write)
     assert not report.getvalue(), report.getvalue()

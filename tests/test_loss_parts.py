@@ -1,14 +1,13 @@
-"""Parts of a loss that are no sum over tokens: the recipes of the README, against one process."""
+"""Parts of a loss that are no sum over tokens: the recipes of docs/start.md, against one process."""
 
 from __future__ import annotations
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
 from hf_models import tiny_model
+from pages import DOCS, blocks
 from torch import Tensor, nn
 from toys import fold, gathered, loss_of, plain_model, relative, share, tokens_of
 
@@ -21,9 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned
 
 
 def recipe(word: str) -> str:
-    """The example of the README with this word in it."""
-    page = (Path(__file__).parents[1] / "README.md").read_text()
-    (found,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if word in block)
+    """The example of the page with this word in it."""
+    (found,) = (block.text for block in blocks("python", DOCS["start"], "Parts of a loss") if word in block.text)
     return found
 
 
