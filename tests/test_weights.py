@@ -175,6 +175,18 @@ def test_pipeline_stages_write_one_file(tmp_path: Path) -> None:
     run_ranks(stages, 2, tmp_path / "w.safetensors", backend="threads")
 
 
+def whole_experts() -> None:
+    with foldpar.create_groups(foldpar.solve_layout(2)) as groups:
+        moe = foldpar.FoldedMoE(foldpar.TopKRouter(8, 4, 2), foldpar.GroupedExperts(4, 8, 8, groups), groups)
+        want = {name: value + 1 for name, value in foldpar.whole_state_dict(moe, groups, on="every rank").items()}
+        moe.load_state_dict(want)
+        same(foldpar.whole_state_dict(moe, groups, on="every rank"), want)
+
+
+def test_experts_that_every_rank_has_whole_take_whole_tensors() -> None:
+    run_ranks(whole_experts, 2, backend="threads")
+
+
 # -- What is refused --------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ class _TakeShares:
         for placement in parameter_placements(module, self.groups):
             parameter, share = placement.parameter, placement.share
             for name in (placement.name, *placement.aliases):
-                if prefix + name not in given or share.is_whole:
+                if prefix + name not in given or (share.is_whole and not is_dtensor(parameter)):
                     continue
                 whole: Tensor = state_dict[prefix + name]
                 if tuple(whole.shape) != share.shape:
