@@ -9,6 +9,7 @@ import pytest
 import torch
 from fold_parity import batch_of, float64_stays, share
 from hf_models import tiny_model
+from pages import DOCS, blocks
 from torch import Tensor, nn
 
 import foldpar
@@ -18,6 +19,8 @@ from foldpar.stand_ins import lockstep
 from foldpar.testing import run_ranks
 
 DIM, EXPERTS = 4, 8
+PROGRAM = blocks("python", DOCS["start"], "Lockstep")[0].text
+"""Of the page: a step of a loop whose rank may have no data."""
 
 
 class Own(nn.Module):
@@ -93,10 +96,11 @@ def hub_step(model: nn.Module, layout: foldpar.FoldedLayout, wanted: dict[str, T
     model = copy.deepcopy(model)
     with foldpar.create_groups(layout) as groups:
         foldpar.fold_model(model, groups, partition=partition)
-        tokens = batch_of(0, 0) if groups.dp.index == 0 else None
-        with lockstep(model, tokens, like=batch_of(7, 7)) as (batch, weight):
-            count = foldpar.all_reduce(torch.tensor(weight * batch[:, 1:].numel()), groups.dp_cp, backward="identity")
-            (weight * hub_loss(model, batch, count)).backward()
+        tokens, first = batch_of(0, 0), batch_of(7, 7)
+        batch = {"input_ids": tokens, "labels": tokens} if groups.dp.index == 0 else None
+        loader = [{"input_ids": first, "labels": first}]
+        names = {"foldpar": foldpar, "torch": torch, "model": model, "groups": groups, "loader": loader, "batch": batch}
+        exec(PROGRAM, names)
         foldpar.reduce_gradients(model, groups, loss="sum")
         wrong = []
         for name, parameter in model.named_parameters():

@@ -44,7 +44,7 @@ RUN_HERE = {
     ("testing", "Against one process"),
 }
 """The Python blocks that a test of this file runs, by page and heading."""
-RUN_ELSEWHERE = {("start", "Parts of a loss"): "test_loss_parts.py"}
+RUN_ELSEWHERE = {("start", "Parts of a loss"): "test_loss_parts.py", ("start", "Lockstep"): "test_lockstep.py"}
 
 
 def with_blocks(language: str, *, without: tuple[str, ...] = ()) -> list[str]:
@@ -109,10 +109,10 @@ def test_the_training_loop_runs_under_torchrun(tmp_path):
 
 
 AROUND = """\
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MixtralForCausalLM
 
 import foldpar
@@ -127,6 +127,12 @@ def program(
     labels: Tensor,
     tokens_of_all_ranks: Tensor,
     micro_batches: int,
+    steps: Iterable[Sequence[dict[str, Tensor]]],
+    loss_of: Callable[[nn.Module, dict[str, Tensor]], Tensor],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    last_step: int,
+    train_one_step: Callable[[], None],
 ) -> None:
 """
 """What stands around a part of a loop on the page: the names that it takes for granted, each of one type."""
@@ -151,7 +157,7 @@ def complaints_about(folder: Path, programs: list[str]) -> str:
 
 
 def test_the_programs_of_the_pages_pass_strict_type_checks(tmp_path):
-    pages = [name for name in with_blocks("python") if name not in ("CONTRIBUTING", "migration")]
+    pages = with_blocks("python", without=("CONTRIBUTING", "migration", "testing"))  # tests need no annotations
     programs = [block.text for name in pages for block in blocks("python", PAGES[name])]
     assert len(programs) >= 5
     wrong = "import foldpar\n\nlayout: int = foldpar.solve_layout(world=4)\n"
