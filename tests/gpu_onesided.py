@@ -26,7 +26,8 @@ from foldpar.experts import GroupedExperts
 from foldpar.journey import Journey
 from foldpar.lane_ends import lane_ends
 from foldpar.lanes import LaneState
-from foldpar.onesided import OneSided, check_room
+from foldpar.onesided import OneSided
+from foldpar.peers import check_room
 from foldpar.routing import Routing
 
 

@@ -27,11 +27,10 @@ from foldpar.onesided import (  # noqa: E402
     OneSided,
     OneSidedWay,
     RowExchange,
-    check_room,
     combine_one_sided,
     dispatch_one_sided,
 )
-from foldpar.peers import memory_of  # noqa: E402
+from foldpar.peers import check_room, memory_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

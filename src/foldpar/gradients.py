@@ -16,7 +16,7 @@ from foldpar.errors import FamilyError, ShapeError
 from foldpar.first_step import check_before_reduction
 from foldpar.groups import FoldedGroups
 from foldpar.marks import ResolvedParameter, groups_of, resolve_parameters
-from foldpar.onesided import check_room
+from foldpar.peers import check_room
 from foldpar.sharded import refuse_unreduced
 from foldpar.steps import refuse_reduced, stamp
 

@@ -20,17 +20,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from foldpar.collectives import all_reduce_
 from foldpar.errors import ShapeError
 from foldpar.groups import FoldedGroups
-from foldpar.peers import PeerMemory, memories, memory_of
+from foldpar.peers import PeerMemory, memory_of
 
 __all__ = [
     "OneSided",
     "OneSidedPlan",
     "OneSidedWay",
     "RowExchange",
-    "check_room",
     "combine_one_sided",
     "dispatch_one_sided",
 ]
@@ -181,34 +179,6 @@ def combine_one_sided(rows: Tensor, plan: OneSidedPlan) -> Tensor:
         The gradient of a token to each of its expert-major rows.
     """
     return cast(Tensor, cast(Any, _Combine).apply(rows.to(plan.exchange.dtype), plan))
-
-
-def check_room(groups: FoldedGroups) -> None:
-    """Raise on every rank of the stage if any routing since the last check was illegal or found no room for its rows.
-
-    Where rows travelled one-sided: two small collectives and one host synchronisation. :func:`reduce_gradients` and
-    ``GradientReducer.finish`` call it.
-
-    Raises:
-        ShapeError: gradients since then are not those of the model, and must not be used.
-    """
-    shared = memories(groups)
-    if not shared:
-        return
-    flags = torch.stack([memory.flags for memory in shared]).amax(0)
-    for memory in shared:
-        memory.flags.zero_()
-    wanted, room, illegal = all_reduce_(all_reduce_(flags, groups.tp, "max"), groups.dp_cp, "max").tolist()
-    if illegal:
-        raise ShapeError(
-            "An expert id was outside [0, num_experts) on some rank. Mask assignments that should not travel instead."
-        )
-    if wanted:
-        raise ShapeError(
-            f"A rank's experts were sent {wanted} rows and have room for {room}: rows were left out, so the gradients "
-            f"of this step are not those of the model. Skip the step; then allow more with a larger slack, or leave "
-            f"max_tokens away, so that rows travel in messages of any size."
-        )
 
 
 class _Dispatch(Function):

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from foldpar.collectives import all_reduce_
+from foldpar.errors import ShapeError
 from foldpar.groups import AxisGroup, FoldedGroups
 from foldpar.requirements import why_no_objects
 
@@ -27,7 +29,7 @@ class PeerMemory:
         own: this rank's buffer, ``[size]``, uint8.
         addresses: ``[group.size]``, int64, on the device: where the buffers of all ranks are, in coordinate order.
         flags: ``[3]``, int32: the most rows that were wanted where there was no room for them, the room that there was,
-            and whether an active expert id was illegal. Kernels set them; :func:`foldpar.onesided.check_room` reads.
+            and whether an active expert id was illegal. Kernels set them; :func:`check_room` reads.
     """
 
     def __init__(self, group: AxisGroup, size: int, device: torch.device) -> None:
@@ -75,6 +77,34 @@ def memory_of(groups: FoldedGroups, size: int, device: torch.device) -> PeerMemo
 def memories(groups: FoldedGroups) -> list[PeerMemory]:
     """All of them that were made, in the same order on all ranks of the group."""
     return [kept for kept in groups.kept.values() if isinstance(kept, PeerMemory)]
+
+
+def check_room(groups: FoldedGroups) -> None:
+    """Raise on every rank of the stage if any routing since the last check was illegal or found no room for its rows.
+
+    Where rows travelled one-sided: two small collectives and one host synchronisation. :func:`reduce_gradients` and
+    ``GradientReducer.finish`` call it.
+
+    Raises:
+        ShapeError: gradients since then are not those of the model, and must not be used.
+    """
+    shared = memories(groups)
+    if not shared:
+        return
+    flags = torch.stack([memory.flags for memory in shared]).amax(0)
+    for memory in shared:
+        memory.flags.zero_()
+    wanted, room, illegal = all_reduce_(all_reduce_(flags, groups.tp, "max"), groups.dp_cp, "max").tolist()
+    if illegal:
+        raise ShapeError(
+            "An expert id was outside [0, num_experts) on some rank. Mask assignments that should not travel instead."
+        )
+    if wanted:
+        raise ShapeError(
+            f"A rank's experts were sent {wanted} rows and have room for {room}: rows were left out, so the gradients "
+            f"of this step are not those of the model. Skip the step; then allow more with a larger slack, or leave "
+            f"max_tokens away, so that rows travel in messages of any size."
+        )
 
 
 def why_unreachable(group: AxisGroup, device: torch.device) -> str | None:
