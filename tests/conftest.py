@@ -10,6 +10,8 @@ import pytest
 
 import foldpar
 
+collect_ignore = ["check_wheel.py"]  # a program for an environment of its own
+
 EVERY = {
     "test_accumulation.py::test_hooked_reduction_equals_one_process": 7,
     "test_accumulation.py::test_micro_batches_reduced_once_equal_one_process": 5,

@@ -459,7 +459,7 @@ def test_a_disk_that_fails_is_an_error_on_every_rank(tmp_path: Path, monkeypatch
 def test_a_disk_that_is_full_at_any_moment_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    from foldpar import hf_export
+    from foldpar import weight_files
 
     (tmp_path / "tokenizer.json").write_text("mine")
     (tmp_path / "config.json").write_text("{}")
@@ -481,7 +481,7 @@ def test_a_disk_that_is_full_at_any_moment_leaves_what_was_there(
 
     with monkeypatch.context() as patch:
         if broken != "save_pretrained":
-            patch.setattr(hf_export if broken == "begin_file" else os, broken, full)
+            patch.setattr(weight_files if broken == "begin_file" else os, broken, full)
         on_ranks(TP2_EP4, work)
     assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json", "config.json"}
     assert broken == "replace" or (tmp_path / "config.json").read_text() == "{}"

@@ -303,12 +303,14 @@ def _(patch: pytest.MonkeyPatch) -> None:
 @fault("the norm counts replicas", FOLDED, "gradient norm")
 def _(patch: pytest.MonkeyPatch) -> None:
     of_shards = foldpar.norms._shard_groups
-    patch.setattr(foldpar.norms, "_shard_groups", lambda axes, groups: [*of_shards(axes, groups), groups.tp])
+    patch.setattr(
+        foldpar.norms, "_shard_groups", lambda axes, groups, replicas: [*of_shards(axes, groups, replicas), groups.tp]
+    )
 
 
 @fault("the norm leaves out the experts of other ranks", FOLDED, "gradient norm")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.norms, "_shard_groups", lambda axes, groups: [])
+    patch.setattr(foldpar.norms, "_shard_groups", lambda axes, groups, replicas: [])
 
 
 # -- Auxiliary losses -------------------------------------------------------------------------------------------------
