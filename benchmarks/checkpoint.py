@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 import foldpar
-from foldpar.checkpoint_files import read_manifest, wrong_sums
-from foldpar.checks import digest_of_bits
+from foldpar.checkpoint.files import read_manifest, wrong_sums
+from foldpar.parameters.checks import digest_of_bits
 
 
 def seconds(work: Callable[[], object], times: int = 3) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from foldpar import FoldedLayout, solve_layout
-from foldpar.layout import AXES, ORDERS, Axis
+from foldpar.layout.layout import AXES, ORDERS, Axis
 
 # Megatron-Core's words for our axes: one generator for the dense layers, one for the experts.
 DENSE_TOKENS: dict[Axis, str] = {"pp": "pp", "dp": "dp", "cp": "cp", "tp": "tp", "dp_cp": "dp-cp"}

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import foldpar
-from foldpar.dtensors import local_tensor
-from foldpar.onesided import check_room
+from foldpar.comm.dtensors import local_tensor
+from foldpar.moe.transport.one_sided import check_room
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
 import foldpar
-from foldpar import checkpoint_dcp
-from foldpar.boxes import Share
-from foldpar.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from foldpar.checkpoint import dcp as checkpoint_dcp
+from foldpar.checkpoint.save_and_load import CheckpointInfo, load_checkpoint, save_checkpoint
 from foldpar.errors import CheckpointError, FoldingError
-from foldpar.placements import parameter_placements
-from foldpar.sharding import shard_model
+from foldpar.parameters.boxes import Share
+from foldpar.parameters.placements import parameter_placements
+from foldpar.sharding.shard import shard_model
 
 CONFIG = Config(vocab=24, dim=16, heads=8, layers=2, experts=8, top_k=2, hidden=8, shared_hidden=8)
 SEQUENCES, LENGTH = 24, 4  # 24 can be shared out among 1, 2, 3, 4, 6 and 8 data ranks
@@ -107,7 +107,7 @@ def train(
         if scheduler is not None:
             scheduler.step()
         mean = torch.tensor([loss / data.size], dtype=torch.float64, device=run.device)
-        foldpar.collectives.all_reduce_(mean, data)
+        foldpar.comm.collectives.all_reduce_(mean, data)
         losses.append(float(mean))
     return losses
 

@@ -15,8 +15,8 @@ from hf_models import VOCAB, tiny_model
 from torch import Tensor, nn
 
 import foldpar
-from foldpar.dtensors import is_dtensor, local_tensor
-from foldpar.folding import fold_model
+from foldpar.comm.dtensors import is_dtensor, local_tensor
+from foldpar.models.fold import fold_model
 from foldpar.testing import run_ranks
 from foldpar.testing.shares import placed
 

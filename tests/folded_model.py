@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import foldpar
 from foldpar import FoldedGroups, FoldedLayout, families, mark_parameters
-from foldpar.auxiliary import load_balancing_loss, router_z_loss
+from foldpar.moe.routing.losses import load_balancing_loss, router_z_loss
 from foldpar.testing import ParityReport, check_against_one_process
 
 DIM = 4
@@ -226,7 +226,7 @@ class ShardedFeedForward(FeedForward):
         if self.lanes == "replicated":
             return foldpar.all_reduce(super().forward(foldpar.copy_to_group(x, self.tp)), self.tp, backward="identity")
         rows = torch.tensor([len(x)])
-        counts = foldpar.collectives.all_gather(rows, self.tp).flatten().tolist()
+        counts = foldpar.comm.collectives.all_gather(rows, self.tp).flatten().tolist()
         every = foldpar.all_gather_rows(x, self.tp, row_counts=counts, backward="reduce_scatter")
         return foldpar.reduce_scatter_rows(super().forward(every), self.tp, row_counts=counts)
 
@@ -323,7 +323,7 @@ def batch_of(data_rank: int, *, case: Case) -> list[Tensor]:
 def rows_of_lanes(rows: int, *, case: Case) -> tuple[int, ...]:
     """All rows but one on the last lane, if lanes are uneven."""
     if not case.uneven_lanes:
-        return foldpar.collectives.even_row_counts(rows, case.layout.tp)
+        return foldpar.comm.collectives.even_row_counts(rows, case.layout.tp)
     first = min(1, rows) if case.layout.tp > 1 else 0
     return (*(0,) * (case.layout.tp - 2), *((first,) if case.layout.tp > 1 else ()), rows - first)
 

@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 import foldpar
-from foldpar.dtensors import local_tensor
-from foldpar.experts import GroupedExperts
-from foldpar.journey import Journey
-from foldpar.lane_ends import lane_ends
-from foldpar.lanes import LaneState
-from foldpar.onesided import OneSided
-from foldpar.peers import check_room
-from foldpar.routing import Routing
+from foldpar.comm.dtensors import local_tensor
+from foldpar.comm.peers import check_room
+from foldpar.moe.experts import GroupedExperts
+from foldpar.moe.lane_ends import lane_ends
+from foldpar.moe.lanes import LaneState
+from foldpar.moe.routing.router import Routing
+from foldpar.moe.transport.journey import Journey
+from foldpar.moe.transport.one_sided import OneSided
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import foldpar
-from foldpar.collectives import even_row_counts
+from foldpar.comm.collectives import even_row_counts
 
 PLAIN = {"tp": 1, "ep": 1, "etp": 1, "cp": 1, "order": "tp-lane-major", "consumer": "replicated", "partition": "tokens"}
 BF16 = Config(vocab=128, dim=256, heads=8, layers=2, experts=8, top_k=2, hidden=256, shared_hidden=256)

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.nn import functional as F
 
 import foldpar
-from foldpar.sharding import shard_model
+from foldpar.sharding.shard import shard_model
 
 SEEDS = range(7, 10)
 

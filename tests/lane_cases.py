@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from toys import own
 
 import foldpar
-from foldpar.collectives import all_reduce_
+from foldpar.comm.collectives import all_reduce_
 
 DIM, HIDDEN, EXPERTS, TOP_K = 4, 6, 8, 2
 TOLERANCE = 1e-11
@@ -102,7 +102,7 @@ def of_lane(whole: Tensor, fold: Fold, groups: foldpar.FoldedGroups) -> Tensor:
         return whole
     # Lane 0 has most, lane 1 nothing, the others share what is left.
     first = (len(whole) + 1) // 2 if fold.tp > 2 else len(whole)
-    rest = foldpar.collectives.even_row_counts(len(whole) - first, max(fold.tp - 2, 1))
+    rest = foldpar.comm.collectives.even_row_counts(len(whole) - first, max(fold.tp - 2, 1))
     counts = [first, 0, *rest][: fold.tp]
     return whole.split(counts)[groups.tp.index]
 

@@ -148,7 +148,7 @@ def train_folded(case: Case, reference: Trace) -> dict[str, Any]:
             resolution = case.steps * torch.finfo(case.dtype).eps / 2 * start[name]
             _note(errors, f"update of {name}", _local(parameter).detach() - start[name], want, resolution)
         mean = torch.tensor(losses[-1] / case.data_ranks, device=case.device)
-        foldpar.collectives.all_reduce_(mean, groups.dp_cp)
+        foldpar.comm.collectives.all_reduce_(mean, groups.dp_cp)
         return {"errors": errors, "loss": float(mean)}
 
 
@@ -198,12 +198,12 @@ def backward(model: ByteLM, tokens: Tensor, groups: foldpar.FoldedGroups, case: 
     own_targets = foldpar.split_rows(targets, groups.tp, backward="zero_pad")
     loss = F.cross_entropy(model.head(own), own_targets, reduction="sum") / len(targets)
     loss.backward()
-    return float(foldpar.collectives.all_reduce_(loss.detach().clone(), groups.tp))
+    return float(foldpar.comm.collectives.all_reduce_(loss.detach().clone(), groups.tp))
 
 
 def column_parallel_loss(logits: Tensor, targets: Tensor, tp: foldpar.AxisGroup) -> Tensor:
     """Mean cross-entropy of logits whose columns are sharded over the lanes, by hand."""
-    largest = foldpar.collectives.all_reduce_(logits.detach().amax(-1), tp, "max")
+    largest = foldpar.comm.collectives.all_reduce_(logits.detach().amax(-1), tp, "max")
     total = foldpar.all_reduce((logits - largest[:, None]).exp().sum(-1), tp, backward="identity")
     column = targets - tp.index * logits.shape[1]
     here = (column >= 0) & (column < logits.shape[1])

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 import foldpar
-from foldpar.sharding import accumulate, shard_model
+from foldpar.sharding.shard import accumulate, shard_model
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _train_stage(run: Run, stage: int, alone: History, options: dict[str, Any]) 
             optimizer.step()
             optimizer.zero_grad()
             mean = torch.tensor(loss / case.data_ranks, dtype=torch.float64, device=case.device)
-            losses.append(float(foldpar.collectives.all_reduce_(mean, groups.dp_cp)))
+            losses.append(float(foldpar.comm.collectives.all_reduce_(mean, groups.dp_cp)))
         for name, parameter in model.named_parameters():
             note("weights", name, parameter, alone.weights[name])
         foldpar.check_replicas(model, groups)

@@ -14,7 +14,7 @@ from hf_models import tiny_model
 from torch import nn
 
 import foldpar
-from foldpar.dtensors import local_tensor
+from foldpar.comm.dtensors import local_tensor
 from foldpar.errors import ModelError
 from foldpar.testing import run_ranks
 

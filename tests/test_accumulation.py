@@ -129,13 +129,13 @@ def uneven(layout: foldpar.FoldedLayout, rounds: list[list[list[int]]]) -> list[
         torch.manual_seed(0)
         model = Branches(groups).double()
         sent: list[tuple[str, int]] = []
-        original = foldpar.reducer.start_all_reduce
+        original = foldpar.gradients.overlapped.start_all_reduce
 
         def recording(tensor: Tensor, group: foldpar.AxisGroup) -> Any:
             sent.append((group.axis, tensor.numel()))
             return original(tensor, group)
 
-        foldpar.reducer.start_all_reduce = recording
+        foldpar.gradients.overlapped.start_all_reduce = recording
         try:
             reducer = GradientReducer(model, groups, bucket_bytes=1)
             for used_by in rounds:
@@ -158,7 +158,7 @@ def uneven(layout: foldpar.FoldedLayout, rounds: list[list[list[int]]]) -> list[
             assert model.unused.weight.grad is None
             reducer.close()
         finally:
-            foldpar.reducer.start_all_reduce = original
+            foldpar.gradients.overlapped.start_all_reduce = original
     return report
 
 

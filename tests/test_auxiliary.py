@@ -131,7 +131,7 @@ def check_auxiliary(fold: Fold, scope: str, score: str, loss: str) -> None:
     want = reference(fold.data_ranks, step_loss)
     values = run_ranks(folded, fold.world, fold, want, scope, score, loss, backend="threads")
 
-    # Put together as the table of foldpar.auxiliary says.
+    # Put together as the table of foldpar.moe.routing.losses says.
     of_replica = []
     for replica in range(fold.data_ranks):
         lanes = values[replica * fold.tp : (replica + 1) * fold.tp]

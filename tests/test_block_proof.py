@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from toys import name_of, plant_wrong_slope
 
 import foldpar
-from foldpar import block_proof
 from foldpar.errors import ModelError
-from foldpar.folding import fold_model
-from foldpar.models import MoEAdapter
-from foldpar.storage import ExpertStorage
+from foldpar.models import block_proof
+from foldpar.models.fold import fold_model
+from foldpar.models.known import MoEAdapter
+from foldpar.moe.storage import ExpertStorage
 from foldpar.testing import run_ranks
 
 ALONE = foldpar.solve_layout(1)
@@ -175,7 +175,7 @@ def test_a_wrong_word_in_an_adapter_is_refused(wrong: MoEAdapter) -> None:
 def test_weights_in_the_wrong_order_are_refused() -> None:
     from dataclasses import replace
 
-    from foldpar.models import ExpertWeights
+    from foldpar.models.known import ExpertWeights
 
     swapped = replace(HAND_MADE, weights=lambda e: ExpertWeights(torch.cat([e.w3, e.w1], 1), e.w2))
     with pytest.raises(ModelError, match=r"moe \(HandMade\) is not what folding takes it for: outputs differ"):

@@ -165,7 +165,7 @@ def dropped_rows(fold: Fold, drop: str) -> list[int]:
         values = counters.read()
         own = torch.tensor([values.assignments, values.dropped, values.padded])
         assert (own >= 0).all()
-        totals = foldpar.collectives.all_reduce_(own, groups.tp).tolist()
+        totals = foldpar.comm.collectives.all_reduce_(own, groups.tp).tolist()
         free = limit * EXPERTS - int(mask.sum())
         assert totals == [mask.numel(), int((~mask[~padding]).sum()), int(padding.sum()) * TOP_K + free]
         return totals

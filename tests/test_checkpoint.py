@@ -23,12 +23,13 @@ from torch.utils._pytree import tree_leaves
 from toys import fold, plain_model
 
 import foldpar
-from foldpar import checkpoint_dcp, families
-from foldpar.boxes import Share
-from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from foldpar.checkpoint_state import Entry
-from foldpar.dtensors import local_tensor
-from foldpar.placements import mark_placement
+from foldpar import families
+from foldpar.checkpoint import dcp as checkpoint_dcp
+from foldpar.checkpoint.save_and_load import latest_checkpoint, load_checkpoint, save_checkpoint
+from foldpar.checkpoint.state import Entry
+from foldpar.comm.dtensors import local_tensor
+from foldpar.parameters.boxes import Share
+from foldpar.parameters.placements import mark_placement
 from foldpar.testing import layouts, run_ranks
 
 EXACT = 1e-11

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import foldpar
-from foldpar import checkpoint_dcp
-from foldpar.checkpoint import latest_checkpoint, save_checkpoint
+from foldpar.checkpoint import dcp as checkpoint_dcp
+from foldpar.checkpoint.save_and_load import latest_checkpoint, save_checkpoint
 from foldpar.errors import CheckpointError
 from foldpar.testing import live_groups, run_ranks
 

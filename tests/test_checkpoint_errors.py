@@ -16,12 +16,13 @@ from checkpoint_killer import trained
 from torch import nn
 
 import foldpar
-from foldpar import checkpoint, checkpoint_dcp
-from foldpar.boxes import Share
-from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from foldpar.checkpoint_manifest import Manifest
+from foldpar.checkpoint import dcp as checkpoint_dcp
+from foldpar.checkpoint import save_and_load as checkpoint
+from foldpar.checkpoint.manifest import Manifest
+from foldpar.checkpoint.save_and_load import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.errors import CheckpointError
 from foldpar.families import DENSE_SHARDED, REPLICATED
+from foldpar.parameters.boxes import Share
 from foldpar.testing import run_ranks
 
 solve = foldpar.solve_layout

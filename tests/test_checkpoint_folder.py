@@ -17,9 +17,9 @@ from checkpoint_cases import sealed
 from torch import nn
 
 import foldpar
-from foldpar import checkpoint_files
-from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from foldpar.checkpoint_files import begin
+from foldpar.checkpoint import files as checkpoint_files
+from foldpar.checkpoint.files import begin
+from foldpar.checkpoint.save_and_load import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.errors import CheckpointError
 
 

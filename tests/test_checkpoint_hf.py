@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import foldpar
-import foldpar.dtensors
-from foldpar.checkpoint import load_checkpoint, save_checkpoint
+import foldpar.comm.dtensors
+from foldpar.checkpoint.save_and_load import load_checkpoint, save_checkpoint
 from foldpar.testing import run_ranks
 
 pytest.importorskip("transformers")
 hf_models = pytest.importorskip("hf_models")
 
-from foldpar.folding import fold_model  # noqa: E402
+from foldpar.models.fold import fold_model  # noqa: E402
 
 FOLDABLE = [family for family in hf_models.FAMILIES if family != "jetmoe"]  # the one family that cannot be folded
 pytestmark = pytest.mark.long
@@ -35,7 +35,7 @@ def folded_there_and_back(family: str, layout: foldpar.FoldedLayout, folder: Pat
         save_checkpoint(folder / "folded", model, None, groups)
         load_checkpoint(folder / "folded", other, None, groups)
         for (name, one), two in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
-            one, two = (foldpar.dtensors.local_tensor(tensor) for tensor in (one, two))
+            one, two = (foldpar.comm.dtensors.local_tensor(tensor) for tensor in (one, two))
             assert torch.equal(one, two), name
 
 

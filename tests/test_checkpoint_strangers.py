@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 from torch.optim import lr_scheduler
 
 import foldpar
-from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from foldpar.checkpoint_manifest import Manifest
-from foldpar.checkpoint_metadata import read_metadata
+from foldpar.checkpoint.manifest import Manifest
+from foldpar.checkpoint.metadata import read_metadata
+from foldpar.checkpoint.save_and_load import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.errors import CheckpointError
-from foldpar.hf_files import read_folder
+from foldpar.hf.files import read_folder
 
 OLD = Path(__file__).parent / "data" / "checkpoint-before-dtensors"
 

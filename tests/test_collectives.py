@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import foldpar
-from foldpar.collectives import even_row_counts
+from foldpar.comm.collectives import even_row_counts
+from foldpar.comm.groups import _GroupFactory
 from foldpar.errors import ShapeError
-from foldpar.groups import _GroupFactory
 from foldpar.testing import RanksFailed, run_ranks
 
 ORDERS = {2: [(0, 1), (1, 0)], 3: [(0, 1, 2), (2, 0, 1)], 4: [(0, 1, 2, 3), (0, 2, 1, 3)]}

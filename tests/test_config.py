@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from pages import DOCS, blocks_of
 
 import foldpar
-from foldpar.config import FoldingConfig
 from foldpar.errors import LayoutError
-from foldpar.layout import AXES, FoldedLayout, solve_layout
+from foldpar.layout.config import FoldingConfig
+from foldpar.layout.layout import AXES, FoldedLayout, solve_layout
 from foldpar.testing import layouts
 
 MIGRATION = DOCS["migration"]

@@ -28,7 +28,7 @@ from foldpar.families import (
     ParameterFamily,
     Reduction,
 )
-from foldpar.marks import parameter_groups
+from foldpar.parameters.marks import parameter_groups
 from foldpar.testing import run_ranks
 
 CONSTANTS = (

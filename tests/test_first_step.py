@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import foldpar
-from foldpar import collectives
+from foldpar.comm import collectives
 from foldpar.errors import ReplicaError, ShapeError
-from foldpar.lane_checks import ModelChecks, rounds
+from foldpar.moe.lane_checks import ModelChecks, rounds
 from foldpar.testing import run_ranks
 
 LAYOUT = foldpar.solve_layout(4, tp=2, ep=4)

@@ -12,8 +12,8 @@ from toys import name_of
 
 import foldpar
 from foldpar.errors import ModelError
-from foldpar.models import ExpertWeights, MoEAdapter
-from foldpar.planner import plan_fold
+from foldpar.models.known import ExpertWeights, MoEAdapter
+from foldpar.models.plan import plan_fold
 
 LAYOUTS = (foldpar.solve_layout(1), foldpar.solve_layout(2, tp=2, ep=2))
 QWEN = "Qwen3MoeSparseMoeBlock"

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import foldpar
-from foldpar.activations import ClampedSwiGLU
 from foldpar.errors import ModelError
-from foldpar.folding import fold_model
-from foldpar.models import ExpertWeights, MoEAdapter
-from foldpar.planner import plan_fold
-from foldpar.storage import ExpertStorage
+from foldpar.models.fold import fold_model
+from foldpar.models.known import ExpertWeights, MoEAdapter
+from foldpar.models.plan import plan_fold
+from foldpar.moe.kernels.activations import ClampedSwiGLU
+from foldpar.moe.storage import ExpertStorage
 from foldpar.testing import check_against_one_process
 
 DIM, HIDDEN, EXPERTS, TOP_K, HEADS = 8, 6, 4, 2, 4

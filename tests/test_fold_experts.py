@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from toys import assert_gradient_is_autograds, name_of
 
 import foldpar
-from foldpar import activations, families
-from foldpar.activations import ClampedSwiGLU
-from foldpar.dtensors import local_tensor
+from foldpar import families
+from foldpar.comm.dtensors import local_tensor
 from foldpar.errors import ShapeError
-from foldpar.folded_experts import FoldedExperts
-from foldpar.storage import ExpertStorage
+from foldpar.moe.folded_experts import FoldedExperts
+from foldpar.moe.kernels import activations
+from foldpar.moe.kernels.activations import ClampedSwiGLU
+from foldpar.moe.storage import ExpertStorage
 from foldpar.testing import check_against_one_process, run_ranks
 
 PLAIN = Stored(ExpertStorage())

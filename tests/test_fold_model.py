@@ -15,13 +15,14 @@ import pytest
 import torch
 from hf_models import BRIEFLY, FAMILIES, VOCAB, tiny_model
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import foldpar
-from foldpar.dtensors import local_tensor
+from foldpar.comm.dtensors import local_tensor
 from foldpar.errors import ModelError, ShapeError
-from foldpar.folding import fold_model
-from foldpar.models import MoEAdapter
-from foldpar.planner import plan_fold
+from foldpar.models.fold import fold_model
+from foldpar.models.known import MoEAdapter
+from foldpar.models.plan import plan_fold
 from foldpar.testing import run_ranks
 
 LAYOUT = foldpar.solve_layout(4, tp=2, ep=4)
@@ -396,8 +397,11 @@ def test_a_model_is_folded_once() -> None:
             fold_model(model, groups)
             folded = refused(ModelError, model)
             model = on_meta("mixtral")
-            foldpar.tensor_parallel.parallelize_module(
-                model.lm_head, groups.mesh("dense")["tp"], foldpar.tensor_parallel.ColwiseParallel(), src_data_rank=None
+            parallelize_module(
+                model.lm_head,
+                groups.mesh("dense")["tp"],
+                ColwiseParallel(),
+                src_data_rank=None,
             )
             return folded, refused(ModelError, model)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import foldpar
 from foldpar.errors import ModelError
-from foldpar.folding import fold_model
-from foldpar.models import ExpertWeights
-from foldpar.planner import plan_fold
+from foldpar.models.fold import fold_model
+from foldpar.models.known import ExpertWeights
+from foldpar.models.plan import plan_fold
 
 ALONE = foldpar.solve_layout(1)
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4")

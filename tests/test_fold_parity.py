@@ -8,9 +8,9 @@ from fold_parity import Case, worst
 from hf_models import BRIEFLY, FAMILIES
 from toys import name_of
 
-import foldpar.folding
-import foldpar.lane_ends
-import foldpar.tensor_parallel
+import foldpar.models.fold
+import foldpar.models.tensor_parallel
+import foldpar.moe.lane_ends
 from foldpar import families
 
 FOLDABLE = [family for family in FAMILIES if family != "jetmoe"]
@@ -100,14 +100,14 @@ def test_processes_are_exact(case: Case) -> None:
 
 
 def test_gains_of_own_heads_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foldpar.folding, "REPLICATED_PARTIAL", families.REPLICATED)
-    monkeypatch.setattr(foldpar.folding, "_check_done", lambda *arguments: None)
+    monkeypatch.setattr(foldpar.models.fold, "REPLICATED_PARTIAL", families.REPLICATED)
+    monkeypatch.setattr(foldpar.models.fold, "_check_done", lambda *arguments: None)
     error, name = worst(Case("qwen3_moe", steps=1))
     assert error > 1e-2 and "_norm.weight" in name
 
 
 def test_what_goes_to_own_heads_past_the_projections_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foldpar.tensor_parallel, "copy_to_group", lambda x, group: x)
+    monkeypatch.setattr(foldpar.models.tensor_parallel, "copy_to_group", lambda x, group: x)
     error, name = worst(Case("deepseek_v3", steps=1))
     assert error > 1e-2 and "gradient" in name
 
@@ -115,7 +115,7 @@ def test_what_goes_to_own_heads_past_the_projections_is_summed(monkeypatch: pyte
 def test_the_router_sees_the_gradients_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     split = foldpar.split_rows
     monkeypatch.setattr(
-        foldpar.lane_ends, "split_rows", lambda x, group, *, backward: split(x, group, backward="zero_pad")
+        foldpar.moe.lane_ends, "split_rows", lambda x, group, *, backward: split(x, group, backward="zero_pad")
     )
     error, name = worst(Case("mixtral", steps=1, check=False))  # which the check of the first step sees too
     assert error > 1e-2 and "gradient" in name

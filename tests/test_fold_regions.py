@@ -9,10 +9,10 @@ from hf_models import tiny_model
 from test_fold_ties import check_exact
 
 import foldpar
-import foldpar.dense_plan
+import foldpar.models.dense_plan
 from foldpar.errors import ModelError
-from foldpar.models import MoEAdapter
-from foldpar.planner import plan_fold
+from foldpar.models.known import MoEAdapter
+from foldpar.models.plan import plan_fold
 
 LAYOUT = foldpar.solve_layout(2, tp=2, ep=2)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -100,6 +100,6 @@ def test_rows_without_columns_are_refused() -> None:
 
 
 def test_the_exactness_sees_a_guess_about_the_region(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foldpar.dense_plan, "_is_inside", lambda name, regions: True)
+    monkeypatch.setattr(foldpar.models.dense_plan, "_is_inside", lambda name, regions: True)
     with pytest.raises(AssertionError, match=r"_norm.weight is off by"):
         check_exact(whole_attention("qwen3_moe"), LAYOUT)

@@ -13,11 +13,11 @@ from torch import nn
 from toys import name_of
 
 import foldpar
-from foldpar.dtensors import is_dtensor
+from foldpar.comm.dtensors import is_dtensor
 from foldpar.errors import ModelError
-from foldpar.folding import fold_model
-from foldpar.models import ExpertWeights, MoEAdapter
-from foldpar.planner import plan_fold
+from foldpar.models.fold import fold_model
+from foldpar.models.known import ExpertWeights, MoEAdapter
+from foldpar.models.plan import plan_fold
 from foldpar.testing import run_ranks
 
 LAYOUT = foldpar.solve_layout(2, tp=2, ep=2)
@@ -144,13 +144,13 @@ def test_a_block_of_another_forward_that_is_shared_stays_one() -> None:
 def test_the_exactness_sees_an_untied_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen3_moe")
     tie_down(model)
-    kept = foldpar.folding._folded
+    kept = foldpar.models.fold._folded
 
     def untied(*given: Any) -> Any:
         given[-1].weights.clear()
         return kept(*given)
 
-    monkeypatch.setattr(foldpar.folding, "_folded", untied)
+    monkeypatch.setattr(foldpar.models.fold, "_folded", untied)
     with pytest.raises(Exception, match=r"Folding did not give what was planned|assert"):
         check_exact(model)
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-import foldpar.checks
-import foldpar.gradients
+import foldpar.gradients.reduce
+import foldpar.parameters.checks
 from foldpar import (
     FoldedLayout,
     assert_same_on_group,
@@ -44,8 +44,8 @@ from foldpar.families import (
     ParameterFamily,
     Reduction,
 )
-from foldpar.marks import parameter_groups
-from foldpar.steps import declare_reduced
+from foldpar.parameters.marks import parameter_groups
+from foldpar.parameters.steps import declare_reduced
 from foldpar.testing import run_ranks
 
 POST_HOC_EXPERT = ParameterFamily("post_hoc_expert", ("ep", "etp"), ("edp",), Reduction.EXPERT_TP_CANCEL)
@@ -157,7 +157,7 @@ def relative(actual: Tensor, wanted: Tensor) -> float:
 
 
 @contextmanager
-def counted_all_reduces(of: Any = foldpar.gradients) -> Iterator[list[tuple[str, int]]]:
+def counted_all_reduces(of: Any = foldpar.gradients.reduce) -> Iterator[list[tuple[str, int]]]:
     """The (axis, elements) of every all-reduce over more than one rank."""
     calls: list[tuple[str, int]] = []
     original = of.all_reduce_
@@ -176,12 +176,12 @@ def counted_all_reduces(of: Any = foldpar.gradients) -> Iterator[list[tuple[str,
 
 @contextmanager
 def bucket_bytes(size: int) -> Iterator[None]:
-    original = foldpar.gradients.BUCKET_BYTES
-    foldpar.gradients.BUCKET_BYTES = size
+    original = foldpar.gradients.reduce.BUCKET_BYTES
+    foldpar.gradients.reduce.BUCKET_BYTES = size
     try:
         yield
     finally:
-        foldpar.gradients.BUCKET_BYTES = original
+        foldpar.gradients.reduce.BUCKET_BYTES = original
 
 
 def text_of(error: type[Exception], function: Callable[..., object], *args: Any, **kwargs: Any) -> str:
@@ -638,7 +638,7 @@ def test_ranks_with_different_parameters_do_not_hang():
 
 
 def test_a_digest_sees_what_sums_overlook():
-    digest = foldpar.checks._digest
+    digest = foldpar.parameters.checks._digest
     tensor = torch.randn(5, 7, dtype=torch.float64)
     seen = {int(digest(tensor))}
     two_signs = tensor.clone()
@@ -704,7 +704,7 @@ def same_on_group() -> None:
         assert f"field 'w' float64 [2] on rank {first + 1} (tp 1), missing on rank {first} (tp 0)" in text
 
         # Beyond the first chunk, and bits that print alike; all else equal.
-        large = torch.zeros(foldpar.checks._CHUNK + 9, dtype=torch.bfloat16)
+        large = torch.zeros(foldpar.parameters.checks._CHUNK + 9, dtype=torch.bfloat16)
         large[-2] = -0.0 if rank % 2 else 0.0
         text = text_of(ReplicaError, assert_same_on_group, large, groups.tp)
         assert f"at [{large.numel() - 2}]: -0.0 on rank {first + 1} (tp 1), 0.0 on rank {first} (tp 0)" in text

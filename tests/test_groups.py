@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import foldpar
 from foldpar.errors import CollectiveError, FoldingError, GroupsError, LayoutError
-from foldpar.layout import AXES
+from foldpar.layout.layout import AXES
 from foldpar.testing import live_groups, run_ranks
 
 LAYOUTS = [
@@ -70,7 +70,7 @@ def make_after_uneven_groups() -> list[int]:
         for _ in range(3):
             dist.new_group([0, 1], use_local_synchronization=True)
     with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4)) as groups:
-        return foldpar.collectives.all_gather(torch.tensor(dist.get_rank()), groups.ep).tolist()
+        return foldpar.comm.collectives.all_gather(torch.tensor(dist.get_rank()), groups.ep).tolist()
 
 
 def test_creation_after_a_users_uneven_new_group() -> None:
@@ -80,7 +80,7 @@ def test_creation_after_a_users_uneven_new_group() -> None:
 def cycle(times: int) -> tuple[list[str], int]:
     for _ in range(times):
         with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4), separate=["edp"]) as groups:
-            foldpar.collectives.all_reduce_(torch.ones(1), groups.ep)
+            foldpar.comm.collectives.all_reduce_(torch.ones(1), groups.ep)
     groups.destroy()  # again: nothing happens
     return live_groups(), len(distributed_c10d._world.pg_map)
 
@@ -96,10 +96,10 @@ def two_layouts() -> tuple[list[int], list[int]]:
         foldpar.create_groups(foldpar.solve_layout(4, tp=4, ep=2)) as two,
     ):
         rank = torch.tensor(dist.get_rank())
-        gathered = [foldpar.collectives.all_gather(rank, group).tolist() for group in (one.ep, two.ep, one.ep)]
+        gathered = [foldpar.comm.collectives.all_gather(rank, group).tolist() for group in (one.ep, two.ep, one.ep)]
         assert gathered[0] == gathered[2]
         one.destroy()
-        foldpar.collectives.all_gather(rank, two.tp)
+        foldpar.comm.collectives.all_gather(rank, two.tp)
         with pytest.raises(GroupsError, match=r"These groups were destroyed; make new ones"):
             _ = one.tp
         return gathered[0], gathered[1]
@@ -170,7 +170,7 @@ def test_timeout_none_inherits_the_default_groups() -> None:
 def straight_under_torchrun() -> list[int]:
     assert not dist.is_initialized()
     with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4), backend="gloo") as groups:
-        gathered = foldpar.collectives.all_gather(torch.tensor(dist.get_rank()), groups.ep).tolist()
+        gathered = foldpar.comm.collectives.all_gather(torch.tensor(dist.get_rank()), groups.ep).tolist()
     assert not dist.is_initialized()
     return gathered
 
@@ -230,7 +230,7 @@ def one_rank_fails(where: str) -> str:
             foldpar.create_groups(**given)
     assert len(distributed_c10d._world.pg_map) == before
     with foldpar.create_groups(layout) as groups:
-        foldpar.collectives.all_reduce_(torch.ones(1), groups.ep)  # still in step
+        foldpar.comm.collectives.all_reduce_(torch.ones(1), groups.ep)  # still in step
     return f"{type(refused.value).__name__}: {refused.value}"
 
 
@@ -261,7 +261,11 @@ def one_gpu_for_all(own_group: bool) -> str:
         patch.setattr(dist, "all_reduce", duplicate)
         layout, group = groups.layout, groups.ep
         with pytest.raises((GroupsError, CollectiveError)) as refused:
-            _ = foldpar.collectives.all_reduce_(torch.ones(1), group) if own_group else foldpar.create_groups(layout)
+            _ = (
+                foldpar.comm.collectives.all_reduce_(torch.ones(1), group)
+                if own_group
+                else foldpar.create_groups(layout)
+            )
     return str(refused.value)
 
 

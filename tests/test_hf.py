@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import foldpar
-from foldpar.dtensors import local_tensor
+from foldpar.comm.dtensors import local_tensor
 from foldpar.errors import CheckpointError, ModelError
-from foldpar.folding import fold_model
 from foldpar.hf import ExportReport, ImportReport, export, import_
-from foldpar.sharding import shard_model
+from foldpar.models.fold import fold_model
+from foldpar.sharding.shard import shard_model
 from foldpar.testing import run_ranks
 
 TP2_EP4 = {"tp": 2, "ep": 4}
@@ -438,7 +438,7 @@ def test_an_export_of_nothing(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fails_is_an_error_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from foldpar import weight_files
+    from foldpar.hf import weight_files
 
     def full(path: Path, data: Tensor) -> None:
         raise OSError(28, "No space left on device")
@@ -459,7 +459,7 @@ def test_a_disk_that_fails_is_an_error_on_every_rank(tmp_path: Path, monkeypatch
 def test_a_disk_that_is_full_at_any_moment_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    from foldpar import weight_files
+    from foldpar.hf import weight_files
 
     (tmp_path / "tokenizer.json").write_text("mine")
     (tmp_path / "config.json").write_text("{}")
@@ -497,7 +497,7 @@ def test_a_parameter_without_an_owner_is_found_before_writing(tmp_path: Path) ->
             self.groups = groups
 
         def parameter_shares(self) -> dict[str, Any]:
-            from foldpar.boxes import Share
+            from foldpar.parameters.boxes import Share
 
             return {"weight": Share.whole((6, 3)).cut(0, 3, self.groups.tp.index)}
 
@@ -511,7 +511,7 @@ def test_a_parameter_without_an_owner_is_found_before_writing(tmp_path: Path) ->
 
 
 def test_a_conversion_that_moves_more_than_boxes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from foldpar import hf_names
+    from foldpar.hf import names as hf_names
 
     saved(tmp_path, "qwen3_moe")
     monkeypatch.setattr(hf_names, "_OPERATIONS", {"MergeModulelist": hf_names._OPERATIONS["MergeModulelist"]})

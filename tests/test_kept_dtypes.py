@@ -10,7 +10,7 @@ from hf_models import tiny_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import foldpar
-from foldpar.dtensors import local_tensor
+from foldpar.comm.dtensors import local_tensor
 from foldpar.testing import run_ranks
 
 # family, in bfloat16 too or in float16 only

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from foldpar import activations, permutation
+from foldpar.moe.kernels import activations, permutation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from foldpar import kernels  # noqa: E402
+from foldpar.moe.kernels import triton_rows as kernels  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import foldpar
 from foldpar import FoldedLayout, LayoutError, solve_layout
-from foldpar.layout import AXES, ORDERS
+from foldpar.layout.layout import AXES, ORDERS
 
 VIEWS = {"dense": ("pp", "dp", "cp", "tp"), "expert": ("pp", "edp", "ep", "etp")}
 PARTS = {axis: tuple(axis.split("_")) for axis in AXES}

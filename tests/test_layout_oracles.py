@@ -9,7 +9,7 @@ import pytest
 from test_layout import every_layout
 
 from foldpar import FoldedLayout
-from foldpar.layout import Axis
+from foldpar.layout.layout import Axis
 
 mesh_layout = pytest.importorskip("torch.distributed._mesh_layout", reason="this torch has no mesh algebra")
 

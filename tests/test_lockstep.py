@@ -13,9 +13,9 @@ from pages import DOCS, blocks
 from torch import Tensor, nn
 
 import foldpar
-from foldpar.dtensors import local_tensor
+from foldpar.comm.dtensors import local_tensor
 from foldpar.errors import ArgumentError
-from foldpar.stand_ins import lockstep
+from foldpar.moe.stand_ins import lockstep
 from foldpar.testing import run_ranks
 
 DIM, EXPERTS = 4, 8

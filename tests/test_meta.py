@@ -15,16 +15,16 @@ import torch
 from folded_model import DIM, Case, check
 from torch import Tensor
 
-import foldpar.auxiliary
-import foldpar.buckets
-import foldpar.collectives
-import foldpar.dispatching
-import foldpar.experts
-import foldpar.gradients
-import foldpar.journey
-import foldpar.lane_ends
-import foldpar.norms
-import foldpar.permutation
+import foldpar.comm.collectives
+import foldpar.gradients.buckets
+import foldpar.gradients.norms
+import foldpar.gradients.reduce
+import foldpar.moe.experts
+import foldpar.moe.kernels.permutation
+import foldpar.moe.lane_ends
+import foldpar.moe.routing.losses
+import foldpar.moe.transport.journey
+import foldpar.moe.transport.messages
 from foldpar import FoldedGroups, ParameterFamily, Reduction, families, solve_layout
 from foldpar.factors import gradient_factor, loss_factor
 from foldpar.testing import ParityFailed, run_ranks
@@ -78,39 +78,39 @@ def always(function: Callable[..., Any], **forced: Any) -> Callable[..., Any]:
 
 @fault("the exit sums equal copies: a factor tp that nothing cancels", FOLDED, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.lane_ends, "all_gather_rows", always(foldpar.all_gather_rows, backward="reduce_scatter"))
+    patch.setattr(foldpar.moe.lane_ends, "all_gather_rows", always(foldpar.all_gather_rows, backward="reduce_scatter"))
 
 
 @fault("the exit slices gradients that are partial", PARTIAL, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.lane_ends, "all_gather_rows", always(foldpar.all_gather_rows, backward="slice"))
+    patch.setattr(foldpar.moe.lane_ends, "all_gather_rows", always(foldpar.all_gather_rows, backward="slice"))
 
 
 @fault("the exit of assignments sums equal copies", ASSIGNMENTS, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.lane_ends, "all_reduce", always(foldpar.all_reduce, backward="sum"))
+    patch.setattr(foldpar.moe.lane_ends, "all_reduce", always(foldpar.all_reduce, backward="sum"))
 
 
 @fault("the enter hands on a lane's part", ASSIGNMENTS, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.lane_ends, "copy_to_group", lambda x, group: x)
+    patch.setattr(foldpar.moe.lane_ends, "copy_to_group", lambda x, group: x)
 
 
 @fault("the weights bypass the enter", ASSIGNMENTS, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
     enter = foldpar.copy_to_group
-    patch.setattr(foldpar.lane_ends, "copy_to_group", lambda x, group: enter(x, group) if x.shape[-1] == DIM else x)
+    patch.setattr(foldpar.moe.lane_ends, "copy_to_group", lambda x, group: enter(x, group) if x.shape[-1] == DIM else x)
 
 
 @fault("own rows are padded with zeros where gradients are replicated", FOLDED, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.lane_ends, "split_rows", always(foldpar.split_rows, backward="zero_pad"))
+    patch.setattr(foldpar.moe.lane_ends, "split_rows", always(foldpar.split_rows, backward="zero_pad"))
 
 
 @fault("a gradient is converted twice", ASSIGNMENTS, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
     enter = foldpar.copy_to_group
-    patch.setattr(foldpar.lane_ends, "copy_to_group", lambda x, group: enter(enter(x, group), group))
+    patch.setattr(foldpar.moe.lane_ends, "copy_to_group", lambda x, group: enter(enter(x, group), group))
 
 
 @fault("a lane takes another lane's slice", EVEN, "output")
@@ -119,7 +119,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
         place = (group.index + 1) % group.size
         return x[sum(counts[:place]) :][: counts[place]]
 
-    patch.setattr(foldpar.collectives, "_own_slice", of_the_next_lane)
+    patch.setattr(foldpar.comm.collectives, "_own_slice", of_the_next_lane)
 
 
 # -- The way to the experts -------------------------------------------------------------------------------------------
@@ -127,12 +127,12 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("chunks of a group are read in the order of its ranks, not of its coordinates", EVEN, "output")
 def _(patch: pytest.MonkeyPatch) -> None:
-    gather = foldpar.collectives.all_gather
+    gather = foldpar.comm.collectives.all_gather
 
     def by_rank(tensor: Tensor, group: foldpar.AxisGroup) -> Tensor:
         return gather(tensor, group)[[group.ranks.index(rank) for rank in sorted(group.ranks)]]
 
-    patch.setattr(foldpar.collectives, "all_gather", by_rank)
+    patch.setattr(foldpar.comm.collectives, "all_gather", by_rank)
 
 
 @fault("experts are those of the rank in the process group", UNSORTED, "parameter", "each other's shares")
@@ -149,7 +149,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("a dropped assignment is computed", replace(FOLDED, masked=True), "output")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.journey, "plan_dispatch", always(foldpar.plan_dispatch, mask=None))
+    patch.setattr(foldpar.moe.transport.journey, "plan_dispatch", always(foldpar.plan_dispatch, mask=None))
 
 
 @fault("a stale plan", replace(FOLDED, tokens=((4, 4),) * 4), "output")
@@ -161,7 +161,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
             plans[groups.rank] = foldpar.plan_dispatch(ids, groups, **options)
         return plans[groups.rank]
 
-    patch.setattr(foldpar.journey, "plan_dispatch", plan_once)
+    patch.setattr(foldpar.moe.transport.journey, "plan_dispatch", plan_once)
 
 
 @fault("weights are applied twice", FOLDED, "output")
@@ -179,9 +179,9 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     def of_the_last(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (copies,) = ctx.saved_tensors
-        return foldpar.permutation.sum_copies(grad, copies.amax(dim=1, keepdim=True)), None, None
+        return foldpar.moe.kernels.permutation.sum_copies(grad, copies.amax(dim=1, keepdim=True)), None, None
 
-    patch.setattr(foldpar.permutation._Spread, "backward", staticmethod(of_the_last))
+    patch.setattr(foldpar.moe.kernels.permutation._Spread, "backward", staticmethod(of_the_last))
 
 
 # -- Slices of experts ------------------------------------------------------------------------------------------------
@@ -192,12 +192,12 @@ def _(patch: pytest.MonkeyPatch) -> None:
     def own(x: Tensor, group: foldpar.AxisGroup, *, row_counts: tuple[int, ...]) -> Tensor:
         return x.split(list(row_counts))[group.index]
 
-    patch.setattr(foldpar.dispatching, "reduce_scatter_rows", own)
+    patch.setattr(foldpar.moe.transport.messages, "reduce_scatter_rows", own)
 
 
 @fault("gradients of rows are not summed over etp", SLICED, "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.dispatching, "all_gather_rows", always(foldpar.all_gather_rows, backward="slice"))
+    patch.setattr(foldpar.moe.transport.messages, "all_gather_rows", always(foldpar.all_gather_rows, backward="slice"))
 
 
 @fault("gate and up of a slice belong to different units", replace(SLICED, hidden=4), "parameter")
@@ -211,7 +211,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("the output bias is added once per etp rank", SLICED, "output")
 def _(patch: pytest.MonkeyPatch) -> None:
-    make = foldpar.experts.grouped_feed_forward
+    make = foldpar.moe.experts.grouped_feed_forward
     whole: dict[int, Tensor] = {}
     forward = foldpar.GroupedExperts.forward
 
@@ -223,14 +223,14 @@ def _(patch: pytest.MonkeyPatch) -> None:
         return make(*args, **{**options, "down_bias": whole[torch.distributed.get_rank()]})
 
     patch.setattr(foldpar.GroupedExperts, "forward", remember)
-    patch.setattr(foldpar.experts, "grouped_feed_forward", everywhere)
+    patch.setattr(foldpar.moe.experts, "grouped_feed_forward", everywhere)
 
 
 @fault("an output bias is averaged over etp", SLICED, "raw gradient", "ranks of etp hold parts, and the sum is right")
 def _(patch: pytest.MonkeyPatch) -> None:
     averaged = replace(families.EXPERT_BIAS, reduction=Reduction.AVERAGE)
-    patch.setattr(foldpar.experts, "EXPERT_BIAS", averaged)
-    patch.setattr(foldpar.dtensors, "_of_gradient", lambda spec, partial_over: spec)  # it no longer says what it is
+    patch.setattr(foldpar.moe.experts, "EXPERT_BIAS", averaged)
+    patch.setattr(foldpar.comm.dtensors, "_of_gradient", lambda spec, partial_over: spec)
 
 
 # -- Reduction --------------------------------------------------------------------------------------------------------
@@ -238,16 +238,16 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("AVERAGE for SUM", FOLDED, "raw gradient", "ranks of tp hold parts, and the sum is right: a SUM is missing")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.moe, "ROUTER_OWN_TOKENS", families.ROUTER_ALL_TOKENS)
+    patch.setattr(foldpar.moe.layer, "ROUTER_OWN_TOKENS", families.ROUTER_ALL_TOKENS)
 
 
 @fault("SUM for AVERAGE", ASSIGNMENTS, "raw gradient", "2 = tp")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.moe, "ROUTER_ALL_TOKENS", families.ROUTER_OWN_TOKENS)
+    patch.setattr(foldpar.moe.layer, "ROUTER_ALL_TOKENS", families.ROUTER_OWN_TOKENS)
 
 
 def with_factor(patch: pytest.MonkeyPatch, wrong: Callable[[ParameterFamily, Any, str], Fraction]) -> None:
-    patch.setattr(foldpar.buckets, "gradient_factor", wrong)
+    patch.setattr(foldpar.gradients.buckets, "gradient_factor", wrong)
 
 
 @fault("the factor of an average is forgotten", FOLDED, "gradient", "2 = tp")
@@ -284,33 +284,35 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("gradients are reduced twice", FOLDED, "gradient", "edp/(dp*cp)")
 def _(patch: pytest.MonkeyPatch) -> None:
-    once = foldpar.gradients._reduce_bucket
+    once = foldpar.gradients.reduce._reduce_bucket
 
     def twice(pieces: list[Any]) -> None:
         once(pieces)
         once(pieces)
 
-    patch.setattr(foldpar.gradients, "_reduce_bucket", twice)
+    patch.setattr(foldpar.gradients.reduce, "_reduce_bucket", twice)
 
 
 @fault("a gradient is summed over the lanes but not over the data ranks", FOLDED, "gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    add = foldpar.collectives.all_reduce_
+    add = foldpar.comm.collectives.all_reduce_
     only_lanes = lambda tensor, group, *op: add(tensor, group, *op) if group.axis == "tp" else tensor  # noqa: E731
-    patch.setattr(foldpar.gradients, "all_reduce_", only_lanes)
+    patch.setattr(foldpar.gradients.reduce, "all_reduce_", only_lanes)
 
 
 @fault("the norm counts replicas", FOLDED, "gradient norm")
 def _(patch: pytest.MonkeyPatch) -> None:
-    of_shards = foldpar.norms._shard_groups
+    of_shards = foldpar.gradients.norms._shard_groups
     patch.setattr(
-        foldpar.norms, "_shard_groups", lambda axes, groups, replicas: [*of_shards(axes, groups, replicas), groups.tp]
+        foldpar.gradients.norms,
+        "_shard_groups",
+        lambda axes, groups, replicas: [*of_shards(axes, groups, replicas), groups.tp],
     )
 
 
 @fault("the norm leaves out the experts of other ranks", FOLDED, "gradient norm")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.norms, "_shard_groups", lambda axes, groups, replicas: [])
+    patch.setattr(foldpar.gradients.norms, "_shard_groups", lambda axes, groups, replicas: [])
 
 
 # -- Auxiliary losses -------------------------------------------------------------------------------------------------
@@ -318,7 +320,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("an auxiliary loss is a mean over own rows", replace(FOLDED, auxiliary="batch"), "input gradient")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.moe.LaneState, "sum_counts", lambda self, counts, scope: counts)
+    patch.setattr(foldpar.moe.layer.LaneState, "sum_counts", lambda self, counts, scope: counts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,5 +370,5 @@ def lanes_share_every_expert_evenly() -> bool:
 def test_lanes_share_every_expert_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lanes_share_every_expert_evenly()
     unsorted = lambda ids, active, num_experts: torch.arange(ids.numel()).view_as(ids)  # noqa: E731
-    monkeypatch.setattr(foldpar.dispatching, "ordinal_in_expert", unsorted)
+    monkeypatch.setattr(foldpar.moe.transport.messages, "ordinal_in_expert", unsorted)
     assert not lanes_share_every_expert_evenly()

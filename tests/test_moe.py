@@ -74,7 +74,7 @@ def raw_gradients(layout: foldpar.FoldedLayout, partition: str, tokens: int) -> 
         (want_router, input_gradient) = torch.autograd.grad(y, [router, want_x], cotangent)
         torch.testing.assert_close(x.grad, input_gradient, **TOLERANCE)  # replicated, exact on every lane
 
-        summed = foldpar.collectives.all_reduce_(moe.router.weight.grad.clone(), groups.tp)
+        summed = foldpar.comm.collectives.all_reduce_(moe.router.weight.grad.clone(), groups.tp)
         alike = layout.tp if partition == "assignments" else 1
         torch.testing.assert_close(summed / alike, want_router, **TOLERANCE)
 
@@ -104,7 +104,7 @@ def dense_of_lane(
     """The dense loop in which the lane's own assignments use ``used``, and all others the constant weight."""
     scores, ids = F.linear(x, router).softmax(-1).topk(TOP_K)
     scores = scores / scores.sum(-1, keepdim=True)
-    bounds = torch.tensor([0, *foldpar.collectives.even_row_counts(len(x), lanes)]).cumsum(0)
+    bounds = torch.tensor([0, *foldpar.comm.collectives.even_row_counts(len(x), lanes)]).cumsum(0)
     y = x * 0.0
     for expert in range(EXPERTS):
         token, choice = (ids == expert).nonzero(as_tuple=True)

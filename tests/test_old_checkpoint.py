@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import foldpar
 from foldpar import families
-from foldpar.placements import parameter_placements
+from foldpar.parameters.placements import parameter_placements
 from foldpar.testing import run_ranks
 
 CHECKPOINT = Path(__file__).parent / "data" / "checkpoint-before-dtensors"

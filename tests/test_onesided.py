@@ -23,14 +23,14 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from foldpar.onesided import (  # noqa: E402
+from foldpar.comm.peers import check_room, memory_of  # noqa: E402
+from foldpar.moe.transport.one_sided import (  # noqa: E402
     OneSided,
     OneSidedWay,
     RowExchange,
     combine_one_sided,
     dispatch_one_sided,
 )
-from foldpar.peers import check_room, memory_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -153,7 +153,7 @@ def on_own_rows(function: Callable[[Tensor], Tensor], x: Tensor, tp: foldpar.Axi
         return function(x)
     rows = x.flatten(0, 1)
     own = function(foldpar.split_rows(rows, tp, backward="all_gather"))
-    counts = foldpar.collectives.even_row_counts(len(rows), tp.size)
+    counts = foldpar.comm.collectives.even_row_counts(len(rows), tp.size)
     return foldpar.all_gather_rows(own, tp, row_counts=counts, backward="slice").view(*x.shape[:-1], -1)
 
 
@@ -263,7 +263,7 @@ BIASED_LAYOUTS = [
         {"world": 4, "tp": 2, "ep": 1, "etp": 4},
         {"world": 8, "tp": 2, "ep": 2, "etp": 2, "cp": 2},
     )
-    for order in foldpar.layout.ORDERS
+    for order in foldpar.layout.layout.ORDERS
 ]
 
 

@@ -2,10 +2,10 @@
 
 import ast
 import inspect
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,97 +15,34 @@ import foldpar
 SOURCE = Path(foldpar.__file__).parent
 MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 
-# From the top to the bottom: a module imports from its own floor and from those below it.
-FLOORS = (
-    ("__init__", "__main__", "cli", "testing", "checkpoint"),
-    (
-        "block_proof",
-        "folding",
-        "hf",
-        "hf_experts",
-        "hf_export",
-        "hf_import",
-        "memory",
-        "models",
-        "planner",
-        "refusals",
-        "sharding",
-        "stand_ins",
-        "weights",
-    ),
-    (
-        "checkpoint_dcp",
-        "checkpoint_files",
-        "checkpoint_manifest",
-        "checkpoint_matching",
-        "checkpoint_metadata",
-        "checkpoint_pending",
-        "checkpoint_ranks",
-        "checkpoint_replicas",
-        "checkpoint_schedulers",
-        "checkpoint_state",
-        "checkpoint_values",
-        "dense_plan",
-        "hf_files",
-        "hf_names",
-        "hf_tensors",
-        "tensor_parallel",
-        "weight_files",
-    ),
-    ("moe", "folded_experts"),
-    (
-        "auxiliary",
-        "balanced_router",
-        "capacity",
-        "checks",
-        "first_step",
-        "correction_bias",
-        "counters",
-        "dispatching",
-        "experts",
-        "gradients",
-        "journey",
-        "lane_checks",
-        "lane_ends",
-        "lanes",
-        "norms",
-        "onesided",
-        "placements",
-        "randomness",
-        "recomputation",
-        "reducer",
-        "routing",
-        "scaling",
-        "selection",
-        "recognition",
-        "whole_states",
-    ),
-    ("buckets", "meta_copy", "marks", "sharded", "steps", "dtensors", "kept_dtypes"),
-    ("grouped", "activations", "storage", "permutation", "kernels", "peer_kernels"),
-    ("collectives", "peers", "groups"),
-    (
-        "layout",
-        "config",
-        "foreign_configs",
-        "show",
-        "factors",
-        "families",
-        "boxes",
-        "integers",
-        "requirements",
-        "arguments",
-        "errors",
-    ),
-)
-INTEGERS_ONLY = {*FLOORS[-1], "__init__", "__main__", "cli"}
-MAY_COMMUNICATE = {"collectives", "groups", "peers", "testing"}
+# Wing -> the wings whose faces it may import. What stands outside them (errors, families, arguments, ...) is for all.
+ARROWS = {
+    "layout": set(),
+    "comm": {"layout"},
+    "parameters": {"layout", "comm"},
+    "gradients": {"layout", "comm", "parameters"},
+    "moe": {"layout", "comm", "parameters"},
+    "models": {"layout", "comm", "parameters", "moe"},
+    "sharding": {"layout", "comm", "parameters", "moe", "models"},
+    "checkpoint": {"layout", "comm", "parameters"},
+    "hf": {"layout", "comm", "parameters", "moe", "models"},
+    "testing": {"layout", "comm", "parameters", "gradients", "moe", "models", "sharding", "checkpoint"},
+}
+OUTSIDE = {"__init__", "__main__", "arguments", "cli", "errors", "factors", "families", "integers", "requirements"}
+NO_TORCH = {*OUTSIDE - {"arguments"}, "layout"}
+MAY_COMMUNICATE = {
+    "comm/collectives.py",
+    "comm/dtensors.py",
+    "comm/groups.py",
+    "comm/peers.py",
+    "comm/world.py",
+    "testing",
+}
 USE_TORCHS_ENGINES = {
-    "checkpoint_dcp",
-    "checkpoint_metadata",
-    "checkpoint_ranks",
-    "dtensors",
-    "sharding",
-    "tensor_parallel",
+    "checkpoint/dcp.py",
+    "checkpoint/metadata.py",
+    "models/tensor_parallel.py",
+    "sharding/shard.py",
 }
 """They hand models to DCP, FSDP2 and DTensor, which live in torch.distributed."""
 
@@ -231,18 +168,24 @@ def assert_documented(thing: object) -> None:
 
 
 def test_type_checkers_and_the_interpreter_see_the_same_names():
-    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    tree = ast.parse((SOURCE / "__init__.pyi").read_text())
     typed = {
-        alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+        alias.asname: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module != "foldpar"
+        for alias in node.names
     }
-    lazy = {name: f"foldpar.{module}" for name, module in foldpar._MODULE_OF_NAME.items()}
-    assert {name: module for name, module in typed.items() if module.startswith("foldpar.")} == lazy
-    assert sorted(lazy) == foldpar.__all__ == sorted(foldpar.__all__)
+    lazy = {name: f"foldpar.{wing}" for name, wing in foldpar._WING_OF.items()}
+    assert typed == lazy
+    assert sorted(lazy) == foldpar.__all__
     assert set(foldpar.__all__) <= set(dir(foldpar))
 
 
-def test_no_public_name_is_shadowed_by_a_module():
-    assert not set(foldpar.__all__) & {floor_name(path) for path in MODULES}
+def test_no_name_of_a_face_is_shadowed_by_a_module():
+    assert not set(foldpar.__all__) & {wing_of(path) for path in MODULES}
+    for wing in ARROWS:
+        modules = {path.stem for path in (SOURCE / wing).glob("*.py")}
+        assert not modules & set(getattr(import_module(f"foldpar.{wing}"), "__all__", ())), wing
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -259,7 +202,7 @@ def test_an_unknown_name_is_an_attribute_error():
         "import foldpar; str(foldpar.solve_layout(8, tp=2, ep=4, pp=2))",
         "from foldpar.cli import main; main('show --world 8 --tp 2 --ep 4 --rank 3 --gpus-per-node 4'.split())",
         "from foldpar.cli import main; main('show --world 8 --tp 2 --ep 4 --json'.split())",
-        "import foldpar.factors, foldpar.families",
+        "import foldpar.factors, foldpar.families, foldpar.layout",
     ],
 )
 def test_what_needs_no_torch_loads_none(use):
@@ -277,68 +220,76 @@ def loaded_by(use: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].removeprefix("LOADED ").split())
 
 
-# The floors.
+# The arrows.
 
 
-def floor_name(path: Path) -> str:
+def wing_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def floor_of(name: str) -> int:
-    floors = [number for number, names in enumerate(FLOORS) if name in names]
-    assert floors, f"{name} has no floor: put it into FLOORS (and into the table of CONTRIBUTING.md)"
-    return floors[0]
-
-
-def imports(path: Path, *, at_run_time: bool) -> set[str]:
-    """Dotted names that a module imports, those inside functions included; ``from a import b`` counts as a.b."""
-    names: set[str] = set()
+def imports(path: Path, *, at_run_time: bool) -> set[tuple[str, str]]:
+    """Module and name of everything that a module imports, inside functions too."""
+    names: set[tuple[str, str]] = set()
     todo: list[ast.AST] = [ast.parse(path.read_text())]
     while todo:
         node = todo.pop()
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names |= {(alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide the floor"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Attribute):
-            names.add(ast.unparse(node))
+            assert node.level == 0, f"{path}: relative imports hide the wing"
+            names |= {(node.module or "", alias.name) for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch."):
+            names.add((ast.unparse(node), ""))
         skip = at_run_time and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         todo += node.orelse if skip else ast.iter_child_nodes(node)
     return names
 
 
-def imports_of_foldpar(path: Path, *, at_run_time: bool) -> set[str]:
-    names = imports(path, at_run_time=at_run_time)
-    parts = [name.split(".") for name in names if re.match(r"foldpar\.\w", name)]
-    modules = {floor_name(module) for module in MODULES}
-    return {part[1] if part[1] in modules else "__init__" for part in parts}
+def named(path: Path) -> str:
+    return str(path.relative_to(SOURCE))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_point_downward(path):
-    mine = floor_of(floor_name(path))
-    if floor_name(path) != "__init__":
-        for name in imports_of_foldpar(path, at_run_time=False):
-            assert mine <= floor_of(name), f"{path.name} imports {name} from a floor above"
-            assert name != "testing" or floor_name(path) == "testing", "the core does not import foldpar.testing"
+def test_every_module_is_in_a_wing_or_for_all():
+    assert {wing_of(path) for path in MODULES} == ARROWS.keys() | OUTSIDE
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_only_the_communication_floor_imports_torch_distributed(path):
-    names = imports(path, at_run_time=True)
-    if floor_name(path) in INTEGERS_ONLY:
-        assert not [name for name in names if name.partition(".")[0] == "torch"]
-    if floor_name(path) not in MAY_COMMUNICATE | USE_TORCHS_ENGINES:
-        assert not [name for name in names if name.startswith("torch.distributed")]
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_arrows_between_wings_are_those_of_the_table_and_meet_faces(path):
+    mine = wing_of(path)
+    for module, name in imports(path, at_run_time=False):
+        parts = [*module.split("."), name] if module == "foldpar" else module.split(".")
+        if parts[0] != "foldpar" or parts[1] not in ARROWS or parts[1] == mine or mine in OUTSIDE:
+            continue
+        assert parts[1] in ARROWS[mine], f"{path} imports {module}: no arrow leads from {mine} to {parts[1]}"
+        assert len(parts) == 2 or module == "foldpar", f"{path} imports {module} past the face of {parts[1]}"
+
+
+def test_the_arrows_make_no_circle():
+    left = dict(ARROWS)
+    while left:
+        leaves = {wing for wing, targets in left.items() if not targets & left.keys()}
+        assert leaves, f"these wings import each other in a circle: {sorted(left)}"
+        left = {wing: targets for wing, targets in left.items() if wing not in leaves}
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    edges = {floor_name(path): set() for path in MODULES}
-    for path in MODULES:
-        if floor_name(path) not in ("__init__", "__main__"):
-            edges[floor_name(path)] |= imports_of_foldpar(path, at_run_time=True) - {"__init__", floor_name(path)}
+    """Those of foldpar.testing do, inside functions."""
+    modules = [path for path in MODULES if wing_of(path) != "testing"]
+    paths = {f"foldpar.{named(path).removesuffix('.py').replace('/', '.')}": path for path in modules}
+    edges = {}
+    for module, path in paths.items():
+        found = {each if each in paths else f"{each}.{name}" for each, name in imports(path, at_run_time=True)}
+        edges[module] = (found & paths.keys()) - {module}
     while edges:
         leaves = {name for name, targets in edges.items() if not targets & set(edges)}
         assert leaves, f"these import each other in a circle: {sorted(edges)}"
         edges = {name: targets for name, targets in edges.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_only_the_wing_of_communication_imports_torch_distributed(path):
+    names = {module for module, _ in imports(path, at_run_time=True)}
+    if wing_of(path) in NO_TORCH:
+        assert not [name for name in names if name.partition(".")[0] == "torch"]
+    if not {named(path), wing_of(path)} & (MAY_COMMUNICATE | USE_TORCHS_ENGINES):
+        assert not [name for name in names if name.startswith("torch.distributed")]

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from toys import assert_gradient_is_autograds, name_of, plant_wrong_slope
 
 import foldpar
-from foldpar import activations
-from foldpar.activations import ClampedSwiGLU, OwnActivation
 from foldpar.errors import ModelError
-from foldpar.folding import fold_model
-from foldpar.models import MoEAdapter
-from foldpar.recognition import activation_of
+from foldpar.models.fold import fold_model
+from foldpar.models.known import MoEAdapter
+from foldpar.models.recognition import activation_of
+from foldpar.moe.kernels import activations
+from foldpar.moe.kernels.activations import ClampedSwiGLU, OwnActivation
 
 KNOWN = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_python": "geglu"}
 HOLD_TENSORS = ("prelu", "xielu")
@@ -224,6 +224,6 @@ def test_kept_activations_train_exactly(case: Case) -> None:
 
 def test_the_comparison_sees_a_wrong_slope(monkeypatch: pytest.MonkeyPatch) -> None:
     plant_wrong_slope(monkeypatch)
-    monkeypatch.setattr("foldpar.folding.prove_block", lambda *of: "not compared")  # it sees that too
+    monkeypatch.setattr("foldpar.models.fold.prove_block", lambda *of: "not compared")  # it sees that too
     error, _ = worst(Case("qwen3_moe", steps=1, overrides={"hidden_act": "gelu_10"}))
     assert error > 1e-3

@@ -21,9 +21,9 @@ from toys import loss_of, plain_gradients, plain_model, relative, share, tokens_
 import foldpar
 from foldpar import create_groups, families, solve_layout
 from foldpar.errors import FamilyError, FoldingError, ReplicaError, ShapeError, ShardingError
-from foldpar.memory import LocalParameter, planned_parameters, predict_memory
-from foldpar.planner import FoldPlan, FoldPlanRow
-from foldpar.sharding import accumulate, shard_model
+from foldpar.models.plan import FoldPlan, FoldPlanRow
+from foldpar.sharding.memory import LocalParameter, planned_parameters, predict_memory
+from foldpar.sharding.shard import accumulate, shard_model
 from foldpar.testing import run_ranks
 
 STAGES = (1, 2, 3)
@@ -90,7 +90,7 @@ def check_norms(model: nn.Module, groups: foldpar.FoldedGroups, want: dict[str, 
         norm = foldpar.get_total_norm(model, groups, norm_type=order)
         # Square roots blow up what rounding leaves of zeros.
         assert relative(norm, torch.linalg.vector_norm(flat, order)) < (1e-12 if order >= 1 else 1e-9)
-    of_ranks = foldpar.collectives.all_gather(norm, groups.dp_cp)
+    of_ranks = foldpar.comm.collectives.all_gather(norm, groups.dp_cp)
     assert (of_ranks == norm).all()
 
 
@@ -524,7 +524,7 @@ def gathers_in_order(prefetch: bool) -> list[str]:
         name_of = {}
         for name, module in model.named_modules():
             if isinstance(module, FSDPModule):
-                for group in foldpar.sharded._parameter_groups(module):
+                for group in foldpar.parameters.fsdp._parameter_groups(module):
                     name_of[id(group.fsdp_params)] = name or "model"
         for index, block in enumerate(model.blocks):
             block.moe.router.register_forward_hook(lambda *args, i=index: seen.append(f"route {i}"))

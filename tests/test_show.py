@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from test_layout import layouts
 
 import foldpar
-from foldpar import LayoutError, cli, show, solve_layout
-from foldpar.layout import AXES, ORDERS
+from foldpar import LayoutError, cli, solve_layout
+from foldpar.layout import picture as show
+from foldpar.layout.layout import AXES, ORDERS
 
 FOLD = ["show", "--world", "8", "--tp", "2", "--ep", "4"]
 

@@ -12,7 +12,7 @@ from toys import fold, gathered, loss_of, plain_model, tokens_of
 
 import foldpar
 from foldpar import families
-from foldpar.dtensors import local_tensor
+from foldpar.comm.dtensors import local_tensor
 from foldpar.errors import FamilyError, GradientError, ShardingError
 from foldpar.testing import run_ranks
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import foldpar.testing
 from foldpar import FoldedLayout, LayoutError
-from foldpar.layout import ORDERS
+from foldpar.layout.layout import ORDERS
 from foldpar.testing import RanksFailed, layouts, live_groups, routings, row_counts, run_ranks, token_batches
 from foldpar.testing.strategies import Balance
 

@@ -39,7 +39,7 @@ from torch.optim import swa_utils
 from toys import gathered
 
 import foldpar
-from foldpar.dtensors import local_tensor
+from foldpar.comm.dtensors import local_tensor
 from foldpar.testing import run_ranks
 
 PAGE = Path(__file__).parents[1] / "TOOLS.md"

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import foldpar
-from foldpar import activations, families
-from foldpar.dtensors import is_dtensor, local_tensor
+from foldpar import families
+from foldpar.comm.dtensors import is_dtensor, local_tensor
+from foldpar.moe.kernels import activations
 
 VOCABULARY, DIM, HIDDEN, EXPERTS, TOP_K, LENGTH = 12, 8, 4, 8, 2, 6
 
@@ -197,7 +198,7 @@ def folded_loss(model: Model, tokens: Tensor, groups: foldpar.FoldedGroups, lane
 
 
 def row_counts(x: Tensor, group: foldpar.AxisGroup) -> tuple[int, ...]:
-    return tuple(foldpar.collectives.all_gather(torch.tensor([x.shape[0]]), group).flatten().tolist())
+    return tuple(foldpar.comm.collectives.all_gather(torch.tensor([x.shape[0]]), group).flatten().tolist())
 
 
 def share(name: str, full: Tensor, parameter: Tensor, groups: foldpar.FoldedGroups) -> Tensor:

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from foldpar import __version__, show
+from foldpar import __version__
 from foldpar.errors import LayoutError
 from foldpar.layout import ORDERS, solve_layout
+from foldpar.layout import picture as show
 
 __all__ = ["main"]
 

@@ -1,18 +1,30 @@
-"""What is known about the MoE blocks of model families: one small file for each family or group of them.
+"""Whole models: what can be folded, shown before it is done, and done.
 
-:func:`foldpar.fold_model` looks in ``DEFAULT_ADAPTERS`` after the adapters that it was given. They name classes, and
-load no model code.
+    plan             plan_fold: one row for each block, nothing changed
+    fold             fold_model: the plan carried out
+    dense_plan       how dense layers are cut over the lanes; ``tensor_parallel`` cuts them
+    recognition      what a block's code is; ``block_proof`` runs it beside its folded self
+    meta_copy        a copy without memory, to look at
+    refusals         what a folded model does not take afterwards
+    known/           blocks of transformers' families, and how to teach another one (MoEAdapter)
+
+Laws: the folded model computes what the given one did, in value and gradient, or ``plan_fold`` says why not; nothing of
+a block is lost.
 """
 
-from foldpar.models import deepseek, gpt_oss, llama4, mixtral, refused
-from foldpar.models.adapter import ExpertWeights, MoEAdapter
+from __future__ import annotations
 
-__all__ = ["DEFAULT_ADAPTERS", "ExpertWeights", "MoEAdapter"]
+from foldpar.models.fold import fold_model
+from foldpar.models.known import ExpertWeights, MoEAdapter
+from foldpar.models.plan import FoldPlan, FoldPlanRow, plan_fold
+from foldpar.models.recognition import activation_of
 
-DEFAULT_ADAPTERS: tuple[MoEAdapter, ...] = (
-    *mixtral.ADAPTERS,
-    *deepseek.ADAPTERS,
-    *gpt_oss.ADAPTERS,
-    *llama4.ADAPTERS,
-    *refused.ADAPTERS,
-)
+__all__ = [
+    "ExpertWeights",
+    "FoldPlan",
+    "FoldPlanRow",
+    "MoEAdapter",
+    "activation_of",
+    "fold_model",
+    "plan_fold",
+]

@@ -11,14 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from foldpar.collectives import all_gather_rows, even_row_counts, split_rows
-from foldpar.dtensors import is_dtensor
+from foldpar.comm import FoldedGroups, all_gather_rows, create_groups, even_row_counts, is_dtensor, split_rows
 from foldpar.errors import LayoutError, ShapeError
 from foldpar.families import ParameterFamily, Reduction
-from foldpar.gradients import reduce_gradients
-from foldpar.groups import FoldedGroups, create_groups
+from foldpar.gradients import get_total_norm, reduce_gradients
 from foldpar.layout import Axis, FoldedLayout
-from foldpar.norms import get_total_norm
 from foldpar.testing.mistakes import Kind
 from foldpar.testing.ranks import run_ranks
 from foldpar.testing.report import Comparison, ParityReport, compare, norm_of_wanted

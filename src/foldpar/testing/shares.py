@@ -8,11 +8,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from foldpar.dtensors import is_dtensor, local_tensor
+from foldpar.comm import FoldedGroups, is_dtensor, local_tensor
 from foldpar.errors import ShapeError
-from foldpar.experts import GroupedExperts
-from foldpar.groups import FoldedGroups
-from foldpar.marks import resolve_parameters
+from foldpar.moe import GroupedExperts
+from foldpar.parameters import resolve_parameters
 
 __all__ = ["Share", "Shares", "Whole", "placed"]
 

@@ -1,0 +1,90 @@
+"""What ranks say to each other, and nothing of what it means: the only wing with process groups and collectives.
+
+    groups       FoldedGroups: a process group for every axis of a layout, made once, passed as an argument
+    collectives  differentiable blocks with a stated backward, and plain sums and gathers
+    dtensors     torch's DTensor and meshes: how a parameter lies on ranks, every private name of theirs
+    peers        memory that the GPUs of a group read from each other
+    world        all ranks of a job over Gloo, for files
+
+Laws: a backward is the transpose of its forward, or says which factor it adds; whatever can be refused is refused on
+every rank before a collective.
+"""
+
+from __future__ import annotations
+
+from foldpar.comm.collectives import (
+    all_gather,
+    all_gather_rows,
+    all_reduce,
+    all_reduce_,
+    all_to_all_rows,
+    copy_to_group,
+    even_row_counts,
+    exchange_rows,
+    gather_rows,
+    reduce_scatter_rows,
+    scale_gradient,
+    split_rows,
+    start_all_reduce,
+)
+from foldpar.comm.dtensors import (
+    MeshAxes,
+    MeshDim,
+    adopt,
+    communication_device,
+    data_was_assigned,
+    distributed_parameter,
+    is_dtensor,
+    is_sharding,
+    local_parts,
+    local_tensor,
+    partial_dimension,
+    placed_like,
+    refuse_foreign_scalers,
+    version_of,
+)
+from foldpar.comm.groups import AxisGroup, FoldedGroups, create_groups
+from foldpar.comm.peers import PeerMemory, check_room, memory_of, why_no_peers
+from foldpar.comm.world import Ranks, attempt, raise_interruption, separate_world, told
+
+__all__ = [
+    "AxisGroup",
+    "FoldedGroups",
+    "MeshAxes",
+    "MeshDim",
+    "PeerMemory",
+    "Ranks",
+    "adopt",
+    "all_gather",
+    "all_gather_rows",
+    "all_reduce",
+    "all_reduce_",
+    "all_to_all_rows",
+    "attempt",
+    "check_room",
+    "communication_device",
+    "copy_to_group",
+    "create_groups",
+    "data_was_assigned",
+    "distributed_parameter",
+    "even_row_counts",
+    "exchange_rows",
+    "gather_rows",
+    "is_dtensor",
+    "is_sharding",
+    "local_parts",
+    "local_tensor",
+    "memory_of",
+    "partial_dimension",
+    "placed_like",
+    "raise_interruption",
+    "reduce_scatter_rows",
+    "refuse_foreign_scalers",
+    "scale_gradient",
+    "separate_world",
+    "split_rows",
+    "start_all_reduce",
+    "told",
+    "version_of",
+    "why_no_peers",
+]

@@ -1,0 +1,305 @@
+"""DTensor parameters: how one is made of a rank's part, its parts in a forward, its placements and axes.
+
+DTensors are told by their attributes, so that models without any need not load them. What torch keeps to itself of them
+(the specification of how one lies) is used here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from foldpar.comm.groups import FoldedGroups
+from foldpar.errors import FamilyError, GradientError
+from foldpar.layout import AXES
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+    from typing_extensions import TypeIs
+
+__all__ = [
+    "MeshAxes",
+    "MeshDim",
+    "adopt",
+    "communication_device",
+    "data_was_assigned",
+    "distributed_parameter",
+    "is_dtensor",
+    "is_sharding",
+    "local_parts",
+    "local_tensor",
+    "partial_dimension",
+    "placed_like",
+    "refuse_foreign_scalers",
+    "version_of",
+]
+
+
+def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
+    """Whether this is a ``DTensor``."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
+    with torch.no_grad():
+        return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def version_of(tensor: Tensor) -> int:
+    """Grows with every change in place; of a DTensor, operations on itself count on itself, those on its part there."""
+    part: Tensor | None = getattr(tensor, "_local_tensor", None)
+    return tensor._version if part is None else tensor._version + part._version
+
+
+def communication_device(shard: Tensor) -> torch.device:
+    """Where collectives over a shard of ``shard_model`` run: its own device, or its mesh's where it is offloaded to the
+    host."""
+    if is_dtensor(shard) and shard.device_mesh.device_type != shard.device.type:
+        kind = shard.device_mesh.device_type
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+    return shard.device
+
+
+def partial_dimension(tensor: Tensor) -> str | None:
+    """The mesh dimension (of more than one rank) over which a DTensor is an unfinished sum, if there is one."""
+    if is_dtensor(tensor):
+        for dim, placement in enumerate(tensor.placements):
+            if placement.is_partial() and tensor.device_mesh.size(dim) > 1:
+                return _dim_name(tensor.device_mesh, dim) or str(dim)
+    return None
+
+
+def distributed_parameter(
+    local: Tensor, mesh: DeviceMesh, cuts: Sequence[int | None], *, requires_grad: bool = True
+) -> nn.Parameter:
+    """This rank's part as a DTensor parameter; shares the memory, communicates nothing.
+
+    ``cuts`` says for every dimension of the mesh which dimension of the tensor is cut evenly over it, ``None`` if none
+    is. ``DTensor.from_local`` does that too, but moves what is still on the host to the mesh's kind of device.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    shape = list(local.shape)
+    for number, cut in enumerate(cuts):
+        if cut is not None:
+            shape[cut] *= mesh.size(number)
+    placements = tuple(Replicate() if cut is None else Shard(cut) for cut in cuts)
+    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
+    parameter = DTensor(local.detach(), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=requires_grad)
+    parameter._is_param = True  # as nn.Parameter does, which would detach once more, by way of DTensor's dispatcher
+    return cast(nn.Parameter, parameter)
+
+
+def placed_like(local: Tensor, like: DTensor) -> DTensor:
+    """A DTensor that lies like another one, of this rank's part; shares the memory, communicates nothing."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(local.detach(), like._spec, requires_grad=False)
+
+
+_STORAGE = "_foldpar_storage"
+_RANDOM = ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_")
+
+
+def adopt(parameter: Tensor) -> None:
+    """What every DTensor parameter of a folded model gets; repeating it does nothing.
+
+    ``torch.nn.init`` fills it on CPU ranks with the random numbers of one process. There DTensor draws from the
+    generator of each rank, so that equal seeds give equal shards: the same experts everywhere. Here every rank draws
+    the whole tensor and keeps its part; equal seeds are needed as for any replica. On GPUs DTensor takes care of it.
+
+    And its storage is noted, for :func:`data_was_assigned`.
+    """
+    if is_dtensor(parameter):
+        setattr(parameter, _STORAGE, _Noted(parameter.untyped_storage()))
+        if parameter.device_mesh.device_type == "cpu":
+            for name in _RANDOM:
+                setattr(parameter, name, partial(_fill, parameter, name))
+
+
+class _Noted:
+    """The storage of a parameter, which lives as long as this note; a copy of the parameter has none."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def data_was_assigned(parameter: Tensor) -> bool:
+    """Whether somebody assigned ``.data`` of a DTensor: torch takes that without a word and keeps the old values."""
+    noted: _Noted | None = getattr(parameter, _STORAGE, None)
+    return noted is not None and parameter.untyped_storage()._cdata != noted.storage._cdata
+
+
+@torch.no_grad()
+def _fill(parameter: DTensor, name: str, *args: Any, **options: Any) -> DTensor:
+    own, mesh = torch.empty(parameter.shape, dtype=parameter.dtype), parameter.device_mesh
+    getattr(own, name)(*args, **options)
+    # What FSDP2 cuts is what other dimensions, behind its own, have left.
+    for number, placement in reversed(list(enumerate(parameter.placements))):
+        if is_sharding(placement):
+            dim: int = placement.dim  # type: ignore[attr-defined]
+            size = -(-own.shape[dim] // mesh.size(number))
+            start = min(size * mesh.get_local_rank(number), own.shape[dim])
+            own = own.narrow(dim, start, min(size, own.shape[dim] - start))
+    parameter.to_local().copy_(own)
+    return parameter
+
+
+class _RefuseForeignScaler:
+    """In the place of DTensor's own rule for the look of a gradient scaler at gradients."""
+
+    def __init__(self, usual: Callable[..., Any]) -> None:
+        self.usual = usual
+
+    def __call__(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for gradient in args[0]:
+            if is_dtensor(gradient) and {"ep", "etp", "edp", "dp_cp"} & set(gradient.device_mesh.mesh_dim_names or ()):
+                raise GradientError(
+                    "torch's gradient scalers cannot be used on a folded model: they look for an overflow over the "
+                    "ranks of one gradient, and experts and dense parameters lie on different ones, so that some ranks "
+                    "would skip a step that others take. Use foldpar.GradScaler(device, groups=groups), which is "
+                    "torch's but for that."
+                )
+        return self.usual(op, args, kwargs)
+
+
+def refuse_foreign_scalers() -> None:
+    """Let torch's gradient scalers refuse gradients over foldpar's meshes, and no others; repeating it does nothing."""
+    from torch.distributed.tensor import DTensor
+
+    op = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
+    rules: dict[Any, Callable[..., Any]] = DTensor._op_dispatcher._custom_op_handlers
+    if not isinstance(rules[op], _RefuseForeignScaler):
+        rules[op] = _RefuseForeignScaler(rules[op])
+
+
+def local_parts(*tensors: Tensor | None, partial_over: str | None = None) -> tuple[Tensor | None, ...]:
+    """This rank's parts of DTensors in a forward, other tensors as they are: what a layer computes with.
+
+    One autograd function for all of them: ``to_local`` of each costs a layer of few rows its time on the host.
+
+    Backward:
+        Gradients come back distributed like their tensors. Over the mesh dimension ``partial_over``, on which a tensor
+        is replicated and every rank has a summand of its gradient, the gradient says that it is partial.
+    """
+    places = [place for place, tensor in enumerate(tensors) if tensor is not None and is_dtensor(tensor)]
+    if not places:
+        return tensors
+    parts: list[Tensor | None] = list(tensors)
+    own = cast(Any, _LocalParts).apply(partial_over, *(tensors[place] for place in places))
+    for place, part in zip(places, own, strict=True):
+        parts[place] = part
+    return tuple(parts)
+
+
+class _LocalParts(Function):
+    @staticmethod
+    def forward(ctx: Any, partial_over: str | None, *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.partial_over = partial_over
+        ctx.specs = [tensor._spec for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        parts = tuple(tensor._local_tensor.detach() for tensor in tensors)
+        ctx.mark_non_differentiable(*(part for part, of in zip(parts, tensors, strict=True) if not of.requires_grad))
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        from torch.distributed.tensor import DTensor
+
+        return None, *(
+            None if grad is None else DTensor(grad, _of_gradient(spec, ctx.partial_over), requires_grad=False)
+            for grad, spec in zip(grads, ctx.specs, strict=True)
+        )
+
+
+def _of_gradient(spec: Any, partial_over: str | None) -> Any:
+    """How a gradient lies: like its tensor, but for a dimension of several ranks over which it is a sum."""
+    if partial_over is None or partial_over not in (spec.mesh.mesh_dim_names or ()):
+        return spec
+    from torch.distributed.tensor import Partial
+
+    dim = spec.mesh.mesh_dim_names.index(partial_over)
+    if spec.mesh.size(dim) == 1 or not spec.placements[dim].is_replicate():
+        return spec
+    placements = (*spec.placements[:dim], Partial(), *spec.placements[dim + 1 :])
+    return type(spec)(spec.mesh, placements, tensor_meta=spec.tensor_meta)
+
+
+def is_sharding(placement: Placement) -> bool:
+    """Whether a placement cuts the tensor, in one piece or, as FSDP2 does, in strides."""
+    return not placement.is_replicate() and not placement.is_partial()
+
+
+@dataclass(frozen=True, slots=True)
+class MeshDim:
+    """One dimension of a DTensor's mesh: the placement on it and the axes that it can be."""
+
+    number: int
+    name: str | None
+    ranks: tuple[int, ...]
+    axes: frozenset[str]
+    placement: Placement
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its ranks hold different elements."""
+        return is_sharding(self.placement)
+
+    def __str__(self) -> str:
+        called = f"mesh dimension {self.name!r}, " if self.name else ""
+        return f"{called}ranks {self.ranks}"
+
+
+class MeshAxes:
+    """Which axes of a layout the dimensions of DTensor meshes are; looked up once per mesh."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[FoldedGroups, DeviceMesh, int], tuple[tuple[int, ...], frozenset[str]]] = {}
+
+    def dims(self, tensor: DTensor, groups: FoldedGroups) -> list[MeshDim]:
+        """The mesh dimensions of more than one rank."""
+        mesh, dims = tensor.device_mesh, []
+        for dim, placement in enumerate(tensor.placements):
+            if mesh.size(dim) > 1:
+                if (groups, mesh, dim) not in self._known:
+                    self._known[groups, mesh, dim] = self._look_up(groups, mesh, dim)
+                ranks, axes = self._known[groups, mesh, dim]
+                dims.append(MeshDim(dim, _dim_name(mesh, dim), ranks, axes, placement))
+        return dims
+
+    def _look_up(self, groups: FoldedGroups, mesh: DeviceMesh, dim: int) -> tuple[tuple[int, ...], frozenset[str]]:
+        here = mesh.get_coordinate()
+        if here is None:
+            return (), frozenset()
+        row: tuple[int | slice, ...] = (*here[:dim], slice(None), *here[dim + 1 :])
+        ranks = tuple(mesh.mesh[row].tolist())
+        name = _dim_name(mesh, dim)
+        if name in ("dp_cp", "edp") and set(ranks) <= set(groups.axis(name).ranks):
+            return ranks, frozenset({name})  # all of the axis, or the shards of one replica
+        axes = frozenset(axis for axis in AXES if sorted(groups.axis(axis).ranks) == sorted(ranks))
+        if name == "tp" and "tp" not in axes:
+            raise FamilyError(
+                f"A parameter is a DTensor on a mesh whose dimension 'tp' has the ranks {ranks}, but the tp group of "
+                f"these groups has the ranks {groups.tp.ranks}. Build the mesh with groups.mesh('dense')['tp']."
+            )
+        return ranks, frozenset({name}) if name in axes else axes
+
+
+def _dim_name(mesh: DeviceMesh, dim: int) -> str | None:
+    return mesh.mesh_dim_names[dim] if mesh.mesh_dim_names else None

@@ -1,0 +1,29 @@
+"""Where every rank sits: pure integers, no torch.
+
+A world of ranks is cut into pipeline stages, and each stage is partitioned twice: for the dense layers as TP x CP x DP,
+for the routed experts as ETP x EP x EDP. Sizes are chosen, ``dp`` and ``edp`` derived.
+
+    layout           FoldedLayout, solve_layout: rank tables, coordinates, groups, in two orders
+    picture          a layout for people and for programs
+    config           FoldingConfig: sizes that do not know the world yet
+    foreign_configs  what other libraries call the same sizes
+
+Laws: both views cover the same ranks, each once; every axis partitions the world into groups of one size; a question
+about one rank costs what its answer costs.
+"""
+
+from __future__ import annotations
+
+from foldpar.layout.config import FoldingConfig
+from foldpar.layout.layout import AXES, ORDERS, Axis, Coordinate, FoldedLayout, Order, solve_layout
+
+__all__ = [
+    "AXES",
+    "ORDERS",
+    "Axis",
+    "Coordinate",
+    "FoldedLayout",
+    "FoldingConfig",
+    "Order",
+    "solve_layout",
+]

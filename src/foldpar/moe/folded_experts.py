@@ -1,0 +1,158 @@
+"""``FoldedExperts``: the routed experts of a layer whose routing is somebody else's.
+
+    hidden_states, top_k_index, top_k_weights -> own rows -> plan -> dispatch -> experts -> combine -> exit -> y
+
+It is what :class:`foldpar.FoldedMoE` does after its router, and both share ``Journey``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foldpar.arguments import expect
+from foldpar.comm import FoldedGroups
+from foldpar.errors import ShapeError
+from foldpar.moe.counters import LayerCounters
+from foldpar.moe.experts import GroupedExperts
+from foldpar.moe.lane_checks import LaneChecks
+from foldpar.moe.lane_ends import lane_ends
+from foldpar.moe.lanes import Lanes, LaneState
+from foldpar.moe.routing.router import Routing, without_tokens
+from foldpar.moe.transport.journey import Journey
+from foldpar.moe.transport.messages import Partition
+from foldpar.moe.transport.one_sided import OneSided
+from foldpar.parameters import is_sharded_over
+
+__all__ = ["FoldedExperts", "check_device_and_dtype"]
+
+
+class FoldedExperts(GroupedExperts):
+    """This rank's share of a layer's experts, called with all tokens and their routing, as Hugging Face calls experts.
+
+    A block that computes its own routing keeps its forward, its router and its shared experts, and holds this in place
+    of its experts; :func:`foldpar.fold_model` does that. Parameters, arguments and ``from_dense`` are those of
+    :class:`GroupedExperts`. Call it on every rank of the stage, also with zero tokens: every forward is a meeting of
+    the expert group.
+
+    Args:
+        lanes: ``"replicated"``: the lanes of a TP group bring the same tokens and the same routing, and share the work.
+            ``"sharded"``: every lane brings its own tokens.
+        partition: how replicated lanes share the work: by ``"tokens"``, a contiguous slice each, or by
+            ``"assignments"``, evenly per expert, for which all lanes must have routed alike, bit by bit.
+        counters: where to count what this layer moves, a :class:`LayerCounters`.
+        one_sided: let rows travel through shared memory where that is possible, see :class:`foldpar.OneSided`.
+        check: when to compare what is taken on trust, as in :class:`foldpar.FoldedMoE`.
+        call: ``(folded, *arguments) -> output``, for blocks that call their experts in another way: what this module is
+            called with goes there, and ``folded`` is :meth:`routed`.
+
+    Backward:
+        On replicated lanes the gradient that arrives must be equal on all lanes, and so are those of
+        ``hidden_states`` and ``top_k_weights``: a router in front of it sees all tokens on every lane, and its family
+        is ``ROUTER_ALL_TOKENS``. On sharded lanes a lane gets the gradients of its own tokens.
+
+    Raises:
+        ShapeError: as :class:`GroupedExperts`; in forward, tensors that do not fit each other or the experts.
+        ValueError: arguments that contradict each other.
+
+    Source: as :class:`foldpar.FoldedMoE`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        groups: FoldedGroups,
+        *,
+        lanes: Lanes = "replicated",
+        partition: Partition = "tokens",
+        counters: LayerCounters | None = None,
+        one_sided: OneSided | None = None,
+        check: bool | None = None,
+        call: Callable[..., Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_experts, dim, hidden_dim, groups, **options)
+        self.call = call
+        self.without_data = False
+        """All tokens are padding; set by :func:`foldpar.lockstep`."""
+        self.lane_state = LaneState(groups, lanes, partition=partition)
+        self.checks = LaneChecks(self.lane_state, check)
+        self._ends = lane_ends(groups.tp, lanes, "replicated", partition)
+        self.journey = Journey(self.lane_state, self._ends, counters, one_sided)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
+        """:meth:`routed`, called directly or by way of ``call``."""
+        if self.call is None:
+            routed: Tensor = self.routed(*arguments, **keywords)
+            return routed
+        return self.call(self.routed, *arguments, **keywords)
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="The shapes of FoldedExperts follow the routing, so tracing it would compile anew for other routings."
+    )
+    def routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``[tokens, dim]`` to ``[tokens, dim]``: the weighted sum of each token's experts.
+
+        ``top_k_index`` is ``[tokens, top_k]``, global expert ids, and ``top_k_weights`` goes with it.
+        """
+        self._check_inputs(hidden_states, top_k_index, top_k_weights)
+        state, checked = self.lane_state, self.checks.due(hidden_states)
+        if checked:
+            self.checks.entering(
+                self, "What enters the experts", {"hidden_states": hidden_states, "top_k_weights": top_k_weights}
+            )
+        rows, ids = self._ends.own(hidden_states), state.own(top_k_index)
+        # Weights of a narrower dtype than the rows lose digits where parts of their gradient are added up.
+        weights = self._ends.own(top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype)))
+        routing = without_tokens(Routing(ids, weights)) if self.without_data else Routing(ids, weights)
+        if checked:
+            self.checks.routing(routing)
+        y = self.journey(self, rows, routing, tokens=hidden_states.shape[0], compute=self.compute)
+        self.checks.leaving(y)
+        return y.to(hidden_states.dtype)
+
+    @property
+    def counters(self) -> LayerCounters | None:
+        """Where this layer counts what it moves."""
+        return self.journey.counters
+
+    def explain(self) -> str:
+        """What happens to rows on this rank, and why."""
+        return "\n".join([f"FoldedExperts on rank {self.groups.rank}", self._ends.why, *self.journey.explain(self)])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, lanes={self.lane_state.lanes!r}, partition={self.lane_state.partition!r}"
+
+    def _check_inputs(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        expect(
+            "FoldedExperts",
+            hidden_states=(hidden_states, Tensor),
+            top_k_index=(top_k_index, Tensor),
+            top_k_weights=(top_k_weights, Tensor),
+        )
+        if hidden_states.dim() != 2 or hidden_states.shape[1] != self.dim:
+            raise ShapeError(f"FoldedExperts takes [tokens, dim = {self.dim}], and got {list(hidden_states.shape)}.")
+        if top_k_index.shape != top_k_weights.shape or top_k_index.shape[:1] != hidden_states.shape[:1]:
+            raise ShapeError(
+                f"top_k_index and top_k_weights must both be [tokens, top_k] for the {hidden_states.shape[0]} token(s) "
+                f"of hidden_states, and are {list(top_k_index.shape)} and {list(top_k_weights.shape)}."
+            )
+        check_device_and_dtype(hidden_states, self)
+
+
+def check_device_and_dtype(x: Tensor, experts: object) -> None:
+    """Raise a ``ShapeError`` where the input does not go with the experts' parameters."""
+    weight = next(experts.parameters(), None) if isinstance(experts, nn.Module) else None
+    if weight is None or is_sharded_over(weight, "edp"):  # device and dtype are not those of the gathered weight
+        return
+    if x.device != weight.device:
+        raise ShapeError(f"The input is on {x.device} and the experts on {weight.device}; put them on one device.")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ShapeError(
+            f"The input is {x.dtype} and the experts are {weight.dtype}; convert one, or use torch.autocast."
+        )

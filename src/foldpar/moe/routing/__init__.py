@@ -1,0 +1,1 @@
+"""Which expert gets which token, and with which weight."""

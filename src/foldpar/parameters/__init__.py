@@ -1,0 +1,120 @@
+"""What a parameter is: its family, its place, and what has been done to its gradient.
+
+    marks         families are put on modules and parameters, and resolved for a whole model
+    fsdp          what FSDP2 made of a parameter
+    placements    which part of the whole tensor this rank holds, as boxes of indices
+    boxes         those boxes
+    steps         whether a gradient was reduced, and whether an optimizer may step on it
+    checks        whether what ranks hold is equal: a digest first, details only on a mismatch
+    first_step    when a check runs: in the first step, in every one, never
+    kept_dtypes   parameters whose dtype is not to be narrowed
+    whole_states  a state of the whole model, cut for this rank on load
+
+Laws: every trainable parameter has exactly one family or is refused by name; a gradient is reduced once a step; the
+parts of all ranks cover a tensor, each replica equal. No layer is known here.
+"""
+
+from __future__ import annotations
+
+from foldpar.parameters.boxes import Box, Share, pieces
+from foldpar.parameters.checks import (
+    assert_same_on_group,
+    check_replicas,
+    compare_settings,
+    differences,
+    digest_of_bits,
+    listed,
+    parameter_settings,
+)
+from foldpar.parameters.first_step import When, can_compare, check_before_reduction, compare_in_stage
+from foldpar.parameters.fsdp import (
+    Stage,
+    bring_back_shards,
+    data_replicas,
+    fsdp_modules,
+    is_fsdp_module,
+    is_sharded_over,
+    record_shards,
+    refuse_replaced,
+    refuse_unreduced,
+    sharded_module,
+    shards_over_data,
+)
+from foldpar.parameters.kept_dtypes import keep_dtypes, kept_dtype
+from foldpar.parameters.marks import (
+    ResolvedParameter,
+    explicitly_marked,
+    families_seen_from,
+    groups_of,
+    mark_children,
+    mark_parameters,
+    mark_what_is_here,
+    nearest_marks,
+    parameter_families,
+    parameter_groups,
+    resolve_parameters,
+    tie_marks_to_names,
+)
+from foldpar.parameters.placements import Placement, mark_placement, parameter_placements, plain_name
+from foldpar.parameters.steps import (
+    declare_reduced,
+    mark_replaced,
+    refuse_reduced,
+    refuse_unreduced_gradients,
+    stamp,
+    watch_optimizers,
+)
+from foldpar.parameters.whole_states import take_shares_on_load
+
+__all__ = [
+    "Box",
+    "Placement",
+    "ResolvedParameter",
+    "Share",
+    "Stage",
+    "When",
+    "assert_same_on_group",
+    "bring_back_shards",
+    "can_compare",
+    "check_before_reduction",
+    "check_replicas",
+    "compare_in_stage",
+    "compare_settings",
+    "data_replicas",
+    "declare_reduced",
+    "differences",
+    "digest_of_bits",
+    "explicitly_marked",
+    "families_seen_from",
+    "fsdp_modules",
+    "groups_of",
+    "is_fsdp_module",
+    "is_sharded_over",
+    "keep_dtypes",
+    "kept_dtype",
+    "listed",
+    "mark_children",
+    "mark_parameters",
+    "mark_placement",
+    "mark_replaced",
+    "mark_what_is_here",
+    "nearest_marks",
+    "parameter_families",
+    "parameter_groups",
+    "parameter_placements",
+    "parameter_settings",
+    "pieces",
+    "plain_name",
+    "record_shards",
+    "refuse_reduced",
+    "refuse_replaced",
+    "refuse_unreduced",
+    "refuse_unreduced_gradients",
+    "resolve_parameters",
+    "sharded_module",
+    "shards_over_data",
+    "stamp",
+    "take_shares_on_load",
+    "tie_marks_to_names",
+    "watch_optimizers",
+]

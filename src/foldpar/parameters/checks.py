@@ -1,0 +1,393 @@
+"""Checks that values which must be equal on several ranks are: a digest first, details only on a mismatch."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from foldpar.arguments import expect
+from foldpar.comm import AxisGroup, FoldedGroups, all_gather, all_reduce_, is_dtensor, local_tensor
+from foldpar.errors import ReplicaError
+from foldpar.layout import Axis
+from foldpar.parameters.marks import resolve_parameters
+
+__all__ = [
+    "assert_same_on_group",
+    "check_replicas",
+    "check_replicas_of_stage",
+    "compare_settings",
+    "differences",
+    "digest_of_bits",
+    "listed",
+    "parameter_settings",
+]
+
+_CHUNK = 2**20
+_WORDS = 2**18  # of 8 bytes: what is made of them on the way stays in a cache
+_SHOWN = 5
+_REPLICA_AXES: tuple[Axis, ...] = ("tp", "dp_cp", "etp", "edp")
+
+
+def check_replicas(model: nn.Module, groups: FoldedGroups) -> None:
+    """Raise if a parameter differs, in any bit, between ranks that hold replicas of it. Call it on every rank.
+
+    Replicas start equal and get equal gradients, so they stay equal. They drift apart when a gradient is reduced by
+    the wrong family, a rank skips a step, or ranks start from different seeds; losses show that late or never. The
+    cost is one pass over the parameters, a few small collectives and two host synchronisations, so once in some
+    hundred steps is cheap. NaN equals NaN of the same bits; of a DTensor the local parts are compared.
+
+    Example of an error::
+
+        1 parameter differs between replicas:
+            router.weight over tp: ranks 1, 3 differ from the first rank of their group
+
+    Raises:
+        ReplicaError: on every rank of the world; names the parameters, the axis and the global ranks that differ from
+            the first member of their group. FamilyError: see :func:`~foldpar.gradients.reduce.parameter_families`.
+    """
+    expect("check_replicas", model=(model, nn.Module), groups=(groups, FoldedGroups))
+    _compare_replicas(model, groups, across_stages=True)
+
+
+def check_replicas_of_stage(model: nn.Module, groups: FoldedGroups) -> None:
+    """As :func:`check_replicas`, on the ranks of one pipeline stage: those that reduce gradients together."""
+    _compare_replicas(model, groups, across_stages=False)
+
+
+def _compare_replicas(model: nn.Module, groups: FoldedGroups, *, across_stages: bool) -> None:
+    entries = sorted(resolve_parameters(model, groups), key=lambda entry: entry.name)
+    device = entries[0].communication_device if entries else torch.device("cpu")
+    # The next collectives would hang on ranks with different parameters, so it is agreed first what is compared.
+    inventory = _checksum(
+        f"{entry.name} {entry.replica_axes} {entry.data_replicas} {entry.groups.layout}" for entry in entries
+    )
+    everywhere = [(groups.tp, [0]), (groups.dp_cp, [0])]
+    mask = _differs(torch.tensor([inventory], device=device), everywhere)
+    _raise_together(mask, groups, across_stages, _inventory_text)
+
+    places: dict[AxisGroup, list[int]] = {groups.axis(axis): [] for axis in _REPLICA_AXES}
+    for place, entry in enumerate(entries):
+        for group in entry.replica_groups:
+            places.setdefault(group, []).append(place)
+    replicas = list(places.items())
+    digests = [_digest(entry.parameter).to(device) for entry in entries]
+    mask = _differs(torch.stack(digests) if digests else torch.zeros(0, dtype=torch.int64), replicas)
+    names = [entry.name for entry in entries]
+    _raise_together(mask, groups, across_stages, lambda ranks_of: _drift_text(names, ranks_of))
+
+
+def assert_same_on_group(tensors: Mapping[str, Tensor] | Tensor, group: AxisGroup, *, what: str = "tensor") -> None:
+    """Raise if tensors differ, in any bit, between the ranks of a group. Call it on every rank of the group.
+
+    One digest per rank is gathered (one small collective, one host synchronisation). Shapes, dtypes and entries
+    travel only after a mismatch, so a wrong shape hangs nothing. NaN equals NaN of the same bits; 0.0 differs from
+    -0.0.
+
+    Args:
+        tensors: one tensor, or several by field name, such as ``{"ids": ids, "weights": weights}``.
+        group: the ranks that must agree, such as ``groups.tp``.
+        what: how the error calls the whole, such as ``"routing of layer 3"``.
+
+    Example of an error::
+
+        routing differs over tp:
+            field 'ids' at [0, 1]: 3 on rank 1 (tp 1), 2 on rank 0 (tp 0)
+
+    Raises:
+        ReplicaError: on every rank of the group; names the rank, its index on the axis, the field, and the shapes and
+            dtypes or the first differing entries with both values.
+    """
+    expect("assert_same_on_group", tensors=(tensors, (Tensor, Mapping)), group=(group, AxisGroup))
+    named = dict(tensors) if isinstance(tensors, Mapping) else {"": tensors}
+    for name, tensor in named.items():
+        expect("assert_same_on_group", **{name or "tensors": (tensor, Tensor)})
+    if found := differences(named, group):
+        raise ReplicaError(f"{what} differs over {group.axis}:{listed(found)}")
+
+
+def differences(
+    tensors: Mapping[str, Tensor], group: AxisGroup, *, rounding: bool = False, only_shapes: bool = False
+) -> list[str]:
+    """What differs between the ranks of a group, one line each; the same lines on every rank of it.
+
+    Args:
+        rounding: floating-point rows may differ by ``sqrt(eps)`` of their length, or of the usual one if that is more.
+        only_shapes: values are not looked at.
+    """
+    if group.size == 1:
+        return []
+    fields = {name: local_tensor(tensors[name]).detach() for name in sorted(tensors)}
+    device = next(iter(fields.values())).device if fields else torch.device("cpu")
+    digests = {name: torch.zeros((), dtype=torch.int64, device=device) for name in fields}
+    if not only_shapes:
+        digests = {name: _digest(tensor).to(device) for name, tensor in fields.items()}
+    total = torch.tensor(_checksum(f"{name}\t{_signature(tensor)}" for name, tensor in fields.items()), device=device)
+    for digest in digests.values():
+        total = _mixed(total) + digest
+    if len(set(all_gather(total, group).tolist())) == 1:
+        return []
+    return _differences(fields, digests, group, device, rounding)
+
+
+def compare_settings(what: str, settings: Mapping[str, str], met: Sequence[AxisGroup], device: torch.device) -> None:
+    """Raise if ranks that are about to communicate would not fit together: other dtypes, sizes or frozen parameters.
+
+    A collective of buffers that differ between ranks hangs, or ends the process. A digest of fixed size is safe.
+
+    Args:
+        what: how the error calls the whole, such as ``"the parameters of the model"``.
+        settings: by name.
+        met: groups over which a word reaches every rank that communicates, in this order.
+
+    Raises:
+        ReplicaError: on every rank that is met; names the settings and the ranks, or says that others are told.
+    """
+    found = [line for group in dict.fromkeys(met) for line in _different_settings(settings, group, device)]
+    word = torch.tensor(int(bool(found)), dtype=torch.int32, device=device)
+    for group in met:
+        all_reduce_(word, group, "max")
+    if found:
+        raise ReplicaError(
+            f"Ranks that communicate with each other differ in {what}:{listed(list(dict.fromkeys(found)))}\nThe next "
+            f"collective would hang or end the process. Build and freeze the same model, in the same dtype, on every "
+            f"rank, and call it in the same way."
+        )
+    if met and int(word):
+        raise ReplicaError(f"Other ranks that this step meets differ in {what}; see their errors.")
+
+
+def parameter_settings(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, str]:
+    """Of each parameter its dtype, whether it is frozen, and its shape if that is the same on every rank."""
+    return {
+        name: f"{str(each.dtype).removeprefix('torch.')}{f' {list(each.shape)}' if is_dtensor(each) else ''}"
+        f"{'' if each.requires_grad else ', frozen'}"
+        for name, each in parameters
+    }
+
+
+def _different_settings(settings: Mapping[str, str], group: AxisGroup, device: torch.device) -> list[str]:
+    if group.size == 1:
+        return []
+    total = torch.tensor(_checksum(f"{name}\t{settings[name]}" for name in sorted(settings)), device=device)
+    if len(set(all_gather(total, group).tolist())) == 1:
+        return []
+    of_ranks = _gathered_texts(settings, group, device)
+    names = dict.fromkeys(name for of_rank in of_ranks for name in of_rank)
+    return [
+        f"{name}: {of_ranks[index].get(name, 'missing')} on {_who(group, index)}, "
+        f"{of_ranks[0].get(name, 'missing')} on {_who(group, 0)}"
+        for name in names
+        for index in range(group.size)
+        if of_ranks[index].get(name) != of_ranks[0].get(name)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Digests: int64 arithmetic that wraps around, the same on every device.
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """Of the bits of a tensor, its shape and its dtype: an int64 scalar on its device."""
+    tensor = local_tensor(tensor).detach()
+    signature = torch.tensor(_checksum([_signature(tensor)]), device=tensor.device)
+    return _mixed(signature) + digest_of_bits(tensor)
+
+
+def digest_of_bits(tensor: Tensor) -> Tensor:
+    """A position-weighted sum over the bits of a tensor: an int64 scalar on its device, 0 of nothing."""
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    if data.data_ptr() % 8:
+        data = data.clone()
+    whole = data.numel() // 8 * 8
+    words, rest = data[:whole].view(torch.int64), data[whole:].to(torch.int64)
+    # Odd weights are invertible modulo 2**64, and mixing is too: a change of one word is always seen.
+    weights = torch.arange(1, 2 * min(_WORDS, max(1, words.numel())), 2, device=data.device)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for chunk in words.split(_WORDS):
+        total = _mixed(total) + (_mixed(chunk) * weights[: chunk.numel()]).sum()
+    places = torch.arange(1, rest.numel() + 1, device=data.device)
+    return _mixed(total) + (rest * places).sum()
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """A bijection of int64 that carries high bits down, so that two flipped signs do not cancel in a sum."""
+    values = values * 0x1E3779B97F4A7C15
+    return values ^ ((values >> 32) & 0xFFFFFFFF)
+
+
+def _signature(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _checksum(words: Iterable[str]) -> int:
+    return zlib.crc32("\n".join(words).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replicas of parameters.
+
+# (axis, place of the parameter) -> the global ranks that differ from the first member of their group
+_RanksOf = Mapping[tuple[str, int], list[int]]
+
+
+def _differs(digests: Tensor, compared: Sequence[tuple[AxisGroup, list[int]]]) -> dict[str, Tensor]:
+    """Axis -> where this rank differs from the first member of its group, bool ``[digests]``."""
+    masks: dict[str, Tensor] = {}
+    for group, places in compared:
+        mask = masks.setdefault(group.axis, torch.zeros(digests.numel(), dtype=torch.bool, device=digests.device))
+        if places and group.size > 1:
+            mask[places] = all_gather(digests[places], group)[0] != digests[places]
+    return masks
+
+
+def _raise_together(
+    masks: dict[str, Tensor], groups: FoldedGroups, across_stages: bool, text: Callable[[_RanksOf], str]
+) -> None:
+    """Raise on every rank of the stage, or of the world, if any mask of any of them is set."""
+    mask = torch.stack(list(masks.values())).to(torch.uint8)
+    found = torch.zeros(1, dtype=torch.int32, device=mask.device) + mask.any()
+    for group in (groups.tp, groups.dp_cp):
+        all_reduce_(found, group, op="max")
+    here = groups.pp.index
+    of_stages = all_gather(found, groups.pp).flatten().tolist() if across_stages else [int(found)]
+    bad = [stage for stage, differs in enumerate(of_stages, start=0 if across_stages else here) if differs]
+    if not bad:
+        return
+    if here not in bad:
+        raise ReplicaError(
+            f"Replicas differ in pipeline stage {', '.join(map(str, bad))}, whose ranks name the parameters. This rank "
+            f"is of stage {here}, where all are equal."
+        )
+    # Ranks of a stage count up over tp first, then over dp_cp: [stage_size, axes, digests].
+    of_stage = all_gather(all_gather(mask, groups.tp), groups.dp_cp).flatten(0, 1)
+    ranks_of: dict[tuple[str, int], list[int]] = {}
+    axes = list(masks)
+    for rank, axis, place in of_stage.nonzero().tolist():
+        ranks_of.setdefault((axes[axis], place), []).append(here * groups.layout.stage_size + rank)
+    raise ReplicaError(text(ranks_of))
+
+
+def _inventory_text(ranks_of: _RanksOf) -> str:
+    found = [f"over {axis}: {_ranks_differ(ranks)}" for (axis, _), ranks in ranks_of.items()]
+    return (
+        f"Ranks of one stage have different parameters (by name and family), so replicas cannot be compared:"
+        f"{listed(found)}\nBuild the same model with the same marks on every rank of a stage."
+    )
+
+
+def _drift_text(names: Sequence[str], ranks_of: _RanksOf) -> str:
+    by_place = sorted(ranks_of.items(), key=lambda item: (item[0][1], item[0][0]))
+    found = [f"{names[place]} over {axis}: {_ranks_differ(ranks)}" for (axis, place), ranks in by_place]
+    count = len({place for _, place in ranks_of})
+    return (
+        f"{count} parameter{' differs' if count == 1 else 's differ'} between replicas:{listed(found)}\n"
+        f"Replicas must start equal (one seed, or a broadcast) and step on equal gradients. If they did start equal, "
+        f"compare parameter_families(model, groups) with how each parameter is used: a part of a gradient that is not "
+        f"summed over tp (REPLICATED_PARTIAL) makes lanes drift apart."
+    )
+
+
+def _ranks_differ(ranks: Sequence[int]) -> str:
+    shown = ", ".join(str(rank) for rank in sorted(ranks)[:16]) + (" ..." if len(ranks) > 16 else "")
+    return (
+        f"rank {shown} differs from the first rank of its group"
+        if len(ranks) == 1
+        else f"ranks {shown} differ from the first rank of their group"
+    )
+
+
+def listed(found: Sequence[str]) -> str:
+    """Lines below each other, the first few of them."""
+    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return "".join(f"\n    {line}" for line in [*found[:_SHOWN], *more])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where tensors differ, found out together: every rank of the group walks the same path.
+
+
+def _differences(
+    fields: Mapping[str, Tensor], digests: Mapping[str, Tensor], group: AxisGroup, device: torch.device, rounding: bool
+) -> list[str]:
+    signatures = _gathered_texts({name: _signature(tensor) for name, tensor in fields.items()}, group, device)
+    found = []
+    for name in sorted(set().union(*signatures)):
+        of_rank = [signature.get(name) for signature in signatures]
+        if len(set(of_rank)) > 1:
+            different = [index for index in range(group.size) if of_rank[index] != of_rank[0]]
+            found += [
+                f"{_field(name)}{of_rank[index] or 'missing'} on {_who(group, index)}, "
+                f"{of_rank[0] or 'missing'} on {_who(group, 0)}"
+                for index in different
+            ]
+        else:
+            of_all = all_gather(digests[name], group).tolist()
+            different = [index for index in range(group.size) if of_all[index] != of_all[0]]
+            if different and rounding and fields[name].is_floating_point():
+                different = _beyond_rounding(fields[name], group)
+            found += _different_entries(name, fields[name], different, group)
+    return found
+
+
+def _gathered_texts(fields: Mapping[str, str], group: AxisGroup, device: torch.device) -> list[dict[str, str]]:
+    """Field -> text, of every rank."""
+    text = "\n".join(f"{name}\t{field}" for name, field in fields.items()).encode()
+    lengths = all_gather(torch.tensor(len(text), device=device), group).tolist()
+    padded = torch.tensor(list(text.ljust(max(lengths), b" ")), dtype=torch.uint8, device=device)
+    texts = [
+        bytes(row[:length]).decode() for row, length in zip(all_gather(padded, group).tolist(), lengths, strict=True)
+    ]
+    return [dict(line.split("\t") for line in text.split("\n") if line) for text in texts]
+
+
+def _beyond_rounding(tensor: Tensor, group: AxisGroup) -> list[int]:
+    """Indices of the ranks that have a row which differs from that of index 0 by more than rounding explains."""
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+    tolerance, found = torch.finfo(tensor.dtype).eps ** 0.5, torch.zeros(group.size, dtype=torch.bool)
+    for chunk in rows.split(max(1, _CHUNK // max(1, rows.shape[1]))):
+        of_ranks = all_gather(chunk, group).double()
+        lengths = of_ranks[0].norm(dim=-1)
+        allowed = tolerance * torch.maximum(lengths, lengths.square().mean().sqrt())
+        found |= ((of_ranks - of_ranks[0]).norm(dim=-1) > allowed).any(-1).cpu()
+    return found.nonzero().flatten().tolist()
+
+
+def _different_entries(name: str, tensor: Tensor, different: Sequence[int], group: AxisGroup) -> list[str]:
+    """The first entries in which the ranks of these indices differ from that of index 0, one line per rank."""
+    flat, missing, found = tensor.contiguous().view(-1), set(different), []
+    for start in range(0, flat.numel(), _CHUNK):
+        if not missing:
+            break
+        entries = all_gather(flat[start : start + _CHUNK].view(torch.uint8), group)
+        differs = (entries != entries[0]).view(group.size, -1, flat.dtype.itemsize).any(-1)
+        for index in sorted(missing):
+            places = differs[index].nonzero().flatten()[:3].tolist()
+            if places:
+                missing.remove(index)
+                here, there = entries[index].view(flat.dtype), entries[0].view(flat.dtype)
+                shown = "; ".join(
+                    f"{_position(start + place, tensor.shape)}: {here[place].item()!r} on {_who(group, index)}, "
+                    f"{there[place].item()!r} on {_who(group, 0)}"
+                    for place in places
+                )
+                found.append(f"{_field(name)}at {shown}")
+    return found
+
+
+def _position(place: int, shape: Sequence[int]) -> list[int]:
+    position: list[int] = []
+    for size in reversed(shape):
+        place, index = divmod(place, size)
+        position.insert(0, index)
+    return position
+
+
+def _field(name: str) -> str:
+    return f"field {name!r} " if name else ""
+
+
+def _who(group: AxisGroup, index: int) -> str:
+    return f"rank {group.ranks[index]} ({group.axis} {index})"

@@ -1,0 +1,190 @@
+"""What :func:`foldpar.shard_model` leaves on a model: which parameters FSDP2 shards, and in which state they are.
+
+FSDP2 registers a parameter's shard on its module between steps, and the whole parameter from forward to backward. So
+whoever reads parameters or gradients brings the shards back first. Modules of FSDP2 are told by what they can do, so
+that models without any need not load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from foldpar.comm import is_dtensor
+from foldpar.errors import ShardingError
+from foldpar.families import ParameterFamily
+from foldpar.layout import FoldedLayout
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+__all__ = [
+    "ShardedModule",
+    "Stage",
+    "bring_back_shards",
+    "data_replicas",
+    "fsdp_modules",
+    "is_fsdp_module",
+    "is_sharded_over",
+    "refuse_replaced",
+    "refuse_unreduced",
+    "replicas_of_shards",
+    "sharded_module",
+    "shards_over_data",
+]
+
+Stage = Literal[1, 2, 3]
+_RECORD = "_foldpar_sharded"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedModule:
+    """The record on every module of a sharded model."""
+
+    stage: Stage
+    names: frozenset[str]
+    """Of the module's own parameters, those that FSDP2 shards."""
+
+
+def sharded_module(module: nn.Module) -> ShardedModule | None:
+    """The record of a module that is part of a sharded model."""
+    record: ShardedModule | None = getattr(module, _RECORD, None)
+    return record
+
+
+def data_replicas(layout: FoldedLayout, axis: Literal["dp_cp", "edp"], replicas: int) -> int:
+    """How many replicas of shards a data axis holds: so many as were asked for, or all its ranks if those are fewer.
+
+    Example, of 8 ranks whose experts have two copies:
+        >>> from foldpar.layout.layout import solve_layout
+        >>> layout = solve_layout(8, ep=4)
+        >>> [(data_replicas(layout, "dp_cp", asked), data_replicas(layout, "edp", asked)) for asked in (1, 2, 4)]
+        [(1, 1), (2, 2), (4, 2)]
+
+    Raises:
+        ShardingError: neither divides the other.
+    """
+    size = layout.size(axis)
+    if size % replicas and replicas % size:
+        named = f"dp * cp = {size}" if axis == "dp_cp" else f"edp = {size}"
+        what = "dense parameters" if axis == "dp_cp" else "experts"
+        valid = ", ".join(str(each) for each in range(1, size + 1) if size % each == 0)
+        raise ShardingError(
+            f"replicas = {replicas} does not go into the {named} ranks that the {what} are sharded over: replicas are "
+            f"of equal size. It can be {valid}, or a multiple of {size}, which leaves the {what} whole."
+        )
+    return min(size, replicas)
+
+
+def shards_over_data(
+    family: ParameterFamily, layout: FoldedLayout, *, dims: int, converts: bool, replicas: int = 1
+) -> bool:
+    """Whether ``shard_model`` shards a parameter of that many dimensions; all ranks answer alike.
+
+    Not a scalar, which has no dimension 0. Not where a replica has one rank, unless the wrapper ``converts`` dtypes or
+    offloads: the gathered parameter would be a second copy.
+
+    Example:
+        >>> from foldpar.families import EXPERT_BIAS, REPLICATED
+        >>> from foldpar.layout.layout import solve_layout
+        >>> layout = solve_layout(4, tp=2, ep=4)
+        >>> [shards_over_data(family, layout, dims=2, converts=False) for family in (REPLICATED, EXPERT_BIAS)]
+        [True, False]
+    """
+    shards = layout.size(family.data_axis) // data_replicas(layout, family.data_axis, replicas)
+    return dims > 0 and (shards > 1 or converts)
+
+
+def record_shards(model: nn.Module, stage: Stage) -> None:
+    """Leave the records, once everything is wrapped."""
+    for module in model.modules():
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        names = frozenset(
+            name for name, parameter in own if any(is_sharded_over(parameter, axis) for axis in ("dp_cp", "edp"))
+        )
+        setattr(module, _RECORD, ShardedModule(stage, names))
+
+
+def is_sharded_over(parameter: Tensor, axis: str) -> bool:
+    """Whether the parameter's mesh has a dimension of this data axis; of one rank counts, as nothing is reduced there
+    either."""
+    return is_dtensor(parameter) and axis in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def replicas_of_shards(parameter: Tensor, axis: str) -> int:
+    """How many ranks hold the same shard over this data axis."""
+    names = (parameter.device_mesh.mesh_dim_names or ()) if is_dtensor(parameter) else ()
+    name = f"{axis}_replicas"
+    return parameter.device_mesh.size(names.index(name)) if is_dtensor(parameter) and name in names else 1
+
+
+def is_fsdp_module(module: nn.Module) -> bool:
+    """Whether FSDP2 has wrapped this very module."""
+    return hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard")
+
+
+def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    """The modules that :func:`foldpar.shard_model` has wrapped."""
+    for module in model.modules():
+        if sharded_module(module) is not None and is_fsdp_module(module):
+            yield module  # type: ignore[misc]
+
+
+def bring_back_shards(model: nn.Module) -> None:
+    """Register shards in place of whole parameters, which a forward may have left behind. No communication."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+def refuse_replaced(model: nn.Module, arguments: object = None) -> None:
+    """Raise if a sharded parameter was replaced behind FSDP2, which would go on with the one that it knows.
+
+    A forward hook: ``torch.func.functional_call``, a parametrization and ``load_state_dict(assign=True)`` replace
+    parameters. Up to the first forward FSDP2 takes new ones over.
+
+    Raises:
+        ShardingError: names the parameter.
+    """
+    for module in fsdp_modules(model):
+        begun = module._get_fsdp_state()._is_root is not None
+        for group in _parameter_groups(module):
+            for entry in group.fsdp_params:
+                owner, name = entry._module_info.module, entry._module_info.param_name
+                here = owner._parameters.get(name)
+                known = (entry.sharded_param, getattr(entry, "_unsharded_param", None))
+                if here is None or (begun and not any(here is each for each in known)):
+                    raise ShardingError(
+                        f"{name} of {type(owner).__name__} was replaced after shard_model, and FSDP2 would compute "
+                        f"with the parameter that it knows. Change values in place (load_state_dict without assign, "
+                        f"copy_), and use functional_call or parametrizations on a model that is not sharded."
+                    )
+
+
+def refuse_unreduced(model: nn.Module) -> None:
+    """Raise if a gradient waits inside FSDP2, not yet summed over the data axis.
+
+    Raises:
+        ShardingError: the last backward of the step ran inside ``accumulate``.
+    """
+    for module in fsdp_modules(model):
+        if any(_has_unreduced_gradient(entry) for group in _parameter_groups(module) for entry in group.fsdp_params):
+            raise ShardingError(
+                "Gradients of this step are whole and not yet summed over the data axis: its last backward ran inside "
+                "'with accumulate(model):'. At stage 1 they meet in the first backward outside of it, so accumulate "
+                "all micro-batches of a step but the last."
+            )
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    """FSDP2's own records, which no public function shows; torch before 2.13 has one per module."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return list(groups) if groups is not None else [group for group in [state._fsdp_param_group] if group is not None]
+
+
+def _has_unreduced_gradient(entry: Any) -> bool:
+    whole = getattr(entry, "_unsharded_param", None)  # made by the first gather
+    return entry.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None)

@@ -1,0 +1,211 @@
+"""Whether the gradients of this step are complete: told by the gradients themselves.
+
+    backward -> .grad (a part of the sum) -> reduce_gradients -> .grad (the gradient, stamped) -> clip -> optimizer.step
+
+A stamp stays on a gradient while it is scaled in place; the next backward, after ``zero_grad``, makes a new one. An
+optimizer's step uses the stamp up: what a later backward adds to a gradient that stayed a tensor needs a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from foldpar.arguments import expect
+from foldpar.comm import FoldedGroups, is_dtensor, refuse_foreign_scalers, version_of
+from foldpar.errors import GradientError
+from foldpar.parameters.fsdp import bring_back_shards
+
+__all__ = [
+    "declare_reduced",
+    "mark_replaced",
+    "refuse_reduced",
+    "refuse_unreduced_gradients",
+    "stamp",
+    "watch_optimizers",
+]
+
+_STAMP = "_foldpar_reduced"
+_REPLACED = "_foldpar_replaced"
+_WATCH = "watched optimizers"
+
+
+class _Stamp(NamedTuple):
+    """What is known of a complete gradient: its version then, and whether an optimizer has taken it."""
+
+    version: int
+    used: bool
+
+
+def stamp(parameters: Iterable[nn.Parameter], *, used: bool = False) -> None:
+    """Say of the gradients as they are now that they are complete."""
+    for gradient in _gradients(parameters):
+        setattr(gradient, _STAMP, _Stamp(version_of(gradient), used))
+
+
+def declare_reduced(model: nn.Module) -> None:
+    """Say that the gradients of this step are complete, in a loop that reduces them without ``reduce_gradients``.
+
+    :func:`foldpar.clip_grad_norm_` and optimizers refuse gradients of which nobody has said so. Call it on every step,
+    after your own reduction. Nothing is communicated or changed.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> declare_reduced(model)   # behind an all-reduce of your own
+    """
+    expect("declare_reduced", model=(model, nn.Module))
+    stamp(model.parameters())
+
+
+def refuse_reduced(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise if a gradient was reduced already, and nothing has changed it since.
+
+    Raises:
+        GradientError: names it.
+    """
+    for name, parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and _is_unchanged(gradient):
+            raise GradientError(
+                f"The gradient of {name} was reduced already, and no backward has run since: a second reduction would "
+                f"sum it over its replicas again. Reduce once a step, after its last backward, and call zero_grad "
+                f"before the next step."
+            )
+
+
+def refuse_unreduced_gradients(parameters: Iterable[tuple[str, nn.Parameter]], doing: str) -> None:
+    """Raise if a gradient was never reduced.
+
+    Raises:
+        GradientError: names it.
+    """
+    for name, parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and _is_unreduced(gradient):
+            raise GradientError(
+                f"{doing}: the gradient of {name} is not reduced: it is this rank's part of a sum, or that of its own "
+                f"batch. Call foldpar.reduce_gradients(model, groups) after the last backward of every step and before "
+                f"clipping and optimizer.step(), also after shard_model; and after whatever puts new tensors into "
+                f".grad. A loop that reduces gradients by itself says so: foldpar.declare_reduced(model)."
+            )
+
+
+def mark_replaced(before: Iterable[nn.Parameter], model: nn.Module) -> None:
+    """Remember of parameters that are no longer the model's that an optimizer which has them trains nothing."""
+    now = {id(parameter) for parameter in model.parameters()}
+    for parameter in before:
+        if id(parameter) not in now:
+            setattr(parameter, _REPLACED, True)
+
+
+def watch_optimizers(groups: FoldedGroups, model: nn.Module) -> None:
+    """Look at every optimizer before it steps, for as long as the groups live, and refuse torch's gradient scalers.
+
+    Args:
+        model: whose parameters, those that enter it later included, must have been reduced when an optimizer takes
+            them. A model that nobody names, with hand-built layers in it, is known by the experts of those layers.
+
+    Raises:
+        GradientError: in ``step``: it holds parameters that folding or sharding replaced, or gradients that were not
+            reduced.
+    """
+    if _WATCH not in groups.kept:
+        if groups.layout.world > 1:
+            refuse_foreign_scalers()
+        groups.kept[_WATCH] = _Watch(are_several=groups.layout.world > 1)
+    groups.kept[_WATCH].models.add(model)
+
+
+class _Watch:
+    """The hooks on all optimizers, and the models that they know."""
+
+    def __init__(self, are_several: bool) -> None:
+        self.models: WeakSet[nn.Module] = WeakSet()
+        self._are_several = are_several
+        self._watched: WeakKeyDictionary[torch.optim.Optimizer, tuple[tuple[int, int], set[nn.Parameter]]] = (
+            WeakKeyDictionary()
+        )
+        self._hooks = [register_optimizer_step_pre_hook(self._before_step)]
+        if are_several:
+            self._hooks.append(register_optimizer_step_post_hook(self._after_step))
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        for parameter in _parameters(optimizer):
+            if hasattr(parameter, _REPLACED):
+                raise GradientError(
+                    f"This {type(optimizer).__name__} holds a parameter of shape {list(parameter.shape)} that "
+                    f"fold_model or shard_model has replaced, so that it trains nothing while the loss may still fall. "
+                    f"Make the optimizer after them, from foldpar.parameter_groups(model)."
+                )
+        if self._are_several:
+            ours = self._of_models(optimizer)
+            for parameter in _parameters(optimizer):
+                gradient = parameter.grad
+                if gradient is not None and _is_unreduced(gradient) and (_is_known(gradient) or parameter in ours):
+                    refuse_unreduced_gradients(
+                        [(self._name(parameter), parameter)], f"{type(optimizer).__name__}.step()"
+                    )
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        stamp((each for each in _parameters(optimizer) if each.grad is not None and _is_known(each.grad)), used=True)
+
+    def _of_models(self, optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
+        """Those of its parameters that are a watched model's; looked up when the optimizer or the models change."""
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        state = (count, len(self.models))
+        if self._watched.get(optimizer, (None, set()))[0] != state:
+            for model in self.models:
+                bring_back_shards(model)
+            ours = {parameter for model in self.models for parameter in model.parameters()}
+            found = {each for each in _parameters(optimizer) if each in ours or _is_expert(each)}
+            self._watched[optimizer] = state, found
+        return self._watched[optimizer][1]
+
+    def _name(self, parameter: nn.Parameter) -> str:
+        """In the largest model that has it."""
+        names = (name for model in self.models for name, each in model.named_parameters() if each is parameter)
+        return max(names, key=len, default="an expert")
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _is_expert(parameter: Tensor) -> bool:
+    """Whether it lies on the mesh of the experts: a model's that was copied, for example."""
+    if not is_dtensor(parameter):
+        return False
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return "ep" in names and "etp" in names
+
+
+def _is_known(gradient: Tensor) -> bool:
+    """Whether it is a folded model's: it was complete once."""
+    return hasattr(gradient, _STAMP)
+
+
+def _is_unchanged(gradient: Tensor) -> bool:
+    """Whether it was complete, and nothing has changed it since."""
+    known: _Stamp | None = getattr(gradient, _STAMP, None)
+    return known is not None and known.version == version_of(gradient)
+
+
+def _is_unreduced(gradient: Tensor) -> bool:
+    """Whether nobody has said that it is complete, or something was added to it after an optimizer took it."""
+    known: _Stamp | None = getattr(gradient, _STAMP, None)
+    return known is None or (known.used and known.version != version_of(gradient))
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Any]:
+    return (parameter.grad for parameter in parameters if parameter.grad is not None)
