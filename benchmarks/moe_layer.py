@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 import foldpar
 from foldpar.comm.dtensors import local_tensor
-from foldpar.moe.transport.one_sided import check_room
+from foldpar.comm.peers import check_room
 
 
 @dataclass(frozen=True)
