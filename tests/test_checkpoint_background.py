@@ -130,15 +130,15 @@ def test_a_thread_that_is_ended_is_an_error(tmp_path, monkeypatch):
 
 EXIT = """
 import sys, time, torch, foldpar
-from foldpar import checkpoint_dcp
+from foldpar.checkpoint import dcp
 folder, world = sys.argv[1], int(sys.argv[2])
-write = checkpoint_dcp.Writing.write
+write = dcp.Writing.write
 def slow(writing, *given):
     time.sleep(0.3)
     if "broken" in str(writing._folder):
         raise OSError(28, "No space left on device")
     return write(writing, *given)
-checkpoint_dcp.Writing.write = slow
+dcp.Writing.write = slow
 def save(name):
     foldpar.save_checkpoint(f"{folder}/{name}", torch.nn.Linear(30, 30), None, groups, step=1, asynchronous=True)
 groups = foldpar.create_groups(foldpar.solve_layout(world), backend="gloo")

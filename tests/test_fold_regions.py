@@ -58,7 +58,7 @@ def test_three_heads_for_two_lanes_are_exact_after_the_advice() -> None:
 
 def test_sinks_stay_whole_with_their_heads() -> None:
     whole = {f"self_attn.{name}": "replicate" for name in PROJECTIONS}
-    adapter = next(each for each in foldpar.models.DEFAULT_ADAPTERS if "GptOssMLP" in each.blocks)
+    adapter = next(each for each in foldpar.models.known.DEFAULT_ADAPTERS if "GptOssMLP" in each.blocks)
     from dataclasses import replace
 
     adapter = replace(adapter, tp_plan={**whole, "self_attn.sinks": "colwise"})
