@@ -1,6 +1,6 @@
 """Whole tensors in files: Hugging Face's in and out of folded models, and one's own; needs ``foldpar[hf]``.
 
-    reader        import_: the files of a hub model into any layout, each rank its share
+    reader        ``import_``: the files of a hub model into any layout, each rank its share
     writer        export: a folded model as files that ``from_pretrained`` reads
     weights       the same for a model of one's own, under the names that it has in one process
     names         which tensor of a file is which part of a parameter; ``tensors``: what a model holds
