@@ -611,7 +611,7 @@ def test_torchtitan_leaves_the_world_open_unless_it_says_how_many_shards():
     )
     assert (config.world, config.layout().dp) == (8, 4)
     assert config.not_used == (
-        "data_parallel_replicate_degree = 2: shard_model shards over all of dp, without replicas of shards",
+        "data_parallel_replicate_degree = 2: see shard_model(model, groups, replicas=...)",
         "fsdp_reshard_after_forward: see shard_model(model, groups, stage=...)",
     )
     with pytest.raises(LayoutError, match=r"^world = 16, but the configuration is for 8 ranks\."):

@@ -213,6 +213,10 @@ def test_what_needs_torch_loads_it_on_first_use():
     assert "torch" in loaded_by("import foldpar; foldpar.create_groups")
 
 
+def test_a_layout_needs_no_readers_of_configurations():
+    assert "json" not in loaded_by("import foldpar; foldpar.solve_layout(8, tp=2, ep=4)")
+
+
 def loaded_by(use: str) -> set[str]:
     """The top-level modules that a fresh interpreter has after running ``use``."""
     program = f"{use}\nimport sys; print('\\nLOADED', *{{name.partition('.')[0] for name in sys.modules}})"

@@ -37,9 +37,9 @@ _NAMES = {
     "layout": (
         "Coordinate",
         "FoldedLayout",
-        "FoldingConfig",
         "solve_layout",
     ),
+    "layout.config": ("FoldingConfig",),  # not by the face, which import foldpar loads
     "comm": (
         "AxisGroup",
         "FoldedGroups",

@@ -38,8 +38,8 @@ from foldpar.hf import save_weights as save_weights
 from foldpar.hf import whole_state_dict as whole_state_dict
 from foldpar.layout import Coordinate as Coordinate
 from foldpar.layout import FoldedLayout as FoldedLayout
-from foldpar.layout import FoldingConfig as FoldingConfig
 from foldpar.layout import solve_layout as solve_layout
+from foldpar.layout.config import FoldingConfig as FoldingConfig
 from foldpar.models import ExpertWeights as ExpertWeights
 from foldpar.models import FoldPlan as FoldPlan
 from foldpar.models import FoldPlanRow as FoldPlanRow

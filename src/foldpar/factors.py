@@ -24,7 +24,7 @@ def loss_factor(layout: FoldedLayout, loss: Literal["mean", "sum"]) -> Fraction:
     Where a wrapper has averaged expert gradients over ``edp`` already, the rule is ``edp * loss_factor`` instead.
 
     Example:
-        >>> from foldpar.layout.layout import solve_layout
+        >>> from foldpar import solve_layout
         >>> loss_factor(solve_layout(8, tp=2, ep=4), "mean"), loss_factor(solve_layout(8, tp=2, ep=4), "sum")
         (Fraction(1, 4), Fraction(1, 1))
 
@@ -44,7 +44,7 @@ def gradient_factor(family: ParameterFamily, layout: FoldedLayout, loss: Literal
 
     Example:
         >>> from foldpar.families import DENSE_SHARDED, REPLICATED
-        >>> from foldpar.layout.layout import solve_layout
+        >>> from foldpar import solve_layout
         >>> layout = solve_layout(8, tp=2, ep=4)
         >>> gradient_factor(DENSE_SHARDED, layout, "mean"), gradient_factor(REPLICATED, layout, "mean")
         (Fraction(1, 4), Fraction(1, 8))

@@ -158,7 +158,7 @@ def save_checkpoint(
             saved; the ranks do not see one shared folder; ranks passed different arguments, or hold different copies;
             a state cannot be placed; writing failed on some rank, such as a full disk. Also where
             another rank ended: then after the timeout of the process group at most.
-        FamilyError: see :func:`~foldpar.parameters.placements.parameter_placements`.
+        FamilyError: see :func:`~foldpar.parameter_placements`.
     """
     path = Path(os.path.abspath(path))
     ranks = Ranks.of(groups, f"Saving {path}")
@@ -248,7 +248,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: on every rank: no complete checkpoint, files of another size or sum, a newer format, another
             model, shape, dtype or optimizer; with nothing written. Or reading failed on some rank.
-        FamilyError: see :func:`~foldpar.parameters.placements.parameter_placements`.
+        FamilyError: see :func:`~foldpar.parameter_placements`.
     """
     path = None if path is None else Path(os.path.abspath(path))
     ranks = Ranks.of(groups, f"Loading {path or 'nothing'}")

@@ -98,7 +98,7 @@ def model_state(model: nn.Module, groups: FoldedGroups) -> ModelState:
 
     Raises:
         CheckpointError: a buffer is a sharded DTensor, or tensors have no memory yet (the meta device).
-        FamilyError: see :func:`~foldpar.parameters.placements.parameter_placements`.
+        FamilyError: see :func:`~foldpar.parameter_placements`.
     """
     placements = parameter_placements(model, groups)
     entries: dict[str, Entry] = {}

@@ -15,7 +15,7 @@ from foldpar.comm.groups import AxisGroup, FoldedGroups
 from foldpar.errors import ShapeError
 from foldpar.requirements import why_no_objects
 
-__all__ = ["PeerMemory", "memories", "memory_of", "why_no_peers", "why_unreachable"]
+__all__ = ["PeerMemory", "check_room", "memories", "memory_of", "why_no_peers", "why_unreachable"]
 
 
 class PeerMemory:

@@ -21,14 +21,13 @@ def get_total_norm(model: nn.Module, groups: FoldedGroups, *, norm_type: float =
 
     Shards, those of :func:`~foldpar.shard_model` included, count on each of their ranks, replicas once, pipeline stages
     all. Call it on every rank, after
-    :func:`~foldpar.gradients.reduce.reduce_gradients`. Returns a scalar, float32, or float64 where a gradient is.
+    :func:`~foldpar.reduce_gradients`. Returns a scalar, float32, or float64 where a gradient is.
 
     A norm of norms is a norm, so every step is the same: of the gradients here, over the axes of the shards, over the
     families, over ``pp``.
 
     Example:
-        >>> from foldpar.comm.groups import create_groups
-        >>> from foldpar.layout.layout import solve_layout
+        >>> from foldpar import create_groups, solve_layout
         >>> model = nn.Linear(2, 1, bias=False)
         >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
         >>> get_total_norm(model, create_groups(solve_layout(1))).item()
@@ -36,7 +35,7 @@ def get_total_norm(model: nn.Module, groups: FoldedGroups, *, norm_type: float =
 
     Raises:
         ValueError: ``norm_type`` is not positive. FamilyError: a family is unknown or contradicted
-            (:func:`~foldpar.gradients.reduce.parameter_families`), or a DTensor gradient is still partial.
+            (:func:`~foldpar.parameter_families`), or a DTensor gradient is still partial.
     """
     expect(
         "get_total_norm", model=(model, nn.Module), groups=(groups, FoldedGroups), norm_type=(norm_type, (float, int))
@@ -82,11 +81,10 @@ def clip_grad_norm_(
     """Scale all gradients so that their norm is at most ``max_norm``; returns the norm before.
 
     As ``torch.nn.utils.clip_grad_norm_``, for a folded model: call it on every rank, after
-    :func:`~foldpar.gradients.reduce.reduce_gradients`. Nothing waits for the host, unless ``error_if_nonfinite``.
+    :func:`~foldpar.reduce_gradients`. Nothing waits for the host, unless ``error_if_nonfinite``.
 
     Example:
-        >>> from foldpar.comm.groups import create_groups
-        >>> from foldpar.layout.layout import solve_layout
+        >>> from foldpar import create_groups, solve_layout
         >>> model = nn.Linear(2, 1, bias=False)
         >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
         >>> clip_grad_norm_(model, 1.0, create_groups(solve_layout(1))).item(), model.weight.grad

@@ -37,7 +37,7 @@ def held_tensors(model: nn.Module, groups: FoldedGroups) -> dict[str, Held]:
 
     Raises:
         CheckpointError: a buffer is a sharded DTensor. FamilyError: see
-        :func:`~foldpar.parameters.placements.parameter_placements`.
+        :func:`~foldpar.parameter_placements`.
     """
     found: dict[str, Held] = {}
     for placement in parameter_placements(model, groups):

@@ -5,7 +5,7 @@ for the routed experts as ETP x EP x EDP. Sizes are chosen, ``dp`` and ``edp`` d
 
     layout           FoldedLayout, solve_layout: rank tables, coordinates, groups, in two orders
     picture          a layout for people and for programs
-    config           FoldingConfig: sizes that do not know the world yet
+    config           FoldingConfig: sizes that do not know the world yet; loaded when it is asked for
     foreign_configs  what other libraries call the same sizes
 
 Laws: both views cover the same ranks, each once; every axis partitions the world into groups of one size; a question
@@ -14,7 +14,6 @@ about one rank costs what its answer costs.
 
 from __future__ import annotations
 
-from foldpar.layout.config import FoldingConfig
 from foldpar.layout.layout import AXES, ORDERS, Axis, Coordinate, FoldedLayout, Order, solve_layout
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "Axis",
     "Coordinate",
     "FoldedLayout",
-    "FoldingConfig",
     "Order",
     "solve_layout",
 ]

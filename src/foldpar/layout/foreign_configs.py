@@ -514,7 +514,7 @@ def read_torchtitan(source: object) -> Reading:
         product = f"pp * cp * tp * {replicas} * {shards} = {pp} * {cp} * {tp} * {copies} * {cut}"
         reading.say("world", pp * cp * tp * copies * cut, product)
     if copies > 1:
-        reading.not_used.append(f"{replicas} = {copies}: shard_model shards over all of dp, without replicas of shards")
+        reading.not_used.append(f"{replicas} = {copies}: see shard_model(model, groups, replicas=...)")
     for key, (default, why) in _TORCHTITAN_NOT_USED.items():
         if said.get(key, default) != default:
             reading.not_used.append(f"{key}: {why}")

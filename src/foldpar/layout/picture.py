@@ -52,7 +52,7 @@ def text(layout: FoldedLayout, *, rank: int | None = None, gpus_per_node: int | 
             would keep them inside, where one does.
 
     Example:
-        >>> from foldpar.layout.layout import FoldedLayout
+        >>> from foldpar import FoldedLayout
         >>> print(text(FoldedLayout(8, tp=2, ep=4), gpus_per_node=4))
         world 8 = pp 1 x stage 8, order tp-lane-major
         <BLANKLINE>
@@ -102,7 +102,7 @@ def data(layout: FoldedLayout, *, rank: int | None = None, gpus_per_node: int | 
     order that keeps all of them inside (None where there is none).
 
     Example:
-        >>> from foldpar.layout.layout import FoldedLayout
+        >>> from foldpar import FoldedLayout
         >>> picture = data(FoldedLayout(4, tp=2, ep=4), rank=2)
         >>> picture["coordinate"]
         {'pp': 0, 'dp': 1, 'cp': 0, 'tp': 0, 'edp': 0, 'ep': 1, 'etp': 0}

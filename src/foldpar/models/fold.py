@@ -65,7 +65,7 @@ def fold_model(
     Args:
         model: what is loaded here; for a pipeline, this stage's part. What is at several places in it, such as tied
             weights or layers shared between depths, stays one.
-        adapters: :class:`~foldpar.models.MoEAdapter` for blocks that are not known here; they come first.
+        adapters: :class:`~foldpar.MoEAdapter` for blocks that are not known here; they come first.
         partition: how lanes share the experts' work, see :class:`foldpar.FoldedExperts`.
         check: when to compare what is taken on trust, as in :class:`foldpar.FoldedMoE`; here also that all lanes of a
             TP group call the model with the same tensors, and send the same gradients back to its outputs.

@@ -114,7 +114,7 @@ def plan_fold(model: nn.Module, layout: FoldedLayout, *, adapters: Iterable[MoEA
         print(foldpar.plan_fold(model, foldpar.solve_layout(8, tp=2, ep=8)))
 
     Args:
-        adapters: :class:`~foldpar.models.MoEAdapter` for blocks that are not known here; they come before those that
+        adapters: :class:`~foldpar.MoEAdapter` for blocks that are not known here; they come before those that
             are.
 
     Raises:

@@ -52,8 +52,7 @@ _TOKENS = (
 class Meeting:
     """The ranks that a forward brings together, as the groups over which a word reaches all of them.
 
-    >>> from foldpar.comm.groups import create_groups
-    >>> from foldpar.layout.layout import solve_layout
+    >>> from foldpar import create_groups, solve_layout
     >>> Meeting.of(create_groups(solve_layout(1))).groups
     ()
     """

@@ -46,7 +46,7 @@ def check_replicas(model: nn.Module, groups: FoldedGroups) -> None:
 
     Raises:
         ReplicaError: on every rank of the world; names the parameters, the axis and the global ranks that differ from
-            the first member of their group. FamilyError: see :func:`~foldpar.gradients.reduce.parameter_families`.
+            the first member of their group. FamilyError: see :func:`~foldpar.parameter_families`.
     """
     expect("check_replicas", model=(model, nn.Module), groups=(groups, FoldedGroups))
     _compare_replicas(model, groups, across_stages=True)

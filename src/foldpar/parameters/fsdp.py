@@ -59,7 +59,7 @@ def data_replicas(layout: FoldedLayout, axis: Literal["dp_cp", "edp"], replicas:
     """How many replicas of shards a data axis holds: so many as were asked for, or all its ranks if those are fewer.
 
     Example, of 8 ranks whose experts have two copies:
-        >>> from foldpar.layout.layout import solve_layout
+        >>> from foldpar import solve_layout
         >>> layout = solve_layout(8, ep=4)
         >>> [(data_replicas(layout, "dp_cp", asked), data_replicas(layout, "edp", asked)) for asked in (1, 2, 4)]
         [(1, 1), (2, 2), (4, 2)]
@@ -89,7 +89,7 @@ def shards_over_data(
 
     Example:
         >>> from foldpar.families import EXPERT_BIAS, REPLICATED
-        >>> from foldpar.layout.layout import solve_layout
+        >>> from foldpar import solve_layout
         >>> layout = solve_layout(4, tp=2, ep=4)
         >>> [shards_over_data(family, layout, dims=2, converts=False) for family in (REPLICATED, EXPERT_BIAS)]
         [True, False]

@@ -142,8 +142,7 @@ def parameter_families(model: nn.Module, groups: FoldedGroups) -> dict[str, Para
        whether a lane's gradient is whole or a part of a sum cannot be seen, and is never guessed.
 
     Example:
-        >>> from foldpar.comm.groups import create_groups
-        >>> from foldpar.layout.layout import solve_layout
+        >>> from foldpar import create_groups, solve_layout
         >>> families = parameter_families(nn.Linear(4, 4, bias=False), create_groups(solve_layout(1)))
         >>> {name: family.name for name, family in families.items()}
         {'weight': 'replicated'}

@@ -137,15 +137,14 @@ def parameter_placements(model: nn.Module, groups: FoldedGroups) -> list[Placeme
     DTensor is then cut further by its placements: over tp, ep and etp first, then over data ranks.
 
     Example:
-        >>> from foldpar.comm.groups import create_groups
-        >>> from foldpar.layout.layout import solve_layout
+        >>> from foldpar import create_groups, solve_layout
         >>> [placement] = parameter_placements(nn.Linear(3, 2, bias=False), create_groups(solve_layout(1)))
         >>> placement.name, placement.share.boxes, placement.replicas
         ('weight', (Box(offsets=(0, 0), sizes=(2, 3), starts=(0, 0)),), 1)
 
     Raises:
         FamilyError: a parameter is sharded over an axis in a way that cannot be known; the text says how to tell it.
-            A family is unknown or contradicted (:func:`~foldpar.parameters.marks.parameter_families`).
+            A family is unknown or contradicted (:func:`~foldpar.parameter_families`).
     """
     resolved = resolve_parameters(model, groups)  # first, since it brings shards back in place of whole parameters
     axes_of, names_of, owners = MeshAxes(), _names(model), _owners(model)

@@ -90,7 +90,7 @@ def predict_memory(
 
     Example, 10 rows of 4 float32 on 4 data ranks, in chunks of 3 rows, 12 numbers::
 
-        >>> from foldpar.layout.layout import solve_layout
+        >>> from foldpar import solve_layout
         >>> weight = LocalParameter("weight", (10, 4), torch.float32, REPLICATED)
         >>> [predict_memory([weight], solve_layout(4), stage=3, rank=rank).parameters for rank in range(4)]
         [48, 48, 48, 16]

@@ -20,7 +20,7 @@ __all__ = ["ExpertWeights", "MoEAdapter"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertWeights:
-    """All experts' weights of one block, laid out as an :class:`~foldpar.moe.storage.ExpertStorage` says."""
+    """All experts' weights of one block, laid out as an :class:`~foldpar.ExpertStorage` says."""
 
     gate_up: Tensor
     down: Tensor
@@ -46,7 +46,7 @@ class MoEAdapter:
         storage: how the experts' weights are laid out, and what the biases are called.
         activation: an activation of :class:`foldpar.GroupedExperts`, or a function of the experts' module. ``None``
             looks at the module's ``act_fn``, or a gate of its own: one that is known by its code becomes foldpar's,
-            and any other is kept as it is, a :class:`~foldpar.moe.kernels.activations.OwnActivation`.
+            and any other is kept as it is, a :class:`~foldpar.OwnActivation`.
         weights: ``experts -> ExpertWeights``, where a module stores them under other names or in several tensors. The
             folded parameters are then called ``gate_up_proj`` and ``down_proj``.
         call: ``(folded, *arguments) -> output``: the convention in which the block calls its experts, where that is

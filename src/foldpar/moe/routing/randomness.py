@@ -44,7 +44,7 @@ def region_generator(
         device: where the generator draws.
 
     Example:
-        >>> from foldpar.layout.layout import solve_layout
+        >>> from foldpar import solve_layout
         >>> at = solve_layout(4, tp=2).coordinate
         >>> draw = lambda region, rank: torch.rand(1, generator=region_generator(region, at(rank), seed=7)).item()
         >>> draw("replicated", 0) == draw("replicated", 1), draw("own_rows", 0) == draw("own_rows", 1)
@@ -85,7 +85,7 @@ def random_region(
     pass the step into the function that is recomputed. Under ``torch.compile`` the graph breaks here.
 
     Example:
-        >>> from foldpar.layout.layout import solve_layout
+        >>> from foldpar import solve_layout
         >>> def dropped(rank, region):
         ...     _ = torch.manual_seed(0)
         ...     with random_region(region, solve_layout(4, tp=2).coordinate(rank)):

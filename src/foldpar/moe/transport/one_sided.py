@@ -5,7 +5,7 @@
 
 It moves what ``messages`` moves: every row once per destination, already summed over that rank's experts
 on the way back. But sizes stay on the device, so nothing can be allocated by them: the buffer of rows at the experts
-has room for a stated number. What finds no room is not written, and a flag is set that :func:`check` reads before the
+has room for a stated number. What finds no room is not written, and a flag is set that ``check_room`` reads before the
 gradients are used. In the backward the two halves change places.
 """
 
