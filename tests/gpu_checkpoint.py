@@ -22,7 +22,7 @@ import torch.distributed as dist
 from checkpoint_cases import Run
 
 import foldpar
-from foldpar.checkpoint.save_and_load import load_checkpoint, save_checkpoint
+from foldpar.checkpoint import load_checkpoint, save_checkpoint
 
 
 def runs(world: int, device: str) -> list[Run]:
