@@ -25,10 +25,9 @@ from foldpar.checkpoint.values import decode
 from foldpar.comm import FoldedGroups, Ranks, attempt, raise_interruption
 from foldpar.errors import CheckpointError
 from foldpar.layout import FoldedLayout
+from foldpar.wording import below
 
 __all__ = ["CheckpointInfo", "load_checkpoint"]
-
-_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +177,7 @@ def _raise_problems(
     by_optimizer: set[str] = set().union(*(names for _, (_, names) in gathered))
     problems += left_over(manifest, all_used, by_optimizer if with_optimizer and by_optimizer else None)
     if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        listed = "".join(f"\n    {problem}" for problem in [*problems[:_SHOWN], *more])
-        raise CheckpointError(f"{path} does not fit. Nothing was loaded.{listed}")
+        raise CheckpointError(f"{path} does not fit. Nothing was loaded.{below(problems, 8)}")
 
 
 def _read(ranks: Ranks, path: Path, manifest: Manifest, match: Match, random_rank: int | None, staged: bool) -> Any:

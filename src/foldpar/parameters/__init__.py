@@ -23,7 +23,6 @@ from foldpar.parameters.checks import (
     compare_settings,
     differences,
     digest_of_bits,
-    listed,
     parameter_settings,
 )
 from foldpar.parameters.first_step import When, can_compare, check_before_reduction, compare_in_stage
@@ -92,7 +91,6 @@ __all__ = [
     "is_sharded_over",
     "keep_dtypes",
     "kept_dtype",
-    "listed",
     "mark_children",
     "mark_parameters",
     "mark_placement",

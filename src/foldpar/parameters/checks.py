@@ -13,6 +13,7 @@ from foldpar.comm import AxisGroup, FoldedGroups, all_gather, all_reduce_, is_dt
 from foldpar.errors import ReplicaError
 from foldpar.layout import Axis
 from foldpar.parameters.marks import resolve_parameters
+from foldpar.wording import below, some_ranks
 
 __all__ = [
     "assert_same_on_group",
@@ -21,13 +22,11 @@ __all__ = [
     "compare_settings",
     "differences",
     "digest_of_bits",
-    "listed",
     "parameter_settings",
 ]
 
 _CHUNK = 2**20
 _WORDS = 2**18  # of 8 bytes: what is made of them on the way stays in a cache
-_SHOWN = 5
 _REPLICA_AXES: tuple[Axis, ...] = ("tp", "dp_cp", "etp", "edp")
 
 
@@ -105,7 +104,7 @@ def assert_same_on_group(tensors: Mapping[str, Tensor] | Tensor, group: AxisGrou
     for name, tensor in named.items():
         expect("assert_same_on_group", **{name or "tensors": (tensor, Tensor)})
     if found := differences(named, group):
-        raise ReplicaError(f"{what} differs over {group.axis}:{listed(found)}")
+        raise ReplicaError(f"{what} differs over {group.axis}:{below(found)}")
 
 
 def differences(
@@ -151,7 +150,7 @@ def compare_settings(what: str, settings: Mapping[str, str], met: Sequence[AxisG
         all_reduce_(word, group, "max")
     if found:
         raise ReplicaError(
-            f"Ranks that communicate with each other differ in {what}:{listed(list(dict.fromkeys(found)))}\nThe next "
+            f"Ranks that communicate with each other differ in {what}:{below(list(dict.fromkeys(found)))}\nThe next "
             f"collective would hang or end the process. Build and freeze the same model, in the same dtype, on every "
             f"rank, and call it in the same way."
         )
@@ -274,7 +273,7 @@ def _inventory_text(ranks_of: _RanksOf) -> str:
     found = [f"over {axis}: {_ranks_differ(ranks)}" for (axis, _), ranks in ranks_of.items()]
     return (
         f"Ranks of one stage have different parameters (by name and family), so replicas cannot be compared:"
-        f"{listed(found)}\nBuild the same model with the same marks on every rank of a stage."
+        f"{below(found)}\nBuild the same model with the same marks on every rank of a stage."
     )
 
 
@@ -283,7 +282,7 @@ def _drift_text(names: Sequence[str], ranks_of: _RanksOf) -> str:
     found = [f"{names[place]} over {axis}: {_ranks_differ(ranks)}" for (axis, place), ranks in by_place]
     count = len({place for _, place in ranks_of})
     return (
-        f"{count} parameter{' differs' if count == 1 else 's differ'} between replicas:{listed(found)}\n"
+        f"{count} parameter{' differs' if count == 1 else 's differ'} between replicas:{below(found)}\n"
         f"Replicas must start equal (one seed, or a broadcast) and step on equal gradients. If they did start equal, "
         f"compare parameter_families(model, groups) with how each parameter is used: a part of a gradient that is not "
         f"summed over tp (REPLICATED_PARTIAL) makes lanes drift apart."
@@ -291,18 +290,12 @@ def _drift_text(names: Sequence[str], ranks_of: _RanksOf) -> str:
 
 
 def _ranks_differ(ranks: Sequence[int]) -> str:
-    shown = ", ".join(str(rank) for rank in sorted(ranks)[:16]) + (" ..." if len(ranks) > 16 else "")
+    shown = some_ranks(sorted(ranks))
     return (
         f"rank {shown} differs from the first rank of its group"
         if len(ranks) == 1
         else f"ranks {shown} differ from the first rank of their group"
     )
-
-
-def listed(found: Sequence[str]) -> str:
-    """Lines below each other, the first few of them."""
-    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    return "".join(f"\n    {line}" for line in [*found[:_SHOWN], *more])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
