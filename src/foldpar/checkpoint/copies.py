@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from foldpar.checkpoint.state import Entry
-from foldpar.comm import Ranks
+from foldpar.comm import Ranks, digest_of_bits
 from foldpar.errors import CheckpointError
-from foldpar.parameters import digest_of_bits
 from foldpar.wording import below, some_ranks
 
 __all__ = ["check_copies"]

@@ -21,13 +21,23 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
-from foldpar.comm import AxisGroup, FoldedGroups, all_gather, all_reduce_, local_tensor
+from foldpar.comm import (
+    AxisGroup,
+    FoldedGroups,
+    When,
+    all_gather,
+    all_reduce_,
+    can_compare,
+    compare_settings,
+    differences,
+    local_tensor,
+)
 from foldpar.errors import FoldingError, ReplicaError, ShapeError
 from foldpar.layout import FoldedLayout
 from foldpar.moe.lanes import LaneState
 from foldpar.moe.recomputation import unseen_by_modes
 from foldpar.moe.routing.router import Routing
-from foldpar.parameters import When, can_compare, compare_settings, differences, parameter_settings
+from foldpar.parameters import parameter_settings
 from foldpar.wording import below
 
 __all__ = ["LaneChecks", "ModelChecks", "check_lane_gradient", "rounds"]
