@@ -22,7 +22,7 @@ import torch
 
 import foldpar
 from foldpar.checkpoint.files import read_manifest, wrong_sums
-from foldpar.parameters.checks import digest_of_bits
+from foldpar.comm import digest_of_bits
 
 
 def seconds(work: Callable[[], object], times: int = 3) -> tuple[float, float]:

@@ -46,6 +46,7 @@ _NAMES = {
         "all_gather_rows",
         "all_reduce",
         "all_to_all_rows",
+        "assert_same_on_group",
         "copy_to_group",
         "create_groups",
         "reduce_scatter_rows",
@@ -54,7 +55,6 @@ _NAMES = {
     ),
     "parameters": (
         "Placement",
-        "assert_same_on_group",
         "check_replicas",
         "declare_reduced",
         "mark_parameters",

@@ -9,6 +9,7 @@ from foldpar.comm import FoldedGroups as FoldedGroups
 from foldpar.comm import all_gather_rows as all_gather_rows
 from foldpar.comm import all_reduce as all_reduce
 from foldpar.comm import all_to_all_rows as all_to_all_rows
+from foldpar.comm import assert_same_on_group as assert_same_on_group
 from foldpar.comm import copy_to_group as copy_to_group
 from foldpar.comm import create_groups as create_groups
 from foldpar.comm import reduce_scatter_rows as reduce_scatter_rows
@@ -74,7 +75,6 @@ from foldpar.moe import region_generator as region_generator
 from foldpar.moe import router_z_loss as router_z_loss
 from foldpar.moe import update_correction_bias as update_correction_bias
 from foldpar.parameters import Placement as Placement
-from foldpar.parameters import assert_same_on_group as assert_same_on_group
 from foldpar.parameters import check_replicas as check_replicas
 from foldpar.parameters import declare_reduced as declare_reduced
 from foldpar.parameters import mark_parameters as mark_parameters

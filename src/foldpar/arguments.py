@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from foldpar.errors import ArgumentError, ShapeError
-from foldpar.integers import as_integer
+from foldpar.wording import as_integer
 
 __all__ = ["expect", "expect_sizes"]
 

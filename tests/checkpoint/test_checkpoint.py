@@ -24,7 +24,7 @@ from toys import Stage, fold, plain_model
 import foldpar
 from foldpar import families
 from foldpar.checkpoint import dcp as checkpoint_dcp
-from foldpar.checkpoint.save_and_load import latest_checkpoint, load_checkpoint, save_checkpoint
+from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.checkpoint.state import Entry
 from foldpar.comm.dtensors import local_tensor
 from foldpar.parameters.boxes import Share

@@ -17,7 +17,7 @@ from torch import nn
 
 import foldpar
 from foldpar.checkpoint import dcp as checkpoint_dcp
-from foldpar.checkpoint.save_and_load import latest_checkpoint, save_checkpoint
+from foldpar.checkpoint import latest_checkpoint, save_checkpoint
 from foldpar.errors import CheckpointError
 from foldpar.testing import live_groups, run_ranks
 

@@ -16,7 +16,7 @@ import torch
 from checkpoint_killer import TIMEOUT, WORLD, trained
 
 import foldpar
-from foldpar.checkpoint.save_and_load import latest_checkpoint, load_checkpoint
+from foldpar.checkpoint import latest_checkpoint, load_checkpoint
 from foldpar.errors import CheckpointError
 
 SCRIPT = Path(checkpoint_killer.__file__)

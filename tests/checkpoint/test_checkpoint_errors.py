@@ -17,9 +17,8 @@ from torch import nn
 
 import foldpar
 from foldpar.checkpoint import dcp as checkpoint_dcp
-from foldpar.checkpoint import save_and_load as checkpoint
+from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save, save_checkpoint
 from foldpar.checkpoint.manifest import Manifest
-from foldpar.checkpoint.save_and_load import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.errors import CheckpointError
 from foldpar.families import DENSE_SHARDED, REPLICATED
 from foldpar.parameters.boxes import Share
@@ -465,7 +464,7 @@ def interrupted_on_a_rank(path: Path, rank: int, where: str) -> str:
             if main and where == "load":
                 patch.setattr(checkpoint_dcp.StoredTensors, "read", interrupted)
             elif main:
-                patch.setattr(checkpoint if where == "publish" else checkpoint_dcp.Writing, where, interrupted)
+                patch.setattr(save if where == "publish" else checkpoint_dcp.Writing, where, interrupted)
             with pytest.raises(KeyboardInterrupt if main else CheckpointError) as caught:
                 act()
         assert len(gathered(groups)) == 2  # still in step

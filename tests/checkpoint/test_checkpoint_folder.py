@@ -18,8 +18,8 @@ from torch import nn
 
 import foldpar
 from foldpar.checkpoint import files as checkpoint_files
+from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.checkpoint.files import begin
-from foldpar.checkpoint.save_and_load import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.errors import CheckpointError
 
 

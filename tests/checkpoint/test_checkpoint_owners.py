@@ -16,9 +16,9 @@ from torch import nn
 import foldpar
 from foldpar.checkpoint import dcp as checkpoint_dcp
 from foldpar.checkpoint import files as checkpoint_files
+from foldpar.checkpoint import load_checkpoint, save_checkpoint
 from foldpar.checkpoint.files import begin, discard, publish
 from foldpar.checkpoint.manifest import FileRecord, Manifest
-from foldpar.checkpoint.save_and_load import load_checkpoint, save_checkpoint
 from foldpar.errors import CheckpointError
 from foldpar.testing import run_ranks
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import foldpar
-from foldpar.checkpoint.save_and_load import load_checkpoint, save_checkpoint
+from foldpar.checkpoint import load_checkpoint, save_checkpoint
+from foldpar.comm import digest_of_bits
 from foldpar.errors import CheckpointError
-from foldpar.parameters.checks import digest_of_bits
 from foldpar.testing import run_ranks
 
 solve = foldpar.solve_layout

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.optim import swa_utils
 
 import foldpar
-from foldpar.checkpoint.save_and_load import load_checkpoint, save_checkpoint
+from foldpar.checkpoint import load_checkpoint, save_checkpoint
 from foldpar.testing import layouts, run_ranks
 
 solve = foldpar.solve_layout

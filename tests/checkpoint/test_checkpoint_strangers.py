@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from torch.optim import lr_scheduler
 
 import foldpar
+from foldpar.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.checkpoint.manifest import Manifest
 from foldpar.checkpoint.metadata import read_metadata
-from foldpar.checkpoint.save_and_load import latest_checkpoint, load_checkpoint, save_checkpoint
 from foldpar.errors import CheckpointError
 from foldpar.hf.files import read_folder
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import lr_scheduler as lr
 from transformers import optimization
 
-from foldpar.checkpoint.save_and_load import load_checkpoint, save_checkpoint
+from foldpar.checkpoint import load_checkpoint, save_checkpoint
 from foldpar.checkpoint.values import decode, encode
 from foldpar.errors import CheckpointError
 

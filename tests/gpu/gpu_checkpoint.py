@@ -15,7 +15,7 @@ from checkpoint_cases import Run
 from run import Runner
 
 import foldpar
-from foldpar.checkpoint.save_and_load import load_checkpoint, save_checkpoint
+from foldpar.checkpoint import load_checkpoint, save_checkpoint
 
 
 def runs(world: int, device: str) -> list[Run]:

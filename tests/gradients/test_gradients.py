@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import foldpar.gradients.reduce
-import foldpar.parameters.checks
 from foldpar import (
     FoldedLayout,
     assert_same_on_group,
@@ -32,6 +31,7 @@ from foldpar import (
     reduce_gradients,
     solve_layout,
 )
+from foldpar.comm import agreement
 from foldpar.errors import FamilyError, ReplicaError, ShapeError
 from foldpar.families import (
     DENSE_SHARDED,
@@ -638,7 +638,7 @@ def test_ranks_with_different_parameters_do_not_hang():
 
 
 def test_a_digest_sees_what_sums_overlook():
-    digest = foldpar.parameters.checks._digest
+    digest = agreement.digest
     tensor = torch.randn(5, 7, dtype=torch.float64)
     seen = {int(digest(tensor))}
     two_signs = tensor.clone()
@@ -704,7 +704,7 @@ def same_on_group() -> None:
         assert f"field 'w' float64 [2] on rank {first + 1} (tp 1), missing on rank {first} (tp 0)" in text
 
         # Beyond the first chunk, and bits that print alike; all else equal.
-        large = torch.zeros(foldpar.parameters.checks._CHUNK + 9, dtype=torch.bfloat16)
+        large = torch.zeros(agreement._CHUNK + 9, dtype=torch.bfloat16)
         large[-2] = -0.0 if rank % 2 else 0.0
         text = text_of(ReplicaError, assert_same_on_group, large, groups.tp)
         assert f"at [{large.numel() - 2}]: -0.0 on rank {first + 1} (tp 1), 0.0 on rank {first} (tp 0)" in text

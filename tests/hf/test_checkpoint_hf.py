@@ -10,7 +10,7 @@ from torch import nn
 
 import foldpar
 import foldpar.comm.dtensors
-from foldpar.checkpoint.save_and_load import load_checkpoint, save_checkpoint
+from foldpar.checkpoint import load_checkpoint, save_checkpoint
 from foldpar.testing import run_ranks
 
 pytest.importorskip("transformers")

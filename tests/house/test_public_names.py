@@ -30,7 +30,7 @@ ARROWS = {
     "hf": {"layout", "comm", "parameters", "moe", "models"},
     "testing": {"layout", "comm", "parameters", "gradients", "moe", "models", "sharding", "checkpoint"},
 }
-OUTSIDE = {"__init__", "__main__", "arguments", "cli", "errors", "factors", "families", "integers", "requirements"}
+OUTSIDE = {"__init__", "__main__", "arguments", "cli", "errors", "factors", "families", "requirements", "wording"}
 NO_TORCH = {*OUTSIDE - {"arguments"}, "layout"}
 MAY_COMMUNICATE = {
     "comm/collectives.py",

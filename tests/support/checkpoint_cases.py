@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
 import foldpar
+from foldpar.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from foldpar.checkpoint import dcp as checkpoint_dcp
-from foldpar.checkpoint.save_and_load import CheckpointInfo, load_checkpoint, save_checkpoint
 from foldpar.errors import CheckpointError, FoldingError
 from foldpar.parameters.boxes import Share
 from foldpar.parameters.placements import parameter_placements

@@ -32,7 +32,7 @@ import foldpar
 from foldpar import families
 from foldpar.checkpoint import dcp as checkpoint_dcp
 from foldpar.checkpoint import files as checkpoint_files
-from foldpar.checkpoint.save_and_load import save_checkpoint
+from foldpar.checkpoint import save_checkpoint
 from foldpar.errors import CheckpointError
 
 WORLD = 2

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from foldpar.checkpoint.state import Entry
-from foldpar.comm import Ranks
+from foldpar.comm import Ranks, digest_of_bits
 from foldpar.errors import CheckpointError
-from foldpar.parameters import digest_of_bits, listed
+from foldpar.wording import below, some_ranks
 
 __all__ = ["check_copies"]
 
@@ -40,7 +40,7 @@ def check_copies(ranks: Ranks, entries: Sequence[Entry], stage: int) -> None:
     lines = sorted(f"{names[number]}: {text}" for number, text in differing.items())
     raise CheckpointError(
         f"{ranks.doing}: copies of one tensor differ between ranks, and a checkpoint holds one of each:"
-        f"{listed(lines)}\n"
+        f"{below(lines)}\n"
         f"Nothing was saved. Replicas start equal and take equal steps: check_replicas(model, groups) says over which "
         f"axis parameters drifted. A state that is one number of each rank's own share cannot be placed in another "
         f"layout: save with optimizer=None. A buffer that is each rank's own is registered with persistent=False, or "
@@ -77,8 +77,7 @@ def _differing(gathered: Sequence[tuple[Tensor, Tensor]]) -> dict[int, str]:
             same = (ids == number).nonzero().flatten()
             first = same[0]
             others = of_rank[same[digests[same] != digests[first]]].tolist()
-            shown = ", ".join(map(str, others[:16])) + (" ..." if len(others) > 16 else "")
-            found[number] = f"rank{'s' if len(others) > 1 else ''} {shown} and rank {int(of_rank[first])}"
+            found[number] = f"rank{'s' if len(others) > 1 else ''} {some_ranks(others)} and rank {int(of_rank[first])}"
     return found
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from foldpar.checkpoint.manifest import MANIFEST, FileRecord, Manifest
 from foldpar.errors import CheckpointError
+from foldpar.wording import some
 
 __all__ = [
     "METADATA",
@@ -46,7 +47,6 @@ __all__ = [
 _SUFFIX = ".incomplete"
 _LOCK = ".lock"
 METADATA = ".metadata"
-_SHOWN = 5
 _LEFTOVER = re.compile(rf"(.+)\.(?:[0-9a-f]{{12}}|lock){re.escape(_SUFFIX)}")
 _DEAD_AFTER = 3600.0  # seconds without a change, after which another node's save is taken for dead
 _CLEARING = "removing leftovers"
@@ -263,14 +263,14 @@ def _check_own(claim: Claim, files: Mapping[str, FileRecord]) -> None:
     wrong = _wrong_sizes(folder, files)
     if wrong:
         raise CheckpointError(
-            f"rank 0 on {socket.gethostname()} does not find in {folder} what the ranks wrote there ({_some(wrong)}): "
-            f"{_not_shared(claim.path)}"
+            f"rank 0 on {socket.gethostname()} does not find in {folder} what the ranks wrote there "
+            f"({some(wrong, joint='; ')}): {_not_shared(claim.path)}"
         )
     strange = [file.name for file in folder.iterdir() if file.name not in files and not _of_nfs(file)]
     if strange:
         raise CheckpointError(
-            f"{folder} holds {_some(strange)}, which this save did not write. Nothing was published. Let one job save "
-            f"at a time."
+            f"{folder} holds {some(strange, joint='; ')}, which this save did not write. Nothing was published. Let "
+            f"one job save at a time."
         )
 
 
@@ -515,14 +515,9 @@ def _sum(path: Path) -> str:
 
 def _damaged(path: Path, wrong: list[str]) -> str:
     return (
-        f"{path} is damaged: {_some(wrong)}. Nothing was loaded. Copy it again from where it is "
+        f"{path} is damaged: {some(wrong, joint='; ')}. Nothing was loaded. Copy it again from where it is "
         f"whole, or load an older one (latest_checkpoint(folder) finds the newest complete one)."
     )
-
-
-def _some(texts: list[str]) -> str:
-    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-    return "; ".join(texts[:_SHOWN]) + more
 
 
 def _sync_directory(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -16,10 +16,10 @@ from foldpar.checkpoint.state import KEPT_OPTIONS, Entry, ModelState
 from foldpar.comm import local_tensor
 from foldpar.errors import CheckpointError
 from foldpar.parameters import Placement, Share
+from foldpar.wording import some
 
 __all__ = ["Match", "left_over", "match_model", "match_optimizer"]
 
-_SHOWN = 5
 _SMALL = 2**20  # bytes of a tensor that may be made before anything says that the files hold so much
 
 
@@ -62,7 +62,7 @@ def match_model(match: Match, manifest: Manifest, state: ModelState, *, cast: bo
             entry = replace(entry, tensor=fresh)
         match.entries.append(entry)
     if missing:
-        match.problems.append(f"the model has what the checkpoint does not: {_listed(missing)}")
+        match.problems.append(f"the model has what the checkpoint does not: {some(missing)}")
 
 
 def left_over(manifest: Manifest, used: set[str], used_by_optimizer: set[str] | None) -> list[str]:
@@ -70,11 +70,11 @@ def left_over(manifest: Manifest, used: set[str], used_by_optimizer: set[str] | 
     problems = []
     extra = [name for name in (*manifest.parameters, *manifest.buffers) if name not in used]
     if extra:
-        problems.append(f"the checkpoint has what the model does not: {_listed(extra)}")
+        problems.append(f"the checkpoint has what the model does not: {some(extra)}")
     if used_by_optimizer is not None and manifest.optimizer is not None:
         unused = [name for name in manifest.optimizer.options if name not in used_by_optimizer and name in used]
         if unused:
-            problems.append(f"parameters that were optimized are not given to this optimizer: {_listed(unused)}")
+            problems.append(f"parameters that were optimized are not given to this optimizer: {some(unused)}")
     return problems
 
 
@@ -113,7 +113,7 @@ def match_optimizer(match: Match, manifest: Manifest, state: ModelState, optimiz
             match.states[parameter] = _states(match, placement, names[0], saved_dtype, record, group, old, limit)
         _match_options(match, number, group, options)
     if missing:
-        match.problems.append(f"this optimizer holds parameters that were not optimized: {_listed(missing)}")
+        match.problems.append(f"this optimizer holds parameters that were not optimized: {some(missing)}")
 
 
 def _canonical(manifest: Manifest) -> dict[str, str]:
@@ -226,8 +226,3 @@ def _match_options(match: Match, number: int, group: dict[str, Any], options: Ma
             return
     if sets:
         match.options.append((group, {name: value for name, value in sets[0][1].items() if name not in KEPT_OPTIONS}))
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

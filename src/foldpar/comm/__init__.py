@@ -2,6 +2,7 @@
 
     groups       FoldedGroups: a process group for every axis of a layout, made once, passed as an argument
     collectives  differentiable blocks with a stated backward, and plain sums and gathers
+    agreement    whether values that must be equal on several ranks are; ``first_step``: when that is asked
     dtensors     torch's DTensor and meshes: how a parameter lies on ranks, every private name of theirs
     peers        memory that the GPUs of a group read from each other
     world        all ranks of a job over Gloo, for files
@@ -12,6 +13,14 @@ every rank before a collective.
 
 from __future__ import annotations
 
+from foldpar.comm.agreement import (
+    assert_same_on_group,
+    checksum,
+    compare_settings,
+    differences,
+    digest,
+    digest_of_bits,
+)
 from foldpar.comm.collectives import (
     all_gather,
     all_gather_rows,
@@ -43,6 +52,7 @@ from foldpar.comm.dtensors import (
     refuse_foreign_scalers,
     version_of,
 )
+from foldpar.comm.first_step import When, can_compare
 from foldpar.comm.groups import AxisGroup, FoldedGroups, create_groups
 from foldpar.comm.peers import PeerMemory, check_room, memory_of, why_no_peers
 from foldpar.comm.world import Ranks, attempt, raise_interruption, separate_world, told
@@ -54,18 +64,26 @@ __all__ = [
     "MeshDim",
     "PeerMemory",
     "Ranks",
+    "When",
     "adopt",
     "all_gather",
     "all_gather_rows",
     "all_reduce",
     "all_reduce_",
     "all_to_all_rows",
+    "assert_same_on_group",
     "attempt",
+    "can_compare",
     "check_room",
+    "checksum",
     "communication_device",
+    "compare_settings",
     "copy_to_group",
     "create_groups",
     "data_was_assigned",
+    "differences",
+    "digest",
+    "digest_of_bits",
     "distributed_parameter",
     "even_row_counts",
     "exchange_rows",

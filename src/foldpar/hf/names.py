@@ -20,6 +20,7 @@ from torch import nn
 
 from foldpar.errors import ModelError
 from foldpar.parameters import Box, Share
+from foldpar.wording import some
 
 __all__ = [
     "Laid",
@@ -166,8 +167,7 @@ def lay_out(model: nn.Module, stored: Mapping[str, Shape], wanted: Mapping[str, 
             laid |= _converted(target, parts, converter_of[target], wanted)
         except _MisfitError as error:
             names = [piece.source for part in parts.values() for each in part for piece in each.pieces]
-            listed = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
-            problems.append(f"{target}: {listed} do not go together: {error}")
+            problems.append(f"{target}: {some(names, 1)} do not go together: {error}")
     return Names({name: each for name, each in laid.items() if name in wanted}, tuple(unused), tuple(problems))
 
 

@@ -22,10 +22,11 @@ from foldpar.hf.files import Stored, read_folder
 from foldpar.hf.names import Names, Overlap, lay_out, overlaps
 from foldpar.hf.tensors import Held, Slots, compute_buffers, held_tensors
 from foldpar.parameters import kept_dtype
+from foldpar.wording import below, some
 
 __all__ = ["ImportReport", "NameRule", "fill", "import_"]
 
-_SHOWN, _LISTED = 5, 20
+_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +171,9 @@ def _plan(model: nn.Module, groups: FoldedGroups, stored: Stored, strict: bool, 
             missing.append(each.name)
         elif names.laid[found].shape != each.share.shape:
             sources = [piece.source for piece in names.laid[found].pieces]
-            made = f"{sources[0]} and {len(sources) - 1} more" if len(sources) > 1 else sources[0]
             problems.append(
                 f"{each.name} is {list(each.share.shape)} in the model and {list(names.laid[found].shape)} in the "
-                f"files ({made})"
+                f"files ({some(sources, 1)})"
             )
         else:
             reads[each.name] = tuple(overlaps(each.share, names.laid[found]))
@@ -202,14 +202,13 @@ def _check_fits(plan: _Plan, folder: Path, ranks: Ranks, strict: bool) -> tuple[
     if strict:
         problems += [f"{name} is in the files and not in the model" for name in unused]
     if problems:
-        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
-        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        listed = below(problems, 20, indent=2)
         lenient = (
             "\nIf that is meant, strict=False leaves superfluous tensors out and lets missing ones keep their values."
             if strict
             else ""
         )
-        raise CheckpointError(f"{folder} does not fit the model. Nothing was loaded.{listed}{more}{lenient}")
+        raise CheckpointError(f"{folder} does not fit the model. Nothing was loaded.{listed}{lenient}")
     return unused
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from foldpar.errors import LayoutError
-from foldpar.integers import as_integer, divisors, listed
 from foldpar.layout.foreign_configs import (
     DERIVED,
     MODEL_TYPES_OF_PRESET,
@@ -30,6 +29,7 @@ from foldpar.layout.foreign_configs import (
     read_transformers,
 )
 from foldpar.layout.layout import ORDERS, FoldedLayout, Order, solve_layout
+from foldpar.wording import as_integer, divisors, listed
 
 __all__ = ["FoldingConfig"]
 

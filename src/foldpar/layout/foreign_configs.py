@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 
 from foldpar.errors import LayoutError
-from foldpar.integers import as_integer, listed
+from foldpar.wording import as_integer, listed
 
 __all__ = [
     "DERIVED",

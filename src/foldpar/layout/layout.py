@@ -40,7 +40,7 @@ from math import lcm
 from typing import Literal, NamedTuple, get_args
 
 from foldpar.errors import LayoutError
-from foldpar.integers import as_integer, divisors, listed
+from foldpar.wording import as_integer, divisors, listed
 
 __all__ = ["AXES", "ORDERS", "Axis", "Coordinate", "FoldedLayout", "Order", "Span", "View", "solve_layout"]
 

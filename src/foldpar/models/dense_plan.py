@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from foldpar.errors import ModelError, ShapeError
-from foldpar.integers import divisors, listed
+from foldpar.wording import divisors, listed
 
 __all__ = ["HEAD_COUNTS", "DenseStep", "Kind", "ending_in", "model_plan", "plan_dense"]
 

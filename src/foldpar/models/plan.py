@@ -23,12 +23,12 @@ from foldpar.families import (
     ROUTED_EXPERT,
     ROUTER_ALL_TOKENS,
 )
-from foldpar.integers import divisors, listed
 from foldpar.layout import FoldedLayout
 from foldpar.models.dense_plan import DensePlan, DenseStep, ending_in, model_plan, plan_dense
 from foldpar.models.known import DEFAULT_ADAPTERS, ExpertWeights, MoEAdapter
 from foldpar.models.meta_copy import on_meta
 from foldpar.moe import Activation, FoldedMoE, GroupedExperts, is_gated
+from foldpar.wording import divisors, listed
 
 __all__ = ["Block", "FoldPlan", "FoldPlanRow", "Survey", "plan_fold", "survey"]
 

@@ -13,11 +13,11 @@ from foldpar.arguments import expect, expect_sizes
 from foldpar.comm import FoldedGroups, adopt, distributed_parameter, local_parts
 from foldpar.errors import ShapeError
 from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT
-from foldpar.integers import not_dividing
 from foldpar.moe.kernels.activations import Activation, check_activation, is_gated
 from foldpar.moe.kernels.grouped import grouped_feed_forward
 from foldpar.moe.storage import ExpertStorage
 from foldpar.parameters import mark_parameters, take_shares_on_load, watch_optimizers
+from foldpar.wording import not_dividing
 
 
 class GroupedExperts(nn.Module):

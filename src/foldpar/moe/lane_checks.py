@@ -21,13 +21,24 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
-from foldpar.comm import AxisGroup, FoldedGroups, all_gather, all_reduce_, local_tensor
+from foldpar.comm import (
+    AxisGroup,
+    FoldedGroups,
+    When,
+    all_gather,
+    all_reduce_,
+    can_compare,
+    compare_settings,
+    differences,
+    local_tensor,
+)
 from foldpar.errors import FoldingError, ReplicaError, ShapeError
 from foldpar.layout import FoldedLayout
 from foldpar.moe.lanes import LaneState
 from foldpar.moe.recomputation import unseen_by_modes
 from foldpar.moe.routing.router import Routing
-from foldpar.parameters import When, can_compare, compare_settings, differences, listed, parameter_settings
+from foldpar.parameters import parameter_settings
+from foldpar.wording import below
 
 __all__ = ["LaneChecks", "ModelChecks", "check_lane_gradient", "rounds"]
 
@@ -229,7 +240,7 @@ def check_lane_gradient(
     with unseen_by_modes(), torch.no_grad():
         if texts := differences({"": grad}, tp, only_shapes=True):
             error = ReplicaError(
-                f"The gradient that arrived at {where} has another shape on other lanes:{listed(texts)}"
+                f"The gradient that arrived at {where} has another shape on other lanes:{below(texts)}"
             )
             meeting.raise_together(("gradient", error), grad.device)
         largest, spread = _spread(grad, tp)
@@ -263,7 +274,7 @@ def _different_tokens(what: str, fields: Mapping[str, Tensor], tp: AxisGroup) ->
     texts = differences(fields, tp, rounding=True)
     if not texts:
         return None
-    return "tokens", ReplicaError(f"{what} differs between the lanes {tp.ranks}:{listed(texts)}\n{_TOKENS}")
+    return "tokens", ReplicaError(f"{what} differs between the lanes {tp.ranks}:{below(texts)}\n{_TOKENS}")
 
 
 def _not_finite(weights: Tensor, rank: int) -> _Found:
@@ -284,7 +295,7 @@ def _different_routing(routing: Routing, tp: AxisGroup) -> _Found:
     if not texts:
         return None
     return "routing", ReplicaError(
-        f"The routing of tokens that all lanes hold differs over tp:{listed(texts)}\npartition='assignments' needs the "
+        f"The routing of tokens that all lanes hold differs over tp:{below(texts)}\npartition='assignments' needs the "
         f"same bits on all lanes, or assignments are lost and counted twice. Lanes differ if their routers do "
         f"(check_replicas), if their inputs do, or if a router draws random numbers after lanes were seeded "
         f"differently."

@@ -31,7 +31,6 @@ from foldpar.families import (
     ParameterFamily,
     Reduction,
 )
-from foldpar.integers import not_dividing
 from foldpar.moe.counters import LayerCounters
 from foldpar.moe.experts import GroupedExperts
 from foldpar.moe.folded_experts import FoldedExperts, check_device_and_dtype
@@ -46,6 +45,7 @@ from foldpar.moe.transport.journey import Experts, Journey
 from foldpar.moe.transport.messages import Partition
 from foldpar.moe.transport.one_sided import OneSided
 from foldpar.parameters import families_seen_from, mark_children, mark_parameters
+from foldpar.wording import not_dividing, some
 
 
 class FoldedMoE(nn.Module):
@@ -305,7 +305,7 @@ def _check_parts(router: object, experts: object) -> None:
 
 def _told(family: ParameterFamily | str, names: list[str], groups: FoldedGroups) -> str:
     """A family in words: its name, whose it is, and what is done over the lanes."""
-    whose = f" ({', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''})" if names else ""
+    whose = f" ({some(names, 4)})" if names else ""
     if isinstance(family, str):
         return f"no family{whose}: {family}"
     times = "" if family.factor == 1 else f", times {family.factor}"

@@ -5,8 +5,7 @@
     placements    which part of the whole tensor this rank holds, as boxes of indices
     boxes         those boxes
     steps         whether a gradient was reduced, and whether an optimizer may step on it
-    checks        whether what ranks hold is equal: a digest first, details only on a mismatch
-    first_step    when a check runs: in the first step, in every one, never
+    replicas      whether the copies of parameters are equal, now or before the first reduction
     kept_dtypes   parameters whose dtype is not to be narrowed
     whole_states  a state of the whole model, cut for this rank on load
 
@@ -17,16 +16,6 @@ parts of all ranks cover a tensor, each replica equal. No layer is known here.
 from __future__ import annotations
 
 from foldpar.parameters.boxes import Box, Share, pieces
-from foldpar.parameters.checks import (
-    assert_same_on_group,
-    check_replicas,
-    compare_settings,
-    differences,
-    digest_of_bits,
-    listed,
-    parameter_settings,
-)
-from foldpar.parameters.first_step import When, can_compare, check_before_reduction, compare_in_stage
 from foldpar.parameters.fsdp import (
     Stage,
     bring_back_shards,
@@ -56,6 +45,12 @@ from foldpar.parameters.marks import (
     tie_marks_to_names,
 )
 from foldpar.parameters.placements import Placement, mark_placement, parameter_placements, plain_name
+from foldpar.parameters.replicas import (
+    check_before_reduction,
+    check_replicas,
+    compare_in_stage,
+    parameter_settings,
+)
 from foldpar.parameters.steps import (
     declare_reduced,
     mark_replaced,
@@ -72,18 +67,12 @@ __all__ = [
     "ResolvedParameter",
     "Share",
     "Stage",
-    "When",
-    "assert_same_on_group",
     "bring_back_shards",
-    "can_compare",
     "check_before_reduction",
     "check_replicas",
     "compare_in_stage",
-    "compare_settings",
     "data_replicas",
     "declare_reduced",
-    "differences",
-    "digest_of_bits",
     "explicitly_marked",
     "families_seen_from",
     "fsdp_modules",
@@ -92,7 +81,6 @@ __all__ = [
     "is_sharded_over",
     "keep_dtypes",
     "kept_dtype",
-    "listed",
     "mark_children",
     "mark_parameters",
     "mark_placement",

@@ -25,6 +25,7 @@ from foldpar.errors import ArgumentError, FamilyError, GroupsError, ModelError, 
 from foldpar.families import DENSE_SHARDED, REPLICATED, ParameterFamily
 from foldpar.layout import Axis
 from foldpar.parameters.fsdp import bring_back_shards, is_sharded_over, replicas_of_shards, sharded_module
+from foldpar.wording import some
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -526,7 +527,7 @@ def _two_folds(first: _Use, second: _Use) -> str:
 
 
 def _no_family(names: list[str], tp: int) -> str:
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    shown = some(names)
     subject = "1 parameter has" if len(names) == 1 else f"{len(names)} parameters have"
     return (
         f"{subject} no family: {shown}. With tp = {tp}, a lane's gradient of such a parameter can be whole, a part "

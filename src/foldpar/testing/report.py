@@ -11,11 +11,11 @@ from torch import Tensor
 
 from foldpar.layout import Axis, FoldedLayout
 from foldpar.testing.mistakes import Kind, explain_ratio
+from foldpar.wording import below
 
 __all__ = ["Comparison", "ParityFailed", "ParityReport", "compare", "norm_of_wanted"]
 
 _ALIKE = 1e-3  # mistakes are factors and sums: far from 1, and far from the rounding of any dtype
-_SHOWN = 8
 _AXES: tuple[Axis, ...] = ("tp", "etp", "edp", "dp_cp")
 
 
@@ -123,8 +123,7 @@ class ParityReport:
             head += f", {len(wrong)} differ by more than {tolerance:g}"
         lines = [head, "", *_table(self.comparisons)]
         if wrong:
-            lines += ["", *(str(each) for each in wrong[:_SHOWN])]
-            lines += [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+            lines += [below([str(each) for each in wrong], 8, indent=0)]
         return "\n".join(lines)
 
 

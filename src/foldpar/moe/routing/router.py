@@ -15,9 +15,9 @@ from typing_extensions import Self
 
 from foldpar.arguments import expect, expect_sizes
 from foldpar.errors import ShapeError
-from foldpar.integers import as_integer
 from foldpar.moe.recomputation import in_backward
 from foldpar.moe.routing.selection import GroupLimit, allowed, check_group_limit, largest
+from foldpar.wording import as_integer
 
 
 @dataclass(frozen=True, slots=True, eq=False)

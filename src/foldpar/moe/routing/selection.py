@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foldpar.arguments import expect_sizes
 from foldpar.errors import ShapeError
-from foldpar.integers import divisors, listed
+from foldpar.wording import divisors, listed
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,6 @@ from foldpar.comm import (
     reduce_scatter_rows,
 )
 from foldpar.errors import ShapeError
-from foldpar.integers import not_dividing
 from foldpar.moe.kernels.permutation import (
     collect,
     count_rows,
@@ -51,6 +50,7 @@ from foldpar.moe.kernels.permutation import (
     unpack,
     wide,
 )
+from foldpar.wording import not_dividing
 
 Partition = Literal["tokens", "assignments"]
 

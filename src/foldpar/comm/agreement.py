@@ -1,82 +1,31 @@
-"""Checks that values which must be equal on several ranks are: a digest first, details only on a mismatch."""
+"""Whether values which must be equal on several ranks are: a digest first, details only on a mismatch."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foldpar.arguments import expect
-from foldpar.comm import AxisGroup, FoldedGroups, all_gather, all_reduce_, is_dtensor, local_tensor
+from foldpar.comm.collectives import all_gather, all_reduce_
+from foldpar.comm.dtensors import local_tensor
+from foldpar.comm.groups import AxisGroup
 from foldpar.errors import ReplicaError
-from foldpar.layout import Axis
-from foldpar.parameters.marks import resolve_parameters
+from foldpar.wording import below
 
 __all__ = [
     "assert_same_on_group",
-    "check_replicas",
-    "check_replicas_of_stage",
+    "checksum",
     "compare_settings",
     "differences",
+    "digest",
     "digest_of_bits",
-    "listed",
-    "parameter_settings",
 ]
 
 _CHUNK = 2**20
 _WORDS = 2**18  # of 8 bytes: what is made of them on the way stays in a cache
-_SHOWN = 5
-_REPLICA_AXES: tuple[Axis, ...] = ("tp", "dp_cp", "etp", "edp")
-
-
-def check_replicas(model: nn.Module, groups: FoldedGroups) -> None:
-    """Raise if a parameter differs, in any bit, between ranks that hold replicas of it. Call it on every rank.
-
-    Replicas start equal and get equal gradients, so they stay equal. They drift apart when a gradient is reduced by
-    the wrong family, a rank skips a step, or ranks start from different seeds; losses show that late or never. The
-    cost is one pass over the parameters, a few small collectives and two host synchronisations, so once in some
-    hundred steps is cheap. NaN equals NaN of the same bits; of a DTensor the local parts are compared.
-
-    Example of an error::
-
-        1 parameter differs between replicas:
-            router.weight over tp: ranks 1, 3 differ from the first rank of their group
-
-    Raises:
-        ReplicaError: on every rank of the world; names the parameters, the axis and the global ranks that differ from
-            the first member of their group. FamilyError: see :func:`~foldpar.parameter_families`.
-    """
-    expect("check_replicas", model=(model, nn.Module), groups=(groups, FoldedGroups))
-    _compare_replicas(model, groups, across_stages=True)
-
-
-def check_replicas_of_stage(model: nn.Module, groups: FoldedGroups) -> None:
-    """As :func:`check_replicas`, on the ranks of one pipeline stage: those that reduce gradients together."""
-    _compare_replicas(model, groups, across_stages=False)
-
-
-def _compare_replicas(model: nn.Module, groups: FoldedGroups, *, across_stages: bool) -> None:
-    entries = sorted(resolve_parameters(model, groups), key=lambda entry: entry.name)
-    device = entries[0].communication_device if entries else torch.device("cpu")
-    # The next collectives would hang on ranks with different parameters, so it is agreed first what is compared.
-    inventory = _checksum(
-        f"{entry.name} {entry.replica_axes} {entry.data_replicas} {entry.groups.layout}" for entry in entries
-    )
-    everywhere = [(groups.tp, [0]), (groups.dp_cp, [0])]
-    mask = _differs(torch.tensor([inventory], device=device), everywhere)
-    _raise_together(mask, groups, across_stages, _inventory_text)
-
-    places: dict[AxisGroup, list[int]] = {groups.axis(axis): [] for axis in _REPLICA_AXES}
-    for place, entry in enumerate(entries):
-        for group in entry.replica_groups:
-            places.setdefault(group, []).append(place)
-    replicas = list(places.items())
-    digests = [_digest(entry.parameter).to(device) for entry in entries]
-    mask = _differs(torch.stack(digests) if digests else torch.zeros(0, dtype=torch.int64), replicas)
-    names = [entry.name for entry in entries]
-    _raise_together(mask, groups, across_stages, lambda ranks_of: _drift_text(names, ranks_of))
 
 
 def assert_same_on_group(tensors: Mapping[str, Tensor] | Tensor, group: AxisGroup, *, what: str = "tensor") -> None:
@@ -105,7 +54,7 @@ def assert_same_on_group(tensors: Mapping[str, Tensor] | Tensor, group: AxisGrou
     for name, tensor in named.items():
         expect("assert_same_on_group", **{name or "tensors": (tensor, Tensor)})
     if found := differences(named, group):
-        raise ReplicaError(f"{what} differs over {group.axis}:{listed(found)}")
+        raise ReplicaError(f"{what} differs over {group.axis}:{below(found)}")
 
 
 def differences(
@@ -123,10 +72,10 @@ def differences(
     device = next(iter(fields.values())).device if fields else torch.device("cpu")
     digests = {name: torch.zeros((), dtype=torch.int64, device=device) for name in fields}
     if not only_shapes:
-        digests = {name: _digest(tensor).to(device) for name, tensor in fields.items()}
-    total = torch.tensor(_checksum(f"{name}\t{_signature(tensor)}" for name, tensor in fields.items()), device=device)
-    for digest in digests.values():
-        total = _mixed(total) + digest
+        digests = {name: digest(tensor).to(device) for name, tensor in fields.items()}
+    total = torch.tensor(checksum(f"{name}\t{_signature(tensor)}" for name, tensor in fields.items()), device=device)
+    for each in digests.values():
+        total = _mixed(total) + each
     if len(set(all_gather(total, group).tolist())) == 1:
         return []
     return _differences(fields, digests, group, device, rounding)
@@ -151,7 +100,7 @@ def compare_settings(what: str, settings: Mapping[str, str], met: Sequence[AxisG
         all_reduce_(word, group, "max")
     if found:
         raise ReplicaError(
-            f"Ranks that communicate with each other differ in {what}:{listed(list(dict.fromkeys(found)))}\nThe next "
+            f"Ranks that communicate with each other differ in {what}:{below(list(dict.fromkeys(found)))}\nThe next "
             f"collective would hang or end the process. Build and freeze the same model, in the same dtype, on every "
             f"rank, and call it in the same way."
         )
@@ -159,19 +108,10 @@ def compare_settings(what: str, settings: Mapping[str, str], met: Sequence[AxisG
         raise ReplicaError(f"Other ranks that this step meets differ in {what}; see their errors.")
 
 
-def parameter_settings(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, str]:
-    """Of each parameter its dtype, whether it is frozen, and its shape if that is the same on every rank."""
-    return {
-        name: f"{str(each.dtype).removeprefix('torch.')}{f' {list(each.shape)}' if is_dtensor(each) else ''}"
-        f"{'' if each.requires_grad else ', frozen'}"
-        for name, each in parameters
-    }
-
-
 def _different_settings(settings: Mapping[str, str], group: AxisGroup, device: torch.device) -> list[str]:
     if group.size == 1:
         return []
-    total = torch.tensor(_checksum(f"{name}\t{settings[name]}" for name in sorted(settings)), device=device)
+    total = torch.tensor(checksum(f"{name}\t{settings[name]}" for name in sorted(settings)), device=device)
     if len(set(all_gather(total, group).tolist())) == 1:
         return []
     of_ranks = _gathered_texts(settings, group, device)
@@ -189,10 +129,10 @@ def _different_settings(settings: Mapping[str, str], group: AxisGroup, device: t
 # Digests: int64 arithmetic that wraps around, the same on every device.
 
 
-def _digest(tensor: Tensor) -> Tensor:
+def digest(tensor: Tensor) -> Tensor:
     """Of the bits of a tensor, its shape and its dtype: an int64 scalar on its device."""
     tensor = local_tensor(tensor).detach()
-    signature = torch.tensor(_checksum([_signature(tensor)]), device=tensor.device)
+    signature = torch.tensor(checksum([_signature(tensor)]), device=tensor.device)
     return _mixed(signature) + digest_of_bits(tensor)
 
 
@@ -222,87 +162,9 @@ def _signature(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _checksum(words: Iterable[str]) -> int:
+def checksum(words: Iterable[str]) -> int:
+    """Of words in their order, the same on every rank that has the same ones."""
     return zlib.crc32("\n".join(words).encode())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Replicas of parameters.
-
-# (axis, place of the parameter) -> the global ranks that differ from the first member of their group
-_RanksOf = Mapping[tuple[str, int], list[int]]
-
-
-def _differs(digests: Tensor, compared: Sequence[tuple[AxisGroup, list[int]]]) -> dict[str, Tensor]:
-    """Axis -> where this rank differs from the first member of its group, bool ``[digests]``."""
-    masks: dict[str, Tensor] = {}
-    for group, places in compared:
-        mask = masks.setdefault(group.axis, torch.zeros(digests.numel(), dtype=torch.bool, device=digests.device))
-        if places and group.size > 1:
-            mask[places] = all_gather(digests[places], group)[0] != digests[places]
-    return masks
-
-
-def _raise_together(
-    masks: dict[str, Tensor], groups: FoldedGroups, across_stages: bool, text: Callable[[_RanksOf], str]
-) -> None:
-    """Raise on every rank of the stage, or of the world, if any mask of any of them is set."""
-    mask = torch.stack(list(masks.values())).to(torch.uint8)
-    found = torch.zeros(1, dtype=torch.int32, device=mask.device) + mask.any()
-    for group in (groups.tp, groups.dp_cp):
-        all_reduce_(found, group, op="max")
-    here = groups.pp.index
-    of_stages = all_gather(found, groups.pp).flatten().tolist() if across_stages else [int(found)]
-    bad = [stage for stage, differs in enumerate(of_stages, start=0 if across_stages else here) if differs]
-    if not bad:
-        return
-    if here not in bad:
-        raise ReplicaError(
-            f"Replicas differ in pipeline stage {', '.join(map(str, bad))}, whose ranks name the parameters. This rank "
-            f"is of stage {here}, where all are equal."
-        )
-    # Ranks of a stage count up over tp first, then over dp_cp: [stage_size, axes, digests].
-    of_stage = all_gather(all_gather(mask, groups.tp), groups.dp_cp).flatten(0, 1)
-    ranks_of: dict[tuple[str, int], list[int]] = {}
-    axes = list(masks)
-    for rank, axis, place in of_stage.nonzero().tolist():
-        ranks_of.setdefault((axes[axis], place), []).append(here * groups.layout.stage_size + rank)
-    raise ReplicaError(text(ranks_of))
-
-
-def _inventory_text(ranks_of: _RanksOf) -> str:
-    found = [f"over {axis}: {_ranks_differ(ranks)}" for (axis, _), ranks in ranks_of.items()]
-    return (
-        f"Ranks of one stage have different parameters (by name and family), so replicas cannot be compared:"
-        f"{listed(found)}\nBuild the same model with the same marks on every rank of a stage."
-    )
-
-
-def _drift_text(names: Sequence[str], ranks_of: _RanksOf) -> str:
-    by_place = sorted(ranks_of.items(), key=lambda item: (item[0][1], item[0][0]))
-    found = [f"{names[place]} over {axis}: {_ranks_differ(ranks)}" for (axis, place), ranks in by_place]
-    count = len({place for _, place in ranks_of})
-    return (
-        f"{count} parameter{' differs' if count == 1 else 's differ'} between replicas:{listed(found)}\n"
-        f"Replicas must start equal (one seed, or a broadcast) and step on equal gradients. If they did start equal, "
-        f"compare parameter_families(model, groups) with how each parameter is used: a part of a gradient that is not "
-        f"summed over tp (REPLICATED_PARTIAL) makes lanes drift apart."
-    )
-
-
-def _ranks_differ(ranks: Sequence[int]) -> str:
-    shown = ", ".join(str(rank) for rank in sorted(ranks)[:16]) + (" ..." if len(ranks) > 16 else "")
-    return (
-        f"rank {shown} differs from the first rank of its group"
-        if len(ranks) == 1
-        else f"ranks {shown} differ from the first rank of their group"
-    )
-
-
-def listed(found: Sequence[str]) -> str:
-    """Lines below each other, the first few of them."""
-    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    return "".join(f"\n    {line}" for line in [*found[:_SHOWN], *more])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What errors about sizes are made of: whole numbers, their divisors, and lists of choices in words."""
+"""What errors are made of: whole numbers, their divisors, lists of choices, and the first few of many in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 from math import isqrt
 
-__all__ = ["as_integer", "divisors", "listed", "not_dividing"]
+__all__ = ["as_integer", "below", "divisors", "listed", "not_dividing", "some", "some_ranks"]
 
 
 def divisors(number: int) -> list[int]:
@@ -25,6 +25,34 @@ def listed(values: Sequence[object]) -> str:
     if len(words) > 24:
         words[12:-4] = ["..."]
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def some(texts: Sequence[str], most: int = 5, *, joint: str = ", ") -> str:
+    """The first few of many, and how many are left out.
+
+    >>> some(["a", "b", "c", "d"], 2)
+    'a, b and 2 more'
+    """
+    left = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return joint.join(texts[:most]) + left
+
+
+def below(texts: Sequence[str], most: int = 5, *, indent: int = 4) -> str:
+    """The first few of many as lines below each other, each after a line break.
+
+    >>> print("Wrong are:" + below(["a", "b", "c", "d"], 2))
+    Wrong are:
+        a
+        b
+        and 2 more
+    """
+    left = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return "".join(f"\n{' ' * indent}{text}" for text in [*texts[:most], *left])
+
+
+def some_ranks(ranks: Sequence[int], most: int = 16) -> str:
+    """``0, 1, 5``: the first of them, and ``...`` for what is left out."""
+    return ", ".join(map(str, ranks[:most])) + (" ..." if len(ranks) > most else "")
 
 
 def as_integer(value: object) -> int | None:

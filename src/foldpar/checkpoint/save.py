@@ -1,4 +1,4 @@
-"""Checkpoints that load in any layout, and that a crash cannot damage.
+"""Training state into files that a crash cannot damage, for any layout to load.
 
 A checkpoint is one directory of ``torch.distributed.checkpoint`` plus ``foldpar.json``. Every tensor in it is global
 and has a name; which rank wrote which part leaves no trace in what is loaded.
@@ -6,7 +6,6 @@ and has a name; which rank wrote which part leaves no trace in what is loaded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -23,34 +22,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from foldpar import __version__
+from foldpar.checkpoint.agreement import check_same_arguments, check_same_model
 from foldpar.checkpoint.copies import check_copies
-from foldpar.checkpoint.dcp import StoredTensors, Writing, write_blocks
+from foldpar.checkpoint.dcp import Writing, write_blocks
 from foldpar.checkpoint.files import (
     Claim,
     begin,
     check_shared,
-    check_sizes,
-    damaged_sums,
     discard,
     failed_write,
-    latest_checkpoint,
     publish,
-    read_manifest,
     remove_leftovers,
     remove_old,
     unfinished,
-    wrong_sums,
 )
 from foldpar.checkpoint.manifest import Manifest, OptimizerRecord
-from foldpar.checkpoint.matching import Match, left_over, match_model, match_optimizer
 from foldpar.checkpoint.pending import PendingSave, settle
-from foldpar.checkpoint.schedulers import (
-    Scheduler,
-    as_schedulers,
-    install_schedulers,
-    match_schedulers,
-    scheduler_states,
-)
+from foldpar.checkpoint.schedulers import Scheduler, as_schedulers, scheduler_states
 from foldpar.checkpoint.state import (
     Block,
     Entry,
@@ -59,16 +47,12 @@ from foldpar.checkpoint.state import (
     model_state,
     optimizer_state,
     random_state,
-    restore_random_state,
 )
-from foldpar.checkpoint.values import decode, encode
+from foldpar.checkpoint.values import encode
 from foldpar.comm import FoldedGroups, Ranks, attempt, raise_interruption, separate_world, told
 from foldpar.errors import CheckpointError
-from foldpar.layout import FoldedLayout
 
-__all__ = ["CheckpointInfo", "PendingSave", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
-
-_SHOWN = 8
+__all__ = ["save_checkpoint"]
 
 
 @overload
@@ -168,8 +152,8 @@ def save_checkpoint(
     )
     given = {"path": path, "step": step, "extra": _text(part.extra), "asynchronous": asynchronous, "keep": keep}
     given["check_replicas"] = check_replicas
-    _check_same_arguments(ranks, optimizer=optimizer is not None, **given)
-    _check_same_model(ranks, part)
+    check_same_arguments(ranks, optimizer=optimizer is not None, **given)
+    check_same_model(ranks, part.stage, part.held())
     if check_replicas and groups.layout.world > 1:
         check_copies(ranks, part.entries, part.stage)
     start = _begin(ranks, path, part, groups, step)
@@ -182,112 +166,6 @@ def save_checkpoint(
     background = Ranks.of(groups, f"Saving {path}", None if own is None else own.tp.process_group)
     work = partial(_write, background, path, start, blocks, part.values, keep, background=True)
     return PendingSave(work, model, groups, own)
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointInfo:
-    """What :func:`load_checkpoint` found beside tensors.
-
-    Without a checkpoint (``path`` is ``None``) the step is 0, and everything else is as it was.
-    """
-
-    path: Path | None
-    step: int | None
-    extra: Any
-    layout: FoldedLayout
-    """That of the run which saved it."""
-    random_state: Literal["restored", "other layout", "left as it was", "nothing loaded"]
-    """Random states are of ranks, so they are put back only where the layout is the same."""
-    optimizer: str | None
-    """The class of the optimizer in the checkpoint, loaded or not."""
-    foldpar: str
-    torch: str
-
-
-def load_checkpoint(
-    path: str | os.PathLike[str] | None,
-    model: nn.Module,
-    optimizer: Optimizer | None,
-    groups: FoldedGroups,
-    *,
-    schedulers: Scheduler | Sequence[Scheduler] = (),
-    random_state: bool = True,
-    cast: bool = False,
-    verify: bool = False,
-    staged: bool = False,
-) -> CheckpointInfo:
-    """Load a checkpoint of any layout into this one; call it on every rank.
-
-    The model is built, folded and sharded as for training, and the optimizer is made from it. Every rank reads its own
-    part: parameters and buffers in place, states of the optimizer into the tensors that it has or new ones. Options of
-    the optimizer (``lr``, ``betas``, ...) become those of the checkpoint, except how it computes (``fused``,
-    ``foreach``, ``capturable``, ``differentiable``).
-
-    Everything that does not fit is found before the first write, on all ranks together, and named in one error. A file
-    that turns out unreadable later leaves model and optimizer half loaded, unless ``staged``. Nothing in the files is
-    run, and nothing outside of the folder is read; values are as good as whoever wrote them.
-
-    Args:
-        path: ``None``, which ``latest_checkpoint`` gives where there is none, loads nothing: training starts at step 0.
-        optimizer: ``None`` loads the model alone.
-        schedulers: those whose states were saved, as many and of the same classes, in the same order.
-        random_state: put the random states back, in the layout that they were saved in. ``False`` for a model that is
-            loaded beside the one in training, such as an average, and should not rewind the generators.
-        cast: convert parameters and buffers of another dtype, and states with them.
-        verify: compare the SHA-256 sums of all files first, which reads them once more; sizes are always compared, but
-            a bit that has flipped in a tensor loads as a wrong value without. Each rank sums up its part of the
-            files: 0.8 s for a GB on a CPU core, to the 0.8 s of its loading where files are in memory, so it is not the
-            default (``benchmarks/checkpoint.py``).
-        staged: read into new tensors and copy at the end: twice the memory of this rank's part.
-
-    Example::
-
-        info = load_checkpoint(latest_checkpoint("runs"), model, optimizer, groups)
-        first_step = info.step + 1  # 1, if there was none
-
-    Raises:
-        CheckpointError: on every rank: no complete checkpoint, files of another size or sum, a newer format, another
-            model, shape, dtype or optimizer; with nothing written. Or reading failed on some rank.
-        FamilyError: see :func:`~foldpar.parameter_placements`.
-    """
-    path = None if path is None else Path(os.path.abspath(path))
-    ranks = Ranks.of(groups, f"Loading {path or 'nothing'}")
-    given = {"path": path, "cast": cast, "verify": verify, "staged": staged, "random_state": random_state}
-    of_schedulers = ranks.together(partial(as_schedulers, schedulers))
-    _check_same_arguments(ranks, optimizer=optimizer is not None, **given)
-    if path is None:
-        return CheckpointInfo(None, 0, None, groups.layout, "nothing loaded", None, __version__, str(torch.__version__))
-    manifest = ranks.together(partial(_open, path, ranks))
-    extra = ranks.together(partial(decode, manifest.extra))
-    if verify:
-        _verify(ranks, path, manifest)
-    with torch.no_grad():
-        match = ranks.together(partial(_match, manifest, model, optimizer, groups, of_schedulers, cast, staged))
-        _raise_problems(ranks, path, manifest, match, groups, optimizer is not None)
-        same_layout = manifest.layout == groups.layout
-        restored = same_layout and random_state
-        value = _read(ranks, path, manifest, match, groups.rank if restored else None, staged)
-        for target, fresh in match.copies:
-            target.copy_(fresh)
-    if optimizer is not None:
-        _install(optimizer, match)
-    ranks.together(partial(install_schedulers, of_schedulers, match.schedulers))
-    if value is not None:
-        ranks.together(partial(restore_random_state, value))
-    return CheckpointInfo(
-        path,
-        manifest.step,
-        extra,
-        manifest.layout,
-        "restored" if restored else "other layout" if random_state else "left as it was",
-        None if manifest.optimizer is None else manifest.optimizer.kind,
-        manifest.foldpar,
-        manifest.torch,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Saving.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -303,6 +181,16 @@ class _Part:
     extra: Any
     """As :func:`~foldpar.checkpoint.values.encode` writes it."""
     schedulers: Mapping[str, Any]
+
+    def held(self) -> dict[str, Mapping[str, Any]]:
+        """What all ranks of a stage must have in common, by what it is called in errors."""
+        return {
+            "parameters": self.state.parameters,
+            "buffers": self.state.buffers,
+            "optimizer's options": {} if self.optimizer is None else self.optimizer.record.options,
+            "optimizer's states": {} if self.optimizer is None else self.optimizer.record.state,
+            "schedulers' states": self.schedulers,
+        }
 
 
 def _describe(
@@ -340,58 +228,6 @@ def _describe(
 
 def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def _check_same_arguments(ranks: Ranks, **given: object) -> None:
-    """Every rank looks at the same list, so that all raise if any differs."""
-    first, *others = ranks.all_gather({name: str(value) for name, value in given.items()})
-    for rank, other in enumerate(others, 1):
-        for name, value in first.items():
-            if other[name] != value:
-                raise CheckpointError(
-                    f"{ranks.doing}: ranks were given different arguments: {name} differs between rank 0 and rank "
-                    f"{rank}. There is one of it for the whole checkpoint, so every rank must pass the same."
-                )
-
-
-def _check_same_model(ranks: Ranks, part: _Part) -> None:
-    """Compare names, shapes, options and plain states among the ranks of each stage."""
-    held = {
-        "parameters": part.state.parameters,
-        "buffers": part.state.buffers,
-        "optimizer's options": {} if part.optimizer is None else part.optimizer.record.options,
-        "optimizer's states": {} if part.optimizer is None else part.optimizer.record.state,
-        "schedulers' states": part.schedulers,
-    }
-    sums = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in held.items()}
-    of_stage: dict[int, tuple[int, dict[str, str]]] = {}
-    for rank, (stage, found) in enumerate(ranks.all_gather((part.stage, sums))):
-        first, of_first = of_stage.setdefault(stage, (rank, found))
-        differing = [name for name in sums if of_first[name] != found[name]]
-        if differing:
-            texts = ranks.all_gather(_texts(held[differing[0]]) if ranks.rank in (first, rank) else {})
-            raise CheckpointError(
-                f"Rank {first} and rank {rank} of one pipeline stage have different {differing[0]}, by name, global "
-                f"shape, dtype, family or value, so that no whole model can be saved: "
-                f"{_first_difference(texts[first], texts[rank], first, rank)}. Build the same model and the same "
-                f"optimizer on every rank of a stage, and let them take the same steps."
-            )
-
-
-def _texts(value: Mapping[str, Any]) -> dict[str, str]:
-    """A line for each thing in one or two levels of dictionaries."""
-    return {
-        f"{name}{f': {inner}' if inner else ''}": repr(each)[:80]
-        for name, of in value.items()
-        for inner, each in (of.items() if isinstance(of, Mapping) else [("", of)])
-    }
-
-
-def _first_difference(one: Mapping[str, str], other: Mapping[str, str], first: int, rank: int) -> str:
-    name = next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)
-    if name is None:
-        return "they are the same, in another order"
-    return f"{name} is {one.get(name, 'missing')} on rank {first} and {other.get(name, 'missing')} on rank {rank}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -526,100 +362,3 @@ def _raise_on_all(ranks: Ranks, error: BaseException | None) -> None:
     raise_interruption(error)
     if text is not None:
         raise CheckpointError(f"{ranks.doing}: {text}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading.
-
-
-def _open(path: Path, ranks: Ranks) -> Manifest:
-    manifest = read_manifest(path)
-    if ranks.rank == 0:
-        check_sizes(path, manifest)
-    return manifest
-
-
-def _verify(ranks: Ranks, path: Path, manifest: Manifest) -> None:
-    """Every rank sums up some of the files."""
-    mine = [name for place, name in enumerate(manifest.files) if place % ranks.size == ranks.rank]
-    wrong = ranks.all_gather(ranks.together(lambda: wrong_sums(path, manifest, mine)))
-    names = sorted(name for of_rank in wrong for name in of_rank)
-    if names:
-        raise CheckpointError(damaged_sums(path, names))
-
-
-def _match(
-    manifest: Manifest,
-    model: nn.Module,
-    optimizer: Optimizer | None,
-    groups: FoldedGroups,
-    schedulers: Sequence[Scheduler],
-    cast: bool,
-    staged: bool,
-) -> Match:
-    state, match = model_state(model, groups), Match()
-    match_model(match, manifest, state, cast=cast, staged=staged)
-    if optimizer is not None:
-        match_optimizer(match, manifest, state, optimizer, staged=staged)
-    match.schedulers = match_schedulers(manifest.schedulers, schedulers, optimizer, state, match.problems)
-    return match
-
-
-def _raise_problems(
-    ranks: Ranks, path: Path, manifest: Manifest, match: Match, groups: FoldedGroups, with_optimizer: bool
-) -> None:
-    """One error on every rank, about all that any rank found."""
-    first_of_stage = groups.rank % groups.layout.stage_size == 0
-    used = (match.used, match.used_by_optimizer) if first_of_stage else (set(), set())
-    gathered = ranks.all_gather((match.problems, used))
-    problems = list(dict.fromkeys(problem for found, _ in gathered for problem in found))
-    all_used: set[str] = set().union(*(names for _, (names, _) in gathered))
-    by_optimizer: set[str] = set().union(*(names for _, (_, names) in gathered))
-    problems += left_over(manifest, all_used, by_optimizer if with_optimizer and by_optimizer else None)
-    if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        listed = "".join(f"\n    {problem}" for problem in [*problems[:_SHOWN], *more])
-        raise CheckpointError(f"{path} does not fit. Nothing was loaded.{listed}")
-
-
-def _read(ranks: Ranks, path: Path, manifest: Manifest, match: Match, random_rank: int | None, staged: bool) -> Any:
-    """Read all tensors, and the random state of a rank if asked to."""
-    key = None if random_rank is None else f"random.{random_rank}"
-
-    def plan() -> tuple[StoredTensors, list[Any]]:
-        try:
-            stored = StoredTensors(path, manifest)
-            items = [item for entry in match.entries for item in stored.read_items(entry)]
-        except Exception as error:
-            raise CheckpointError(f"{path} is damaged: {error}. Nothing was loaded.") from error
-        return stored, items
-
-    stored, items = ranks.together(plan)
-    values, error = attempt(lambda: stored.read(match.entries, items, [] if key is None else [key]))
-    errors = ranks.all_gather(None if error is None else f"{type(error).__name__}: {error}")
-    raise_interruption(error)
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
-    if failed:
-        left = (
-            "The model and the optimizer are as they were."
-            if staged
-            else "The model and the optimizer are in an undefined state, with some tensors loaded and some not: load "
-            "another checkpoint before using them. staged=True would have left them as they were."
-        )
-        raise CheckpointError(f"Reading {path} failed on {len(failed)} rank(s), {failed[0]}. {left}") from error
-    return None if key is None or values is None else values[key]
-
-
-def _install(optimizer: Optimizer, match: Match) -> None:
-    for parameter, states in match.states.items():
-        if states:
-            optimizer.state[parameter] = states
-        else:
-            optimizer.state.pop(parameter, None)
-    for group, options in match.options:
-        for name, value in options.items():
-            old = group.get(name)
-            if isinstance(old, Tensor):  # a captured graph reads it from there
-                old.fill_(value)
-            else:
-                group[name] = tuple(value) if isinstance(old, tuple) else value
