@@ -32,7 +32,10 @@ from foldpar.moe.transport.one_sided import (  # noqa: E402
     dispatch_one_sided,
 )
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),  # the interpreter's
+]
 
 
 class TurnMemory:
@@ -109,6 +112,8 @@ def test_rows_come_back_as_one_rank_computes_them(
     counts: tuple[int, ...], dim: int, top_k: int, experts: int, dtype: torch.dtype, kind: str
 ) -> None:
     ranks = len(counts)
+    if DEVICE == "cuda" and ranks > 1:
+        pytest.skip("one thread runs the backward of all ranks of a GPU; tests/gpu/run.py has processes")
     local = experts // ranks
     exchange = RowExchange(ranks, max(counts) + 1, dim, top_k, dtype)
     room = exchange.room(local, slack=float(ranks))
