@@ -343,11 +343,6 @@ class FoldedLayout:
             for first in range(start, start + stride)
         )
 
-    def __str__(self) -> str:
-        from foldpar.layout.picture import text  # a picture is drawn from a layout, so show stands beside this module
-
-        return text(self)
-
     def _permutes(self, view: View) -> bool:
         if view not in get_args(View):
             raise LayoutError(f"{view!r} is not a view: it can be {listed(get_args(View))}.")
