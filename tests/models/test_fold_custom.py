@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 import foldpar
 from foldpar.errors import ModelError
+from foldpar.families import REPLICATED_PARTIAL, ROUTER_ALL_TOKENS
 from foldpar.models.fold import fold_model
 from foldpar.models.known import ExpertWeights, MoEAdapter
 from foldpar.models.plan import plan_fold
@@ -66,10 +67,10 @@ def test_a_hand_written_model_folds_with_an_adapter(layout: foldpar.FoldedLayout
 def test_the_plan_names_the_parameters_after_folding() -> None:
     rows = {row.name: row for row in plan_fold(Model(), LAYOUTS[0], adapters=(HAND_MADE,)).rows}
     assert rows["moe.specialists.gate_up_proj"].local_shape == (1, 2 * HIDDEN, DIM)
-    assert rows["moe.chooser.weight"].family == "router_all_tokens"
+    assert rows["moe.chooser.weight"].family == ROUTER_ALL_TOKENS
     assert rows["attention.wq.weight"].local_shape == (DIM // 2, DIM)
     assert rows["attention.wo.bias"].action == "whole, added once"
-    assert rows["attention.gain"].family == "replicated_partial"
+    assert rows["attention.gain"].family == REPLICATED_PARTIAL
     assert "moe.specialists.w1" not in rows
 
 

@@ -64,7 +64,7 @@ def test_sinks_stay_whole_with_their_heads() -> None:
     adapter = replace(adapter, tp_plan={**whole, "self_attn.sinks": "colwise"})
     rows = {row.name: row for row in plan_fold(tiny_model("gpt_oss"), LAYOUT, adapters=(adapter,)).rows}
     row = rows["model.layers.0.self_attn.sinks"]
-    assert (row.action, row.family, row.reason) == ("whole", "replicated", "the heads beside it are left whole")
+    assert (row.action, row.family.name, row.reason) == ("whole", "replicated", "the heads beside it are left whole")
     check_exact(tiny_model("gpt_oss"), LAYOUT, adapters=(adapter,))
 
 
@@ -74,7 +74,7 @@ def test_one_sharded_layer_of_two_is_told_apart() -> None:
     adapter = MoEAdapter(
         BLOCKS["qwen3_moe"], tp_plan={f"layers.0.self_attn.{name}": "replicate" for name in PROJECTIONS}
     )
-    rows = {row.name: row.family for row in plan_fold(model, LAYOUT, adapters=(adapter,)).rows}
+    rows = {row.name: row.family.name for row in plan_fold(model, LAYOUT, adapters=(adapter,)).rows}
     assert rows["model.layers.0.self_attn.q_norm.weight"] == "replicated"
     assert rows["model.layers.1.self_attn.q_norm.weight"] == "replicated_partial"
     check_exact(model, LAYOUT, adapters=(adapter,))

@@ -21,6 +21,7 @@ from toys import loss_of, plain_gradients, plain_model, relative, share, tokens_
 import foldpar
 from foldpar import create_groups, families, solve_layout
 from foldpar.errors import FamilyError, FoldingError, ReplicaError, ShapeError, ShardingError
+from foldpar.families import REPLICATED, ROUTED_EXPERT
 from foldpar.models.plan import FoldPlan, FoldPlanRow
 from foldpar.sharding.memory import LocalParameter, planned_parameters, predict_memory
 from foldpar.sharding.shard import accumulate, shard_model
@@ -392,8 +393,8 @@ def test_predictions_count_the_shards_of_a_replica() -> None:
 def test_a_plan_predicts_before_there_are_ranks() -> None:
     layout = solve_layout(8, tp=2, ep=2)  # dp 4, edp 4
     rows = (
-        FoldPlanRow("norm", "RMSNorm", "left whole", (10,), (10,), "replicated"),
-        FoldPlanRow("experts.down_proj", "Experts", "6 of 12 experts", (12, 4, 4), (6, 4, 4), "routed_expert"),
+        FoldPlanRow("norm", "RMSNorm", "left whole", (10,), (10,), REPLICATED),
+        FoldPlanRow("experts.down_proj", "Experts", "6 of 12 experts", (12, 4, 4), (6, 4, 4), ROUTED_EXPERT),
     )
     parameters = planned_parameters(FoldPlan("Model", layout, rows), dtype=torch.bfloat16)
     # edp (0 4 1 5): ranks 0 and 1 have the places 0 and 1, rank 5 the last, behind 2 + 2 + 2 experts
@@ -402,7 +403,7 @@ def test_a_plan_predicts_before_there_are_ranks() -> None:
     assert (
         predict_memory(parameters, layout, stage=2, rank=6).parameters // 2 == 1 + 2 * 16
     )  # rows of the norm: 3 3 3 1
-    taken_over = FoldPlanRow("moe.w", "Own", "replaced by its adapter", (4,), None, "-")
+    taken_over = FoldPlanRow("moe.w", "Own", "replaced by its adapter", (4,), None, None)
     with pytest.raises(
         ValueError, match=r"does not say what a rank will hold of moe.w, .* Fold the model, on the meta"
     ):

@@ -16,7 +16,6 @@ __all__ = ["FORMAT", "MANIFEST", "FileRecord", "Manifest", "OptimizerRecord", "S
 
 FORMAT = 1
 MANIFEST = "foldpar.json"
-_DEGREES = ("world", "tp", "ep", "etp", "pp", "cp", "order")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ class Manifest:
             "time": self.time,
             "step": self.step,
             "extra": self.extra,
-            "layout": {name: getattr(self.layout, name) for name in _DEGREES},
+            "layout": self.layout.to_dict(),
             "parameters": {name: asdict(record) for name, record in self.parameters.items()},
             "buffers": {name: asdict(record) for name, record in self.buffers.items()},
             "optimizer": None if self.optimizer is None else _optimizer_document(self.optimizer),

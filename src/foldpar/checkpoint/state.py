@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from foldpar.checkpoint.manifest import OptimizerRecord, StateRecord, TensorRecord
-from foldpar.comm import FoldedGroups, is_dtensor, is_sharding, local_tensor
+from foldpar.comm import FoldedGroups, local_tensor
 from foldpar.errors import CheckpointError
-from foldpar.parameters import Box, Placement, Share, parameter_placements, pieces, plain_name
+from foldpar.parameters import Box, Placement, Share, held_tensors, pieces
 
 __all__ = [
     "KEPT_OPTIONS",
@@ -100,22 +100,18 @@ def model_state(model: nn.Module, groups: FoldedGroups) -> ModelState:
         CheckpointError: a buffer is a sharded DTensor, or tensors have no memory yet (the meta device).
         FamilyError: see :func:`~foldpar.parameter_placements`.
     """
-    placements = parameter_placements(model, groups)
     entries: dict[str, Entry] = {}
-    parameters, buffers = {}, {}
-    for placement in placements:
-        tensor = placement.local(placement.parameter).detach()
-        key = f"model.{placement.name}"
-        entries[placement.name] = Entry(key, placement.share, tensor, placement.replica, placement.replicas)
-        parameters[placement.name] = TensorRecord(
-            placement.share.shape, dtype_name(tensor.dtype), placement.family.name, placement.aliases
-        )
-    for name, buffer in _persistent_buffers(model).items():
-        if is_dtensor(buffer) and any(is_sharding(placement) for placement in buffer.placements):
-            raise CheckpointError(f"The buffer {name} is a sharded DTensor; buffers must be whole on every rank.")
-        tensor = local_tensor(buffer).detach()
-        entries[name] = _whole(f"model.{name}", tensor, groups)
-        buffers[name] = TensorRecord(tuple(tensor.shape), dtype_name(tensor.dtype))
+    placements, parameters, buffers = [], {}, {}
+    for name, held in held_tensors(model, groups).items():
+        tensor, placement = held.local(held.tensor).detach(), held.placement
+        dtype = dtype_name(tensor.dtype)
+        if placement is None:
+            entries[name] = _whole(f"model.{name}", tensor, groups)
+            buffers[name] = TensorRecord(tuple(tensor.shape), dtype)
+        else:
+            placements.append(placement)
+            entries[name] = Entry(f"model.{name}", held.share, tensor, placement.replica, placement.replicas)
+            parameters[name] = TensorRecord(held.share.shape, dtype, placement.family.name, placement.aliases)
     unborn = [name for name, entry in entries.items() if entry.tensor.is_meta]
     if unborn:
         raise CheckpointError(
@@ -123,16 +119,6 @@ def model_state(model: nn.Module, groups: FoldedGroups) -> ModelState:
             f"model.to_empty(device=...)."
         )
     return ModelState(tuple(placements), entries, parameters, buffers)
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """By name, each once."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                found.setdefault(id(buffer), (plain_name(f"{prefix}.{name}" if prefix else name), buffer))
-    return dict(found.values())
 
 
 def _whole(key: str, tensor: Tensor, groups: FoldedGroups) -> Entry:

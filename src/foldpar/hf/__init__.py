@@ -3,7 +3,8 @@
     reader        ``import_``: the files of a hub model into any layout, each rank its share
     writer        export: a folded model as files that ``from_pretrained`` reads
     weights       the same for a model of one's own, under the names that it has in one process
-    names         which tensor of a file is which part of a parameter; ``tensors``: what a model holds
+    names         which tensor of a file is which part of a parameter
+    materialise   memory for what is on the meta device
     files         the safetensors format; ``weight_files``: whole tensors put together a buffer at a time
     kernels       foldpar's expert products inside transformers
 

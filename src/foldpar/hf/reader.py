@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from foldpar.comm import FoldedGroups, Ranks, attempt, raise_interruption, told
 from foldpar.errors import CheckpointError, ModelError
 from foldpar.hf.files import Stored, read_folder
+from foldpar.hf.materialise import Slots, compute_buffers
 from foldpar.hf.names import Names, Overlap, lay_out, overlaps
-from foldpar.hf.tensors import Held, Slots, compute_buffers, held_tensors
-from foldpar.parameters import kept_dtype
+from foldpar.parameters import Held, held_tensors, kept_dtype
 from foldpar.wording import below, some
 
 __all__ = ["ImportReport", "NameRule", "fill", "import_"]

@@ -19,7 +19,6 @@ from foldpar.comm import FoldedGroups, Ranks, communication_device
 from foldpar.errors import ArgumentError, CheckpointError
 from foldpar.hf.names import Laid, Overlap, as_they_are, overlaps
 from foldpar.hf.reader import ImportReport, fill
-from foldpar.hf.tensors import held_tensors
 from foldpar.hf.weight_files import (
     BUFFER_BYTES,
     SHARD_BYTES,
@@ -30,7 +29,7 @@ from foldpar.hf.weight_files import (
     put_together,
     write_files,
 )
-from foldpar.parameters import plain_name
+from foldpar.parameters import held_tensors, plain_name
 from foldpar.requirements import require_safetensors
 
 __all__ = ["load_weights", "save_weights", "whole_state_dict"]

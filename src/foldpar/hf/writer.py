@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from foldpar.comm import FoldedGroups, Ranks, communication_device
 from foldpar.errors import CheckpointError
 from foldpar.hf.names import Overlap, hub_shapes, is_transformers_model, lay_out, overlaps, plain_class
-from foldpar.hf.tensors import held_tensors
 from foldpar.hf.weight_files import (
     BUFFER_BYTES,
     SHARD_BYTES,
@@ -23,6 +22,7 @@ from foldpar.hf.weight_files import (
     of_the_world,
     write_files,
 )
+from foldpar.parameters import held_tensors
 
 __all__ = ["ExportReport", "export"]
 

@@ -14,6 +14,7 @@ about one rank costs what its answer costs.
 
 from __future__ import annotations
 
+from foldpar.layout import picture as picture  # layouts print as it
 from foldpar.layout.layout import AXES, ORDERS, Axis, Coordinate, FoldedLayout, Order, solve_layout
 
 __all__ = [

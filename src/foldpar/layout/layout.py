@@ -34,10 +34,10 @@ The expert groups of some folds, cross-lane ones included, in both orders:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import chain
 from math import lcm
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from foldpar.errors import LayoutError
 from foldpar.wording import as_integer, divisors, listed
@@ -189,6 +189,15 @@ class FoldedLayout:
     def edp(self) -> int:
         """Data parallelism of the experts: ``stage_size / (ep * etp)`` replicas of each expert."""
         return self.stage_size // (self.ep * self.etp)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it is made of, as plain data: ``FoldedLayout(**layout.to_dict()) == layout``.
+
+        Example:
+            >>> solve_layout(8, tp=2, ep=4).to_dict()
+            {'world': 8, 'tp': 2, 'ep': 4, 'etp': 1, 'pp': 1, 'cp': 1, 'order': 'tp-lane-major'}
+        """
+        return asdict(self)
 
     def span(self, axis: Axis) -> Span:
         """The view, the size and the stride of an axis.
@@ -342,11 +351,6 @@ class FoldedLayout:
             for start in range(0, self.world, size * stride)
             for first in range(start, start + stride)
         )
-
-    def __str__(self) -> str:
-        from foldpar.layout.picture import text  # a picture is drawn from a layout, so show stands beside this module
-
-        return text(self)
 
     def _permutes(self, view: View) -> bool:
         if view not in get_args(View):

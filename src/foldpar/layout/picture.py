@@ -10,16 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from math import prod
-from typing import TYPE_CHECKING
 
 from foldpar.errors import LayoutError
-
-if TYPE_CHECKING:
-    from foldpar.layout.layout import Axis, FoldedLayout, Order, View
+from foldpar.layout.layout import ORDERS, Axis, FoldedLayout, Order, View
 
 __all__ = ["data", "text"]
 
-_ORDERS: tuple[Order, ...] = ("tp-lane-major", "consecutive")
 _ROWS_AND_COLUMNS: dict[View, tuple[tuple[Axis, Axis], tuple[Axis, Axis]]] = {
     "dense": (("pp", "dp"), ("cp", "tp")),
     "expert": (("pp", "edp"), ("ep", "etp")),
@@ -92,6 +88,11 @@ def text(layout: FoldedLayout, *, rank: int | None = None, gpus_per_node: int | 
     if gpus_per_node is not None:
         sections.append(_nodes(layout, gpus_per_node))
     return "\n\n".join(sections)
+
+
+# A layout prints as its picture. It is said here, since the picture is drawn from the layout and not the reverse; the
+# face of the wing loads both.
+FoldedLayout.__str__ = text  # type: ignore[method-assign,assignment]
 
 
 def data(layout: FoldedLayout, *, rank: int | None = None, gpus_per_node: int | None = None) -> dict[str, object]:
@@ -216,7 +217,7 @@ def _remedy(layout: FoldedLayout, axis: Axis, gpus_per_node: int) -> str:
 
 def _order_inside(layout: FoldedLayout, axis: Axis, gpus_per_node: int) -> Order | None:
     """An order that keeps every group of ``axis`` inside a node, this layout's own before the other one."""
-    for order in sorted(_ORDERS, key=lambda order: order != layout.order):
+    for order in sorted(ORDERS, key=lambda order: order != layout.order):
         if not _count_leaving(replace(layout, order=order), axis, gpus_per_node):
             return order
     return None

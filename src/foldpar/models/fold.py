@@ -181,7 +181,7 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def _check_done(model: nn.Module, groups: FoldedGroups, plan: FoldPlan, replaced: list[str]) -> None:
     """What is there now must be what was planned; only an adapter's ``around`` can make a difference."""
     here = {each.name: (each.share.local, each.family.name) for each in parameter_placements(model, groups)}
-    wanted = {row.name: (row.local_shape, row.family) for row in plan.rows if row.local_shape is not None}
+    wanted = {row.name: (row.local_shape, row.family.name) for row in plan.rows if row.family is not None}
     here = {name: each for name, each in here.items() if not any(name.startswith(f"{place}.") for place in replaced)}
     if here != wanted:
         differing = sorted(name for name in {*here, *wanted} if here.get(name) != wanted.get(name))

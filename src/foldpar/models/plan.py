@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -22,6 +22,7 @@ from foldpar.families import (
     REPLICATED_PARTIAL,
     ROUTED_EXPERT,
     ROUTER_ALL_TOKENS,
+    ParameterFamily,
 )
 from foldpar.layout import FoldedLayout
 from foldpar.models.dense_plan import DensePlan, DenseStep, ending_in, model_plan, plan_dense
@@ -37,7 +38,7 @@ __all__ = ["Block", "FoldPlan", "FoldPlanRow", "Survey", "plan_fold", "survey"]
 class FoldPlanRow:
     """One parameter: where it is, what is done with it, and what a rank holds of it.
 
-    ``local_shape`` is ``None``, and ``family`` is ``"-"``, for what an adapter's ``replace`` takes over. ``reason``
+    ``local_shape`` and ``family`` are ``None`` for what an adapter's ``replace`` takes over. ``reason``
     says why a parameter is left whole.
     """
 
@@ -46,7 +47,7 @@ class FoldPlanRow:
     action: str
     shape: tuple[int, ...]
     local_shape: tuple[int, ...] | None
-    family: str
+    family: ParameterFamily | None
     reason: str = ""
 
 
@@ -79,8 +80,8 @@ class FoldPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, integers, lists."""
-        degrees = {name: getattr(self.layout, name) for name in ("world", "tp", "ep", "etp", "pp", "cp", "order")}
-        return {"model": self.model, "layout": degrees, "rows": [asdict(row) for row in self.rows]}
+        rows = [{**asdict(row), "family": _family(row)} for row in self.rows]
+        return {"model": self.model, "layout": self.layout.to_dict(), "rows": rows}
 
     def to_json(self) -> str:
         """:meth:`to_dict` as JSON."""
@@ -98,7 +99,7 @@ class FoldPlan:
             times = f" x{count}" if count > 1 else ""
             name = re.sub(r"\.\d+(?=\.)", ".*", row.name) if count > 1 else row.name
             own = "?" if row.local_shape is None else _shape(row.local_shape)
-            lines.append((name + times, row.module, row.action, _shape(row.shape), own, row.family, row.reason))
+            lines.append((name + times, row.module, row.action, _shape(row.shape), own, _family(row), row.reason))
         widths = [max(len(line[column]) for line in lines) for column in range(7)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         return "\n".join([title, *(line.rstrip() for line in table), *self.proof])
@@ -393,14 +394,14 @@ def _rows(model: nn.Module, layout: FoldedLayout, blocks: tuple[Block, ...], den
         elif _treatment(before) != _treatment(row):
             raise ModelError(
                 f"{before.name} and {row.name} are one tensor, and folding would treat it in two ways: "
-                f"{before.action} ({before.family}) there and {row.action} ({row.family}) here. It "
+                f"{before.action} ({_family(before)}) there and {row.action} ({_family(row)}) here. It "
                 f"cannot stay one parameter; untie it, or have both places treated alike by an adapter."
             )
 
 
 def _treatment(row: FoldPlanRow) -> tuple[object, ...]:
     """What must be equal wherever a tensor is; experts' weights must be the same ones of the two."""
-    role = row.name.rpartition(".")[2] if row.family in (ROUTED_EXPERT.name, EXPERT_BIAS.name) else ""
+    role = row.name.rpartition(".")[2] if row.family in (ROUTED_EXPERT, EXPERT_BIAS) else ""
     return row.family, row.local_shape, role
 
 
@@ -421,9 +422,9 @@ def _rows_of_all_places(
             name = f"{module_name}.{own_name}" if module_name else own_name
             shape, kind = tuple(parameter.shape), type(module).__name__
             if block is not None:
-                yield FoldPlanRow(name, kind, "replaced by its adapter", shape, None, "-"), parameter
+                yield FoldPlanRow(name, kind, "replaced by its adapter", shape, None, None), parameter
             elif any(_is_in(module_name, router) for router in routers):
-                yield FoldPlanRow(name, kind, "router of all tokens", shape, shape, ROUTER_ALL_TOKENS.name), parameter
+                yield FoldPlanRow(name, kind, "router of all tokens", shape, shape, ROUTER_ALL_TOKENS), parameter
             else:
                 yield _dense_row(name, kind, shape, layout.tp, dense), parameter
 
@@ -488,7 +489,7 @@ def _expert_rows(block: Block, layout: FoldedLayout) -> Iterator[FoldPlanRow]:
             family = EXPERT_BIAS if name == storage.down_bias else ROUTED_EXPERT
             cut = f", {units} of {hidden} units" if layout.etp > 1 and name != storage.down_bias else ""
             kind = type(block.experts).__name__
-            yield FoldPlanRow(f"{where}.{name}", kind, action + cut, tuple(whole.shape), local, family.name)
+            yield FoldPlanRow(f"{where}.{name}", kind, action + cut, tuple(whole.shape), local, family)
 
 
 def _expert_sizes(
@@ -527,21 +528,21 @@ def _dense_row(name: str, kind: str, shape: tuple[int, ...], tp: int, dense: Den
     owner, _, own_name = name.rpartition(".")
     step = dense.steps.get(name) or dense.steps.get(owner)
     if step is not None and step.kind == "rope":
-        return FoldPlanRow(name, kind, "whole, gradient of its last columns summed", shape, shape, REPLICATED.name)
+        return FoldPlanRow(name, kind, "whole, gradient of its last columns summed", shape, shape, REPLICATED)
     if step is not None and step.kind == "one_head":
-        return FoldPlanRow(name, kind, "whole, one head used", shape, shape, REPLICATED_PARTIAL.name)
+        return FoldPlanRow(name, kind, "whole, one head used", shape, shape, REPLICATED_PARTIAL)
     cut = None if step is None else _cut_dimension(step, own_name)
     if step is not None and cut is not None:
         local = tuple(size // tp if place == cut else size for place, size in enumerate(shape))
-        return FoldPlanRow(name, kind, _ACTIONS[step.kind], shape, local, DENSE_SHARDED.name)
+        return FoldPlanRow(name, kind, _ACTIONS[step.kind], shape, local, DENSE_SHARDED)
     if step is not None:
-        return FoldPlanRow(name, kind, "whole, added once", shape, shape, REPLICATED.name)
+        return FoldPlanRow(name, kind, "whole, added once", shape, shape, REPLICATED)
     if name in dense.partial:
-        return FoldPlanRow(name, kind, "whole, on own heads", shape, shape, REPLICATED_PARTIAL.name)
+        return FoldPlanRow(name, kind, "whole, on own heads", shape, shape, REPLICATED_PARTIAL)
     reason = (
         dense.left.get(name) or dense.left.get(owner) or ("no style in the plan" if tp > 1 and len(shape) > 1 else "")
     )
-    return FoldPlanRow(name, kind, "whole", shape, shape, REPLICATED.name, reason)
+    return FoldPlanRow(name, kind, "whole", shape, shape, REPLICATED, reason)
 
 
 def _cut_dimension(step: DenseStep, own_name: str) -> int | None:
@@ -552,14 +553,18 @@ def _cut_dimension(step: DenseStep, own_name: str) -> int | None:
 
 def _merged(rows: Iterable[FoldPlanRow]) -> Iterator[tuple[FoldPlanRow, int]]:
     """Rows that differ in numbers inside their names only, as one, with how many they are."""
-    counts: dict[tuple[object, ...], int] = {}
-    first: dict[tuple[object, ...], FoldPlanRow] = {}
+    counts: dict[FoldPlanRow, int] = {}
+    first: dict[FoldPlanRow, FoldPlanRow] = {}
     for row in rows:
-        key = (re.sub(r"\.\d+(?=\.)", ".*", row.name), *list(asdict(row).values())[1:])
+        key = replace(row, name=re.sub(r"\.\d+(?=\.)", ".*", row.name))
         counts[key] = counts.get(key, 0) + 1
         first.setdefault(key, row)
     for key, row in first.items():
         yield row, counts[key]
+
+
+def _family(row: FoldPlanRow) -> str:
+    return "-" if row.family is None else row.family.name
 
 
 def _shape(shape: tuple[int, ...]) -> str:

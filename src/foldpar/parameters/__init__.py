@@ -4,6 +4,7 @@
     fsdp          what FSDP2 made of a parameter
     placements    which part of the whole tensor this rank holds, as boxes of indices
     boxes         those boxes
+    tensors       all that a model holds, parameters and buffers, with this rank's share of each
     steps         whether a gradient was reduced, and whether an optimizer may step on it
     replicas      whether the copies of parameters are equal, now or before the first reduction
     kept_dtypes   parameters whose dtype is not to be narrowed
@@ -59,15 +60,18 @@ from foldpar.parameters.steps import (
     stamp,
     watch_optimizers,
 )
+from foldpar.parameters.tensors import Held, buffer_places, held_tensors
 from foldpar.parameters.whole_states import take_shares_on_load
 
 __all__ = [
     "Box",
+    "Held",
     "Placement",
     "ResolvedParameter",
     "Share",
     "Stage",
     "bring_back_shards",
+    "buffer_places",
     "check_before_reduction",
     "check_replicas",
     "compare_in_stage",
@@ -77,6 +81,7 @@ __all__ = [
     "families_seen_from",
     "fsdp_modules",
     "groups_of",
+    "held_tensors",
     "is_fsdp_module",
     "is_sharded_over",
     "keep_dtypes",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from foldpar import families
 from foldpar.arguments import expect_sizes
 from foldpar.comm import local_tensor
 from foldpar.errors import ShardingError
@@ -135,15 +134,14 @@ def planned_parameters(plan: FoldPlan, *, dtype: torch.dtype) -> list[LocalParam
     Raises:
         ValueError: an adapter of the plan replaces a block by one of its own, whose shapes are not known yet.
     """
-    known = {family.name: family for family in vars(families).values() if isinstance(family, ParameterFamily)}
     parameters = []
     for row in plan.rows:
-        if row.local_shape is None:
+        if row.local_shape is None or row.family is None:
             raise ValueError(
                 f"The plan does not say what a rank will hold of {row.name}, which its adapter's replace takes over. "
                 f"Fold the model, on the meta device if it is large, and predict from that."
             )
-        parameters.append(LocalParameter(row.name, row.local_shape, dtype, known[row.family]))
+        parameters.append(LocalParameter(row.name, row.local_shape, dtype, row.family))
     return parameters
 
 

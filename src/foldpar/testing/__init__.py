@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foldpar.testing.decorators import multi_rank
+    from foldpar.testing.outcomes import RankFailure, RanksFailed, live_groups
     from foldpar.testing.parity import check_against_one_process
-    from foldpar.testing.ranks import RankFailure, RanksFailed, live_groups, run_ranks
+    from foldpar.testing.ranks import run_ranks
     from foldpar.testing.report import Comparison, ParityFailed, ParityReport
     from foldpar.testing.strategies import MaskedRouting, layouts, routings, row_counts, token_batches
 
@@ -38,11 +39,11 @@ _MODULES = {
     "MaskedRouting": "strategies",
     "ParityFailed": "report",
     "ParityReport": "report",
-    "RankFailure": "ranks",
-    "RanksFailed": "ranks",
+    "RankFailure": "outcomes",
+    "RanksFailed": "outcomes",
     "check_against_one_process": "parity",
     "layouts": "strategies",
-    "live_groups": "ranks",
+    "live_groups": "outcomes",
     "multi_rank": "decorators",
     "routings": "strategies",
     "row_counts": "strategies",

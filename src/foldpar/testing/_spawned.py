@@ -40,7 +40,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from foldpar.comm import is_dtensor, local_tensor
-from foldpar.testing.ranks import Cause, RankFailure, Returned, live_groups
+from foldpar.testing.outcomes import Cause, RankFailure, Returned, live_groups
 
 # After a failure the other ranks have SETTLE seconds to answer. Then the failed ones are ended, since their connections
 # may still be open, and the others have GRACE seconds.

@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed import multi_threaded_pg
 
-from foldpar.testing.ranks import Cause, RankFailure, Returned, live_groups, own_traceback
+from foldpar.testing.outcomes import Cause, RankFailure, Returned, live_groups, own_traceback
 
 # After the first failure the other ranks have this long to end, in seconds; they are woken every PULSE.
 GRACE = 2.0

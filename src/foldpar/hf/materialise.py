@@ -1,63 +1,18 @@
-"""The tensors of a model that files hold, with their places, and memory for those on the meta device."""
+"""Memory for tensors of a model that are on the meta device, and values for those that are in no file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from foldpar.comm import FoldedGroups, adopt, is_dtensor, is_sharding, local_tensor
-from foldpar.errors import CheckpointError, ModelError
-from foldpar.parameters import Placement, Share, parameter_placements, plain_name
+from foldpar.comm import adopt
+from foldpar.errors import ModelError
+from foldpar.parameters import buffer_places
 
-__all__ = ["Held", "Slots", "compute_buffers", "held_tensors"]
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A parameter or a persistent buffer, and this rank's share of it; ``first`` if no other copy comes before it."""
-
-    name: str
-    aliases: tuple[str, ...]
-    tensor: Tensor
-    share: Share
-    first: bool
-    placement: Placement | None = None
-
-    def local(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a tensor that lies like this one, in the shape of the share; shares the memory."""
-        return local_tensor(tensor) if self.placement is None else self.placement.local(tensor)
-
-
-def held_tensors(model: nn.Module, groups: FoldedGroups) -> dict[str, Held]:
-    """By name; a tied parameter once. Nothing is communicated.
-
-    Raises:
-        CheckpointError: a buffer is a sharded DTensor. FamilyError: see
-        :func:`~foldpar.parameter_placements`.
-    """
-    found: dict[str, Held] = {}
-    for placement in parameter_placements(model, groups):
-        found[placement.name] = Held(
-            placement.name, placement.aliases, placement.parameter, placement.share, placement.replica == 0, placement
-        )
-    of_buffer: dict[int, list[str]] = {}
-    for name, module, attribute in _buffers(model):
-        if attribute not in module._non_persistent_buffers_set:
-            of_buffer.setdefault(id(getattr(module, attribute)), []).append(name)
-    first = groups.rank % groups.layout.stage_size == 0
-    for _, module, attribute in _buffers(model):
-        buffer = getattr(module, attribute)
-        names = of_buffer.pop(id(buffer), None)
-        if names is None:
-            continue
-        if is_dtensor(buffer) and any(is_sharding(placement) for placement in buffer.placements):
-            raise CheckpointError(f"The buffer {names[0]} is a sharded DTensor; buffers must be whole on every rank.")
-        found[names[0]] = Held(names[0], tuple(names[1:]), buffer, Share.whole(tuple(buffer.shape)), first)
-    return found
+__all__ = ["Slots", "compute_buffers"]
 
 
 class Slots:
@@ -102,7 +57,7 @@ def compute_buffers(model: nn.Module, slots: Slots) -> None:
         ModelError: the model's class does not say how.
     """
     new: list[tuple[str, nn.Module, str]] = []
-    for name, module, attribute in _buffers(model):
+    for name, module, attribute in buffer_places(model):
         if getattr(module, attribute).is_meta:
             buffer = slots.with_memory(getattr(module, attribute))
             if not buffer.is_floating_point():
@@ -125,10 +80,3 @@ def _unknown_buffer(name: str, module: nn.Module) -> str:
         f"persistent, and the model does not say how to compute it (_init_weights). Compute it before loading: "
         f"model.get_submodule({name.rpartition('.')[0]!r}).{name.rpartition('.')[2]} = ..."
     )
-
-
-def _buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name, owner and name there."""
-    for prefix, module in model.named_modules():
-        for attribute, _ in module.named_buffers(recurse=False):
-            yield plain_name(f"{prefix}.{attribute}" if prefix else attribute), module, attribute
