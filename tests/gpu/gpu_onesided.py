@@ -100,8 +100,8 @@ class Layer:
         self.experts = GroupedExperts(case.experts, case.dim, case.hidden, groups, seed=1, dtype=case.dtype)
         self.experts.to(device, dtype)
         self.state = LaneState(groups, case.lanes, partition=case.partition)
-        self.ends = lane_ends(groups.tp, case.lanes, "replicated", case.partition)
-        self.journey = Journey(self.state, self.ends, None, way)
+        self.ends = lane_ends(self.state)
+        self.journey = Journey(self.state, self.ends, self.experts, one_sided=way)
         self.given = inputs(case, groups, device, dtype)
 
     def step(self) -> list[Tensor]:

@@ -238,12 +238,12 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("AVERAGE for SUM", FOLDED, "raw gradient", "ranks of tp hold parts, and the sum is right: a SUM is missing")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.moe.layer, "ROUTER_OWN_TOKENS", families.ROUTER_ALL_TOKENS)
+    patch.setattr(foldpar.moe.lanes, "ROUTER_OWN_TOKENS", families.ROUTER_ALL_TOKENS)
 
 
 @fault("SUM for AVERAGE", ASSIGNMENTS, "raw gradient", "2 = tp")
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(foldpar.moe.layer, "ROUTER_ALL_TOKENS", families.ROUTER_OWN_TOKENS)
+    patch.setattr(foldpar.moe.lanes, "ROUTER_ALL_TOKENS", families.ROUTER_OWN_TOKENS)
 
 
 def with_factor(patch: pytest.MonkeyPatch, wrong: Callable[[ParameterFamily, Any, str], Fraction]) -> None:

@@ -207,7 +207,7 @@ class Fused(nn.Module):
 
 
 class FoldedFused(nn.Module):
-    def __init__(self, block: Any, experts: foldpar.GroupedExperts) -> None:
+    def __init__(self, block: Any, experts: foldpar.FoldedExperts) -> None:
         super().__init__()
         self.gate, self.experts = block.gate, experts
 
@@ -223,7 +223,7 @@ def test_a_block_whose_forward_cannot_stay_is_written_anew_around_its_experts() 
 
 def test_around_must_keep_the_names() -> None:
     class Renamed(FoldedFused):
-        def __init__(self, block: Any, experts: foldpar.GroupedExperts) -> None:
+        def __init__(self, block: Any, experts: foldpar.FoldedExperts) -> None:
             super().__init__(block, experts)
             self.router = self.gate
             del self.gate

@@ -23,6 +23,7 @@ from foldpar.errors import ModelError, ShapeError
 from foldpar.models.fold import fold_model
 from foldpar.models.known import MoEAdapter
 from foldpar.models.plan import plan_fold
+from foldpar.moe import ExpertShare
 from foldpar.testing import run_ranks
 
 LAYOUT = foldpar.solve_layout(4, tp=2, ep=4)
@@ -39,7 +40,7 @@ def local_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Gate and up of sliced experts as one dimension, as the plan speaks of them."""
     found = {}
     for path, module in model.named_modules():
-        pairs = module.pairs if isinstance(module, foldpar.GroupedExperts) else {}
+        pairs = module.pairs if isinstance(module, ExpertShare) else {}
         for name, parameter in module.named_parameters(recurse=False):
             part = local_tensor(parameter)
             part = part.flatten(pairs[name], pairs[name] + 1) if name in pairs else part

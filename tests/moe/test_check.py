@@ -556,7 +556,7 @@ def test_masked_assignments_leave_no_trace(routing: MaskedRouting, layout: Folde
 
 
 def test_a_failing_check_shrinks_to_the_smallest_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foldpar.moe.layer, "ROUTER_OWN_TOKENS", families.ROUTER_ALL_TOKENS)
+    monkeypatch.setattr(foldpar.moe.lanes, "ROUTER_OWN_TOKENS", families.ROUTER_ALL_TOKENS)
 
     def fails(layout: FoldedLayout) -> bool:
         return not check(Case(layout, ((3,),) * (layout.dp * layout.cp))).ok()

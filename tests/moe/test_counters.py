@@ -137,8 +137,8 @@ def test_counting_does_not_wait_for_the_device() -> None:
     padding = torch.zeros(3, dtype=torch.bool, device="meta")
     routing = foldpar.Routing(ids.to("meta"), ids.to("meta"), mask=mask, padding=padding)
     counters = LayerCounters()
-    counters.count(routing, meta, foldpar.LaneState(one), row_bytes=8)
-    counters.count(routing, meta, foldpar.LaneState(one), row_bytes=8)
+    counters.count(routing, meta, foldpar.LaneState(one), row_bytes=8, sum_bytes=8)
+    counters.count(routing, meta, foldpar.LaneState(one), row_bytes=8, sum_bytes=8)
     with pytest.raises(RuntimeError, match="meta"):
         counters.read()
 

@@ -63,7 +63,7 @@ def test_nothing_is_said_of_what_was_not_asked_for() -> None:
 
 
 def test_rows_go_one_sided_where_everything_that_is_known_before_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foldpar.moe.transport.journey.why_no_peers", lambda device: None)
+    monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
     groups = foldpar.create_groups(foldpar.solve_layout(1))
     moe = layer(groups, one_sided=foldpar.OneSided(8))
     assert "one-sided where ranks can read each other's memory" in moe.explain()

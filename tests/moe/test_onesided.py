@@ -215,7 +215,7 @@ def test_there_is_never_more_room_than_rows_can_come() -> None:
 
 def test_more_tokens_than_promised_are_refused() -> None:
     exchange = RowExchange(1, 2, 8, 2, torch.float32)
-    with pytest.raises(ShapeError, match="routes 3 tokens, but max_tokens = 2"):
+    with pytest.raises(ShapeError, match=r"routes 3 tokens, but one_sided=OneSided\(max_tokens=2\)"):
         dispatch_one_sided(
             torch.ones(3, 8), torch.ones(3, 2), torch.zeros(3, 2), None, OneSidedWay(None, exchange, 4), num_experts=4
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import foldpar
 from foldpar.comm.dtensors import is_dtensor, local_tensor
 from foldpar.models.fold import fold_model
+from foldpar.moe import ExpertShare
 from foldpar.testing import run_ranks
 from foldpar.testing.shares import placed
 
@@ -135,7 +136,7 @@ def share(name: str, whole: Tensor, model: nn.Module, parameter: Tensor, groups:
     """This rank's part of a tensor of one process; of experts by hand, not with the slices that folding used."""
     owner, _, own_name = name.rpartition(".")
     module = model.get_submodule(owner)
-    if isinstance(module, foldpar.GroupedExperts):
+    if isinstance(module, ExpertShare):
         return share_of_experts(own_name, whole, module)
     if is_dtensor(parameter):
         return placed(whole, parameter)
@@ -144,7 +145,7 @@ def share(name: str, whole: Tensor, model: nn.Module, parameter: Tensor, groups:
     return whole
 
 
-def share_of_experts(name: str, whole: Tensor, experts: foldpar.GroupedExperts) -> Tensor:
+def share_of_experts(name: str, whole: Tensor, experts: ExpertShare) -> Tensor:
     groups, storage = experts.groups, experts.storage
     per_rank, hidden = experts.num_experts // groups.ep.size, experts.hidden_dim // groups.etp.size
     mine = whole[groups.ep.index * per_rank : (groups.ep.index + 1) * per_rank]

@@ -54,7 +54,7 @@ from foldpar.comm.dtensors import (
 )
 from foldpar.comm.first_step import When, can_compare
 from foldpar.comm.groups import AxisGroup, FoldedGroups, create_groups
-from foldpar.comm.peers import PeerMemory, check_room, memory_of, why_no_peers
+from foldpar.comm.peers import PeerMemory, check_room, known_memory_of, memory_of, why_no_peers
 from foldpar.comm.world import Ranks, attempt, raise_interruption, separate_world, told
 
 __all__ = [
@@ -90,6 +90,7 @@ __all__ = [
     "gather_rows",
     "is_dtensor",
     "is_sharding",
+    "known_memory_of",
     "local_parts",
     "local_tensor",
     "memory_of",

@@ -15,7 +15,7 @@ from foldpar.comm.groups import AxisGroup, FoldedGroups
 from foldpar.errors import ShapeError
 from foldpar.requirements import why_no_objects
 
-__all__ = ["PeerMemory", "check_room", "memories", "memory_of", "why_no_peers", "why_unreachable"]
+__all__ = ["PeerMemory", "check_room", "known_memory_of", "memories", "memory_of", "why_no_peers", "why_unreachable"]
 
 
 class PeerMemory:
@@ -74,6 +74,12 @@ def memory_of(groups: FoldedGroups, size: int, device: torch.device) -> PeerMemo
     return found
 
 
+def known_memory_of(groups: FoldedGroups, size: int, device: torch.device) -> PeerMemory | str | None:
+    """What :func:`memory_of` found; ``None`` where nobody has asked. Asks nobody."""
+    found: PeerMemory | str | None = groups.kept.get(("peer memory", size, device))
+    return found
+
+
 def memories(groups: FoldedGroups) -> list[PeerMemory]:
     """All of them that were made, in the same order on all ranks of the group."""
     return [kept for kept in groups.kept.values() if isinstance(kept, PeerMemory)]
@@ -102,8 +108,8 @@ def check_room(groups: FoldedGroups) -> None:
     if wanted:
         raise ShapeError(
             f"A rank's experts were sent {wanted} rows and have room for {room}: rows were left out, so the gradients "
-            f"of this step are not those of the model. Skip the step; then allow more with a larger slack, or leave "
-            f"max_tokens away, so that rows travel in messages of any size."
+            f"of this step are not those of the model. Skip the step; then allow more with OneSided(slack=...), or "
+            f"leave one_sided away, so that rows travel in messages of any size."
         )
 
 

@@ -19,7 +19,7 @@ to each rank that has one of its experts.
 from __future__ import annotations
 
 from foldpar.moe.counters import CounterValues, LayerCounters
-from foldpar.moe.experts import GroupedExperts
+from foldpar.moe.experts import ExpertShare, GroupedExperts
 from foldpar.moe.folded_experts import FoldedExperts
 from foldpar.moe.kernels.activations import (
     ELEMENTWISE,
@@ -55,6 +55,7 @@ __all__ = [
     "ClampedSwiGLU",
     "CounterValues",
     "DispatchPlan",
+    "ExpertShare",
     "ExpertStorage",
     "FoldedExperts",
     "FoldedMoE",
