@@ -56,6 +56,9 @@ class GroupedExperts(nn.Module):
     Source: SwiGLU: Shazeer 2020; grouped products: MegaBlocks (Gale et al. 2022), section 4.
     """
 
+    weights_rows = True
+    """Called with each row's routing weight, which multiplies what they compute."""
+
     def __init__(
         self,
         num_experts: int,

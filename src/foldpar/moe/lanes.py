@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foldpar.arguments import expect
 from foldpar.comm import FoldedGroups, all_gather, all_reduce_, gather_rows, split_rows
+from foldpar.moe.lane_ends import LaneEnds, lane_ends
 from foldpar.moe.transport.messages import Partition
 
 Lanes = Literal["replicated", "sharded"]
@@ -50,6 +51,11 @@ class LaneState:
                 f"partition={self.partition!r} and lane_grads={self.lane_grads!r} cannot both apply. Leave the "
                 f"defaults."
             )
+
+    @property
+    def ends(self) -> LaneEnds:
+        """How a layer in this state shares its work over the lanes."""
+        return lane_ends(self.groups.tp, self.lanes, self.lane_grads, self.partition)
 
     @property
     def own_tokens(self) -> bool:

@@ -35,7 +35,11 @@ __all__ = ["Experts", "Journey"]
 
 
 class Experts(Protocol):
-    """Anything that computes expert-major rows, such as :class:`GroupedExperts`."""
+    """Anything that computes expert-major rows, such as :class:`GroupedExperts`.
+
+    Where it has a true ``weights_rows``, it takes each row's routing weight and the sizes on the host (or ``None``) as
+    well, weights what it computes, and leaves rows alone that hold nothing.
+    """
 
     num_experts: int
     dim: int
@@ -91,7 +95,7 @@ class Journey:
         )
         if self.counters is not None:
             self.counters.count(routing, planned, self.state, rows.shape[1] * rows.element_size())
-        if isinstance(experts, GroupedExperts):  # they weight the activation, in a pass that is made anyway
+        if getattr(experts, "weights_rows", False):  # they weight the activation, in a pass that is made anyway
             arrived, row_weights = dispatch_weighted(entering, weights, planned)
             combined = combine(compute(arrived, planned.rows_per_expert, row_weights, planned.sizes), None, planned)
         else:
@@ -127,9 +131,9 @@ class Journey:
         """Why the rows of this layer can only travel in messages."""
         if self.counters is not None:
             return "counters read the sizes on the host"
-        if not isinstance(experts, GroupedExperts):
+        if not getattr(experts, "weights_rows", False):
             return f"{type(experts).__name__} may not leave rows alone that hold nothing, as GroupedExperts do"
-        if experts.biases is not None:
+        if getattr(experts, "biases", None) is not None:
             return "the experts have biases, whose gradients are sums over all rows"
         return None
 
