@@ -18,7 +18,6 @@ import foldpar
 from foldpar.comm.dtensors import local_tensor
 from foldpar.comm.peers import check_room
 from foldpar.moe.experts import GroupedExperts
-from foldpar.moe.lane_ends import lane_ends
 from foldpar.moe.lanes import LaneState
 from foldpar.moe.routing.router import Routing
 from foldpar.moe.transport.journey import Journey
@@ -100,8 +99,8 @@ class Layer:
         self.experts = GroupedExperts(case.experts, case.dim, case.hidden, groups, seed=1, dtype=case.dtype)
         self.experts.to(device, dtype)
         self.state = LaneState(groups, case.lanes, partition=case.partition)
-        self.ends = lane_ends(self.state)
-        self.journey = Journey(self.state, self.ends, self.experts, one_sided=way)
+        self.journey = Journey(self.state, self.experts, one_sided=way)
+        self.ends = self.journey.ends
         self.given = inputs(case, groups, device, dtype)
 
     def step(self) -> list[Tensor]:

@@ -44,6 +44,7 @@ from foldpar.moe.routing.router import Router, Routing, TopKRouter
 from foldpar.moe.routing.selection import GroupLimit
 from foldpar.moe.stand_ins import lockstep
 from foldpar.moe.storage import ExpertStorage
+from foldpar.moe.transport.journey import Journey
 from foldpar.moe.transport.messages import DispatchPlan, Partition, combine, dispatch, plan_dispatch
 from foldpar.moe.transport.one_sided import OneSided
 
@@ -61,6 +62,7 @@ __all__ = [
     "FoldedMoE",
     "GroupLimit",
     "GroupedExperts",
+    "Journey",
     "LaneState",
     "LayerCounters",
     "ModelChecks",

@@ -20,7 +20,6 @@ from foldpar.moe.counters import LayerCounters
 from foldpar.moe.experts import ExpertShare
 from foldpar.moe.kernels.grouped import in_autocast_dtype
 from foldpar.moe.lane_checks import LaneChecks
-from foldpar.moe.lane_ends import lane_ends
 from foldpar.moe.lanes import Lanes, LaneState
 from foldpar.moe.routing.router import Routing, without_tokens
 from foldpar.moe.transport.journey import Journey
@@ -83,8 +82,7 @@ class FoldedExperts(ExpertShare):
         """All tokens are padding; set by :func:`foldpar.lockstep`."""
         self.lane_state = LaneState(groups, lanes, partition=partition)
         self.checks = LaneChecks(self.lane_state, check)
-        self._ends = lane_ends(self.lane_state)
-        self.journey = Journey(self.lane_state, self._ends, self, counters=counters, one_sided=one_sided)
+        self.journey = Journey(self.lane_state, self, counters=counters, one_sided=one_sided)
 
     def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
         """:meth:`routed`, called directly or by way of ``call``."""
@@ -107,9 +105,9 @@ class FoldedExperts(ExpertShare):
             self.checks.entering(
                 self, "What enters the experts", {"hidden_states": hidden_states, "top_k_weights": top_k_weights}
             )
-        rows, ids = self._ends.own(hidden_states), state.own(top_k_index)
+        rows, ids = self.journey.ends.own(hidden_states), state.own(top_k_index)
         # Weights of a narrower dtype than the rows lose digits where parts of their gradient are added up.
-        weights = self._ends.own(top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype)))
+        weights = self.journey.ends.own(top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype)))
         routing = without_tokens(Routing(ids, weights)) if self.without_data else Routing(ids, weights)
         if checked:
             self.checks.routing(routing)
@@ -125,7 +123,7 @@ class FoldedExperts(ExpertShare):
     def explain(self) -> str:
         """What happens to rows on this rank, and why."""
         lines = self.journey.explain(*rows_for(self), top_k=1)
-        return "\n".join([f"FoldedExperts on rank {self.groups.rank}", self._ends.why, *lines])
+        return "\n".join([f"FoldedExperts on rank {self.groups.rank}", self.journey.ends.why, *lines])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lanes={self.lane_state.lanes!r}, partition={self.lane_state.partition!r}"

@@ -27,7 +27,6 @@ from foldpar.moe.experts import ExpertShare, GroupedExperts
 from foldpar.moe.folded_experts import check_device_and_dtype, rows_for
 from foldpar.moe.kernels.activations import Activation
 from foldpar.moe.lane_checks import LaneChecks
-from foldpar.moe.lane_ends import lane_ends
 from foldpar.moe.lanes import LaneGradients, Lanes, LaneState
 from foldpar.moe.routing.capacity import Capacity, limit_capacity
 from foldpar.moe.routing.randomness import random_region
@@ -126,8 +125,7 @@ class FoldedMoE(nn.Module):
         self.capacity = capacity
         self.without_data = False
         """All tokens are padding; set by :func:`foldpar.lockstep`."""
-        self._ends = lane_ends(self.lane_state)
-        self.journey = Journey(self.lane_state, self._ends, experts, counters=counters, one_sided=one_sided)
+        self.journey = Journey(self.lane_state, experts, counters=counters, one_sided=one_sided)
         self.router, self.experts, self.shared = router, experts, shared
         families = self.lane_state.families
         mark_children(self, {"router": families.router, "experts": families.experts, "shared": families.shared})
@@ -181,7 +179,7 @@ class FoldedMoE(nn.Module):
         checked = self.checks.due(tokens)
         if checked:
             self.checks.entering(self, "What enters a FoldedMoE", {"x": x, "ids": ids, "padding": padding})
-        own = self._ends.own(tokens)
+        own = self.journey.ends.own(tokens)
         routing = self._route(own, x, ids, padding)
         if checked:
             self.checks.routing(routing)
@@ -194,7 +192,7 @@ class FoldedMoE(nn.Module):
 
         The families are those of :func:`foldpar.parameter_families`, as they are now.
         """
-        layout, ends = self.groups.layout, self._ends
+        layout, ends = self.groups.layout, self.journey.ends
         lines = [
             f"FoldedMoE on rank {self.groups.rank}: tp={layout.tp} ep={layout.ep} etp={layout.etp} edp={layout.edp}",
             f"  lanes      {ends.why}",

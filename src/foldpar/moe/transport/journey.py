@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foldpar.moe.counters import LayerCounters
 from foldpar.moe.kernels.grouped import in_autocast_dtype
-from foldpar.moe.lane_ends import LaneEnds
+from foldpar.moe.lane_ends import lane_ends
 from foldpar.moe.lanes import LaneState
 from foldpar.moe.routing.router import Routing
 from foldpar.moe.transport.messages import (
@@ -34,7 +34,11 @@ __all__ = ["Experts", "InMessages", "Journey", "Way"]
 
 
 class Experts(Protocol):
-    """Anything that computes expert-major rows, such as :class:`GroupedExperts`."""
+    """Anything that computes expert-major rows, such as :class:`GroupedExperts`.
+
+    Where it has a true ``applies_weights``, it takes each row's routing weight and the sizes on the host (or ``None``)
+    as well, weights what it computes, and leaves rows alone that hold nothing.
+    """
 
     num_experts: int
     dim: int
@@ -71,7 +75,7 @@ class Journey:
     """How the rows of one layer travel; built with the layer.
 
     Args:
-        state, ends: what the lanes of the layer hold, and how they share its work.
+        state: what the lanes of the layer hold; ``ends`` is how they share its work.
         experts: what computes the rows. Whether it applies the weights, and leaves rows alone that hold nothing, is
             asked here, once; it is not kept.
         counters: where to count what moves.
@@ -81,13 +85,13 @@ class Journey:
     def __init__(
         self,
         state: LaneState,
-        ends: LaneEnds,
         experts: Experts,
         *,
         counters: LayerCounters | None = None,
         one_sided: OneSided | None = None,
     ) -> None:
-        self.state, self.ends, self.num_experts, self.dim = state, ends, experts.num_experts, experts.dim
+        self.state, self.num_experts, self.dim = state, experts.num_experts, experts.dim
+        self.ends = lane_ends(state)
         self.counters, self.one_sided = counters, one_sided
         self.in_messages = InMessages(state, self.num_experts, getattr(experts, "applies_weights", False), counters)
         self.built = self._built(experts)
