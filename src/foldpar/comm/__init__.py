@@ -55,7 +55,7 @@ from foldpar.comm.dtensors import (
 from foldpar.comm.first_step import When, can_compare
 from foldpar.comm.groups import AxisGroup, FoldedGroups, create_groups
 from foldpar.comm.peers import PeerMemory, check_room, memory_of, why_no_peers
-from foldpar.comm.world import Ranks, attempt, raise_interruption, separate_world, told
+from foldpar.comm.world import Ranks, attempt, raise_interruption, told
 
 __all__ = [
     "AxisGroup",
@@ -99,7 +99,6 @@ __all__ = [
     "reduce_scatter_rows",
     "refuse_foreign_scalers",
     "scale_gradient",
-    "separate_world",
     "split_rows",
     "start_all_reduce",
     "told",

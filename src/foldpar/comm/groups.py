@@ -12,11 +12,11 @@ import os
 import secrets
 import sys
 import warnings
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ from typing_extensions import Self
 from foldpar.arguments import expect
 from foldpar.errors import FoldingError, GroupsError, LayoutError
 from foldpar.layout import AXES, Coordinate, FoldedLayout
+
+Made = TypeVar("Made")
 
 _VIEW_AXES: Mapping[str, tuple[str, ...]] = {
     "dense": ("pp", "dp", "cp", "tp"),
@@ -209,7 +211,7 @@ class FoldedGroups:
         if view not in _VIEW_AXES:
             raise LayoutError(f"There is no view {view!r}. Views are 'dense' and 'expert'.")
         if view not in self._meshes:
-            self._meshes[view] = self._make_mesh(view)
+            self._meshes[view] = self._mesh_over(view, {axis: self.axis(axis) for axis in _VIEW_AXES[view]})
         return self._meshes[view]
 
     @property
@@ -261,51 +263,20 @@ class FoldedGroups:
             raise LayoutError(f"The data axes are 'dp_cp' and 'edp', not {axis!r}.")
         key = axis if replicas == 1 else f"{axis} x {replicas}"
         if key not in self._meshes:
-            self._meshes[key] = self._make_data_mesh(axis) if replicas == 1 else self._make_hybrid_mesh(axis, replicas)
+            self._meshes[key] = self._make_data_mesh(axis, replicas)
         return self._meshes[key]
 
-    def _make_hybrid_mesh(self, axis: Literal["dp_cp", "edp"], replicas: int) -> DeviceMesh:
-        if self._factory is None:
-            raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
-        view, rest = ("expert", ("ep", "etp")) if axis == "edp" else ("dense", ("tp",))
-        of_replicas, of_shards = self.data_axes(axis, replicas)
-        whole = DeviceMesh.from_group(
-            [
-                self._process_group_of("pp"),
-                *(part.process_group or self._alone() for part in (of_replicas, of_shards)),
-                *(self._process_group_of(name) for name in rest),
-            ],
-            self._factory.device_type,
-            mesh=self._ranks_of_mesh(view).reshape(
-                self.layout.pp,
-                of_replicas.size,
-                of_shards.size,
-                *(self.axis(name).size for name in rest),
-            ),
-            mesh_dim_names=("pp", f"{axis}_replicas", axis, *rest),
-        )
-        return whole[f"{axis}_replicas", axis]
-
-    def _make_data_mesh(self, axis: str) -> DeviceMesh:
-        if self._factory is None:
-            raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
-        device_type = self._factory.device_type
-        if axis == "edp":
+    def _make_data_mesh(self, axis: Literal["dp_cp", "edp"], replicas: int) -> DeviceMesh:
+        if axis == "edp" and replicas == 1:
             return self.mesh("expert")[axis]
-        # FSDP2 puts this mesh and that of tp side by side, so both count the ranks of the whole world.
-        names = ("pp", "dp_cp", "tp")
-        shape = [self.layout.size(name) for name in names]  # type: ignore[arg-type]
-        whole = DeviceMesh.from_group(
-            [self._process_group_of(name) for name in names],
-            device_type,
-            mesh=torch.arange(self.layout.world).reshape(shape),
-            mesh_dim_names=names,
-        )
-        return whole[axis]
-
-    def _process_group_of(self, axis: str) -> ProcessGroup:
-        """Of an axis of one rank, the group that all such axes share: a mesh needs one for every dimension."""
-        return self.axis(axis).process_group or self._alone()
+        # FSDP2 puts this mesh beside that of the axes which shard already, so both count the ranks of the whole world.
+        view: Literal["dense", "expert"] = "expert" if axis == "edp" else "dense"
+        of_replicas, of_shards = self.data_axes(axis, replicas)
+        data: dict[str, AxisGroup] = {} if replicas == 1 else {f"{axis}_replicas": of_replicas}
+        data[axis] = of_shards
+        rest = (self.ep, self.etp) if axis == "edp" else (self.tp,)
+        whole = self._mesh_over(view, {"pp": self.pp, **data, **{group.axis: group for group in rest}})
+        return whole[tuple(data)] if replicas > 1 else whole[axis]
 
     def _alone(self) -> ProcessGroup:
         return self._communicator("", (self.rank,), separate=False)
@@ -317,18 +288,16 @@ class FoldedGroups:
             return torch.arange(world)
         return torch.tensor([self.layout.rank_at("expert", position) for position in range(world)])
 
-    def _make_mesh(self, view: str) -> DeviceMesh:
-        layout = self.layout
-        factory = self._factory
-        if factory is None:
+    def _mesh_over(self, view: Literal["dense", "expert"], dims: Mapping[str, AxisGroup]) -> DeviceMesh:
+        """A mesh of the world with these dimensions by name, which partition a view."""
+        if self._factory is None:
             raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
-        groups = [self._process_group_of(name) for name in _VIEW_AXES[view]]
-        shape = [layout.size(name) for name in _VIEW_AXES[view]]  # type: ignore[arg-type]
         return DeviceMesh.from_group(
-            groups,
-            factory.device_type,
-            mesh=self._ranks_of_mesh(view).reshape(shape),
-            mesh_dim_names=_VIEW_AXES[view],
+            # All axes of one rank share a group: a mesh needs one for every dimension.
+            [group.process_group or self._alone() for group in dims.values()],
+            self._factory.device_type,
+            mesh=self._ranks_of_mesh(view).reshape([group.size for group in dims.values()]),
+            mesh_dim_names=tuple(dims),
         )
 
     def twin(self, layout: FoldedLayout | None = None) -> FoldedGroups:
@@ -464,7 +433,9 @@ def create_groups(
         factory = _GroupFactory.of_default_group(backend, timeout, generation, nonce)
         if generation:
             _forget_meshes()
-        return _make_together(layout, factory, chosen, owns_default)
+        return _make_together(
+            lambda: FoldedGroups(layout, dist.get_rank(), factory, chosen, owns_default), _destroy_all, factory.nonce
+        )
     except BaseException:
         if owns_default:
             dist.destroy_process_group()
@@ -565,27 +536,45 @@ def _facts(layout: FoldedLayout, backend: str | None, separate: frozenset[str]) 
     }
 
 
-def _make_together(
-    layout: FoldedLayout, factory: _GroupFactory, separate: frozenset[str], owns_default: bool
-) -> FoldedGroups:
-    """Make the groups on every rank, or on none: those of backends that connect later would wait for a missing rank."""
-    groups, failure = None, None
+def separate_world(groups: FoldedGroups, backend: str) -> ProcessGroup | None:
+    """A process group of all ranks, on its own; ``None`` for a single rank, which needs none.
+
+    Call it on every rank. The caller destroys it.
+
+    Raises:
+        GroupsError: see :func:`create_groups`.
+    """
+    world = groups.layout.world
+    if world == 1:
+        return None
+    generation, nonce = _agree(groups.layout, backend, frozenset(), None)
+    factory = _GroupFactory.of_default_group(backend, None, generation, nonce)
+    return _make_together(lambda: factory.create(tuple(range(world))), dist.destroy_process_group, nonce)
+
+
+def _destroy_all(groups: FoldedGroups) -> None:
+    groups._owns_default = False  # create_groups does that
+    groups.destroy()
+
+
+def _make_together(make: Callable[[], Made], unmake: Callable[[Made], None], nonce: int) -> Made:
+    """Make groups on every rank, or on none: those of backends that connect later would wait for a missing rank."""
+    made, failure = None, None
     try:
-        groups = FoldedGroups(layout, dist.get_rank(), factory, separate, owns_default)
+        made = make()
     except Exception as error:
         failure = error
-        _first_cause(factory.nonce, error)
+        _first_cause(nonce, error)
     try:
-        (failed,) = _largest([int(failure is not None)], factory.nonce)
+        (failed,) = _largest([int(failure is not None)], nonce)
         if failed:
-            _raise_first(factory.nonce, failure)
+            _raise_first(nonce, failure)
     except BaseException:
-        if groups is not None:
-            groups._owns_default = False  # create_groups does that
-            groups.destroy()
+        if made is not None:
+            unmake(made)
         raise
-    assert groups is not None
-    return groups
+    assert made is not None
+    return made
 
 
 def _largest(values: list[int], nonce: int | None) -> list[int]:
