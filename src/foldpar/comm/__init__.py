@@ -3,7 +3,8 @@
     groups       FoldedGroups: a process group for every axis of a layout, made once, passed as an argument
     collectives  differentiable blocks with a stated backward, and plain sums and gathers
     agreement    whether values that must be equal on several ranks are; ``first_step``: when that is asked
-    dtensors     torch's DTensor and meshes: how a parameter lies on ranks, every private name of theirs
+    c10d         every private name of torch's process groups
+    dtensors     torch's DTensor and meshes: how a parameter lies on ranks, their private names
     peers        memory that the GPUs of a group read from each other
     world        all ranks of a job over Gloo, for files
 
@@ -21,6 +22,7 @@ from foldpar.comm.agreement import (
     digest,
     digest_of_bits,
 )
+from foldpar.comm.c10d import living_groups
 from foldpar.comm.collectives import (
     all_gather,
     all_gather_rows,
@@ -90,6 +92,7 @@ __all__ = [
     "gather_rows",
     "is_dtensor",
     "is_sharding",
+    "living_groups",
     "local_parts",
     "local_tensor",
     "memory_of",

@@ -7,10 +7,8 @@ number in every layout, also where a group does not ascend.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
-import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,11 +18,12 @@ from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
 from foldpar.arguments import expect
+from foldpar.comm.c10d import GroupFactory, default_store, forget_meshes, next_generation
 from foldpar.errors import FoldingError, GroupsError, LayoutError
 from foldpar.layout import AXES, Coordinate, FoldedLayout
 
@@ -132,7 +131,7 @@ class FoldedGroups:
         self,
         layout: FoldedLayout,
         rank: int,
-        factory: _GroupFactory | None,
+        factory: GroupFactory | None,
         separate: frozenset[str] = frozenset(),
         owns_default: bool = False,
     ) -> None:
@@ -334,8 +333,8 @@ class FoldedGroups:
         for process_group in self.communicators:
             dist.destroy_process_group(process_group)
         self._communicators.clear()
-        if had_meshes and self._factory is not None and (self._factory.generation or _next_generation()):
-            _forget_meshes()
+        if had_meshes and self._factory is not None and (self._factory.generation or next_generation()):
+            forget_meshes()
         if self._owns_default:
             dist.destroy_process_group()
         for error in failed:
@@ -367,18 +366,6 @@ class FoldedGroups:
     def __repr__(self) -> str:
         state = "destroyed" if self._destroyed else f"{len(self._communicators)} communicator(s)"
         return f"FoldedGroups(rank {self.rank} of {self.layout!r}, {state})"
-
-
-def _forget_meshes() -> None:
-    """Drop what DTensor remembers of operations: meshes that look their groups up by names that may be gone.
-
-    Groups that live alone are always named alike (generation 0), so what is remembered of them fits the next ones. It
-    does not where groups begin or end beside others.
-    """
-    if "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor import debug
-
-        debug._clear_sharding_prop_cache()
 
 
 _NOT_PICKLED = (
@@ -430,9 +417,9 @@ def create_groups(
     try:
         chosen = frozenset() if refusal is not None else frozenset(_names(separate))
         generation, nonce = _agree(layout, backend, chosen, refusal)
-        factory = _GroupFactory.of_default_group(backend, timeout, generation, nonce)
+        factory = GroupFactory.of_default_group(backend, timeout, generation, nonce)
         if generation:
-            _forget_meshes()
+            forget_meshes()
         return _make_together(
             lambda: FoldedGroups(layout, dist.get_rank(), factory, chosen, owns_default), _destroy_all, factory.nonce
         )
@@ -505,7 +492,7 @@ def _agree(
     facts = {} if refusal is not None else _facts(layout, backend, separate)
     mine = [facts.get(name, 0) for name in _FACTS]
     opposite = [-value for value in mine]
-    own = [*mine, *opposite, _next_generation(), secrets.randbits(62), int(refusal is not None)]
+    own = [*mine, *opposite, next_generation(), secrets.randbits(62), int(refusal is not None)]
     *extremes, generation, nonce, refused = _largest(own, None)
     if refused:
         _raise_first(nonce, refusal)
@@ -548,7 +535,7 @@ def separate_world(groups: FoldedGroups, backend: str) -> ProcessGroup | None:
     if world == 1:
         return None
     generation, nonce = _agree(groups.layout, backend, frozenset(), None)
-    factory = _GroupFactory.of_default_group(backend, None, generation, nonce)
+    factory = GroupFactory.of_default_group(backend, None, generation, nonce)
     return _make_together(lambda: factory.create(tuple(range(world))), dist.destroy_process_group, nonce)
 
 
@@ -584,7 +571,7 @@ def _largest(values: list[int], nonce: int | None) -> list[int]:
         dist.all_reduce(sent, op=dist.ReduceOp.MAX)
         return cast("list[int]", sent.tolist())
     except RuntimeError as error:
-        if nonce is not None and _store().check([_cause_key(nonce)]):
+        if nonce is not None and default_store().check([_cause_key(nonce)]):
             _raise_first(nonce, None)
         raise GroupsError(
             f"create_groups: rank {dist.get_rank()} lost touch with the others, of which one has raised or ended "
@@ -604,17 +591,13 @@ def _raise_first(nonce: int, own: Exception | None) -> NoReturn:
 def _first_cause(nonce: int, own: Exception | None) -> str:
     """What the first rank that failed said in the default group's store; this rank's error, if it is the first."""
     if own is None:
-        return _store().get(_cause_key(nonce)).decode()
+        return default_store().get(_cause_key(nonce)).decode()
     said = str(own).removeprefix("create_groups: ") if isinstance(own, FoldingError) else f"{type(own).__name__}: {own}"
-    return _store().compare_set(_cause_key(nonce), "", f"rank {dist.get_rank()} failed: {said}").decode()
+    return default_store().compare_set(_cause_key(nonce), "", f"rank {dist.get_rank()} failed: {said}").decode()
 
 
 def _cause_key(nonce: int) -> str:
     return f"foldpar-{nonce:x}-failed"
-
-
-def _store() -> distributed_c10d.Store:
-    return distributed_c10d._world.pg_map[distributed_c10d._get_default_group()][1]
 
 
 def shared_gpu_hint(error: object) -> str:
@@ -629,72 +612,8 @@ def shared_gpu_hint(error: object) -> str:
     )
 
 
-def _next_generation() -> int:
-    """One more than the largest generation among the living groups of this rank, by their names."""
-    names = (str(name) for name in distributed_c10d._world.pg_names.values())
-    return max((int(name.split("-")[1]) + 1 for name in names if name.startswith("foldpar-")), default=0)
-
-
 def _collective_device() -> torch.device:
     """Where the default process group wants its tensors."""
     if "cpu:" in dist.get_backend_config():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-@dataclass(frozen=True, slots=True)
-class _GroupFactory:
-    """Makes process groups under names of our own, each on its members only.
-
-    ``new_group(use_local_synchronization=True)`` names a group by its ranks and by how many groups the process has.
-    Where those counts differ between ranks, the members look for each other under different names and hang; where a
-    count comes back after a destroy, they find the store's entries of the group before, and hang too. Here all ranks
-    agree beforehand on a store prefix that was never used. The price is one call of a function that torch keeps to
-    itself, in :meth:`create` and nowhere else.
-
-    The *name* is the same whenever the same ranks form a group again, because DTensor caches meshes that compare
-    equal and looks their groups up by name.
-    """
-
-    backend: str
-    timeout: timedelta
-    generation: int
-    nonce: int
-    device_type: str
-
-    @classmethod
-    def of_default_group(cls, backend: str | None, timeout: timedelta | None, generation: int, nonce: int) -> Self:
-        default = distributed_c10d._get_default_group()
-        config = backend or dist.get_backend_config()
-        # Gloo registers itself for GPUs too, but whoever chose it alone works on the CPU.
-        device_type = "cuda" if "nccl" in config and torch.cuda.is_available() else "cpu"
-        own_backend = backend or distributed_c10d._world.pg_map[default][0]
-        return cls(own_backend, timeout or _default_timeout(device_type), generation, nonce, device_type)
-
-    def create(self, ranks: tuple[int, ...], own_axis: str = "") -> ProcessGroup:
-        """The process group of these ranks, in this order; an axis that wants its own says its name."""
-        default = distributed_c10d._get_default_group()
-        members = list(ranks)
-        digest = hashlib.sha1(repr(members).encode(), usedforsecurity=False).hexdigest()[:16]
-        process_group, _ = distributed_c10d._new_process_group_helper(
-            len(members),
-            members.index(dist.get_rank()),
-            members,
-            distributed_c10d.Backend(self.backend),
-            distributed_c10d.PrefixStore(f"foldpar-{self.nonce:x}", distributed_c10d._world.pg_map[default][1]),
-            cast(Any, f"foldpar-{self.generation}-{own_axis}{digest}"),
-            timeout=self.timeout,
-            device_id=default.bound_device_id,
-            group_desc=f"foldpar {own_axis or 'shared'} {members[0]}..{members[-1]}",
-        )
-        distributed_c10d._world.pg_group_ranks[process_group] = {rank: place for place, rank in enumerate(members)}
-        return cast(ProcessGroup, process_group)
-
-
-def _default_timeout(device_type: str) -> timedelta:
-    """The timeout that the default process group was made with."""
-    default = distributed_c10d._get_default_group()
-    try:
-        return default._get_backend(torch.device(device_type)).options._timeout
-    except (AttributeError, RuntimeError):  # backends without options, such as those made for tests
-        return distributed_c10d.default_pg_timeout

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foldpar.errors import ModelError
-from foldpar.models import activation_of
+from foldpar.models import activation_of, own_gate
 from foldpar.moe import Activation, ExpertStorage, collect, grouped_feed_forward, in_autocast_dtype, pick, spread
 
 __all__ = ["register_with_transformers"]
@@ -77,7 +77,7 @@ def _experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, t
 
 def _activation_of(experts: Any) -> Activation:
     """Which activation a module has; looked up anew when its function is another one."""
-    gate = getattr(getattr(experts, "_apply_gate", None), "__func__", None)
+    gate = getattr(own_gate(experts), "__func__", None)
     key = (getattr(experts, "act_fn", None), gate, getattr(experts, "alpha", None), getattr(experts, "limit", None))
     known: tuple[object, Activation] | None = experts.__dict__.get("_foldpar_activation")
     if known is None or known[0] != key:
