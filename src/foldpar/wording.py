@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 from math import isqrt
 
-__all__ = ["as_integer", "below", "divisors", "listed", "not_dividing", "some", "some_ranks"]
+__all__ = ["as_integer", "below", "disk_failed", "divisors", "listed", "not_dividing", "some", "some_ranks"]
 
 
 def divisors(number: int) -> list[int]:
@@ -53,6 +53,15 @@ def below(texts: Sequence[str], most: int = 5, *, indent: int = 4) -> str:
 def some_ranks(ranks: Sequence[int], most: int = 16) -> str:
     """``0, 1, 5``: the first of them, and ``...`` for what is left out."""
     return ", ".join(map(str, ranks[:most])) + (" ..." if len(ranks) > most else "")
+
+
+def disk_failed(error: str, left: str) -> str:
+    """What to say where writing failed; ``left`` says what became of the files.
+
+    >>> disk_failed("No space left on device", "Nothing is left of it")
+    'No space left on device. Nothing is left of it. If the disk is full, free space and save again.'
+    """
+    return f"{error}. {left}. If the disk is full, free space and save again."
 
 
 def as_integer(value: object) -> int | None:

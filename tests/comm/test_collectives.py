@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import foldpar
+from foldpar.comm.c10d import GroupFactory
 from foldpar.comm.collectives import even_row_counts
-from foldpar.comm.groups import _GroupFactory
 from foldpar.errors import ShapeError
 from foldpar.testing import RanksFailed, run_ranks
 
@@ -23,7 +23,7 @@ ONE = foldpar.AxisGroup("tp", (0,), 0, None)
 
 def group_in_order(order: tuple[int, ...]) -> foldpar.AxisGroup:
     """All ranks, in a coordinate order that a group of torch's own, which is sorted, does not have."""
-    factory = _GroupFactory.of_default_group(None, None, 0, int.from_bytes(bytes(order), "big"))
+    factory = GroupFactory.of_default_group(None, None, 0, int.from_bytes(bytes(order), "big"))
     return foldpar.AxisGroup("tp", order, order.index(dist.get_rank()), factory.create(order))
 
 

@@ -476,7 +476,7 @@ def test_a_disk_that_is_full_at_any_moment_leaves_what_was_there(
         fold_model(model, groups)
         if broken == "save_pretrained":
             model.config.save_pretrained = full
-        with pytest.raises(CheckpointError, match=r"writing in .*No space left on device.*free space and export again"):
+        with pytest.raises(CheckpointError, match=r"writing in .*No space left on device.*free space and save again"):
             export(model, tmp_path, groups, max_shard_bytes=20_000)
 
     with monkeypatch.context() as patch:

@@ -35,6 +35,7 @@ ARROWS = {
 OUTSIDE = {"__init__", "__main__", "arguments", "cli", "errors", "factors", "families", "requirements", "wording"}
 NO_TORCH = {*OUTSIDE - {"arguments"}, "layout"}
 MAY_COMMUNICATE = {
+    "comm/c10d.py",
     "comm/collectives.py",
     "comm/dtensors.py",
     "comm/groups.py",

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from foldpar.checkpoint.manifest import MANIFEST, FileRecord, Manifest
 from foldpar.errors import CheckpointError
-from foldpar.wording import some
+from foldpar.wording import disk_failed, some
 
 __all__ = [
     "METADATA",
@@ -413,10 +413,10 @@ class _Lock:
 
 def failed_write(error: BaseException) -> str:
     """The text of an error about writing."""
-    return (
-        f"{error}. The unfinished files are removed as far as possible, and checkpoints that were complete before are "
-        f"untouched. If the disk is full, free space and save again."
+    left = (
+        "The unfinished files are removed as far as possible, and checkpoints that were complete before are untouched"
     )
+    return disk_failed(str(error), left)
 
 
 def read_manifest(path: Path) -> Manifest:

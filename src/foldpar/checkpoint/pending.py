@@ -32,9 +32,9 @@ class PendingSave:
     """
 
     def __init__(
-        self, work: Callable[[], None], model: nn.Module, groups: FoldedGroups, own: FoldedGroups | None
+        self, work: Callable[[], None], model: nn.Module, groups: FoldedGroups, close: Callable[[], None]
     ) -> None:
-        self._own = own
+        self._close: Callable[[], None] | None = close
         self._model = weakref.ref(model)
         self._error: Exception | None = None
         self._told = False
@@ -62,9 +62,9 @@ class PendingSave:
     def _end(self) -> Exception | None:
         """Wait, and free what it needed; returns its error."""
         self._thread.join()
-        own, self._own = self._own, None
-        if own is not None:
-            own.destroy()
+        close, self._close = self._close, None
+        if close is not None:
+            close()
         atexit.unregister(self._report)
         return self._error
 

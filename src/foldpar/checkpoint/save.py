@@ -49,7 +49,7 @@ from foldpar.checkpoint.state import (
     random_state,
 )
 from foldpar.checkpoint.values import encode
-from foldpar.comm import FoldedGroups, Ranks, attempt, raise_interruption, separate_world, told
+from foldpar.comm import FoldedGroups, Ranks, attempt, raise_interruption, told
 from foldpar.errors import CheckpointError
 
 __all__ = ["save_checkpoint"]
@@ -162,10 +162,9 @@ def save_checkpoint(
         return None
     with _discarded_on_error(start.claim):
         blocks = ranks.together(lambda: [replace(block, tensor=_snapshot(block.tensor)) for block in part.blocks])
-        own = separate_world(groups)
-    background = Ranks.of(groups, f"Saving {path}", None if own is None else own.tp.process_group)
+        background = Ranks.separate(groups, ranks.doing)
     work = partial(_write, background, path, start, blocks, part.values, keep, background=True)
-    return PendingSave(work, model, groups, own)
+    return PendingSave(work, model, groups, background.close)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

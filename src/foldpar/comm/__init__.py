@@ -3,7 +3,8 @@
     groups       FoldedGroups: a process group for every axis of a layout, made once, passed as an argument
     collectives  differentiable blocks with a stated backward, and plain sums and gathers
     agreement    whether values that must be equal on several ranks are; ``first_step``: when that is asked
-    dtensors     torch's DTensor and meshes: how a parameter lies on ranks, every private name of theirs
+    c10d         every private name of torch's process groups
+    dtensors     torch's DTensor and meshes: how a parameter lies on ranks, their private names
     peers        memory that the GPUs of a group read from each other
     world        all ranks of a job over Gloo, for files
 
@@ -21,6 +22,7 @@ from foldpar.comm.agreement import (
     digest,
     digest_of_bits,
 )
+from foldpar.comm.c10d import living_groups
 from foldpar.comm.collectives import (
     all_gather,
     all_gather_rows,
@@ -55,7 +57,7 @@ from foldpar.comm.dtensors import (
 from foldpar.comm.first_step import When, can_compare
 from foldpar.comm.groups import AxisGroup, FoldedGroups, create_groups
 from foldpar.comm.peers import PeerMemory, check_room, known_memory_of, memory_of, why_no_peers
-from foldpar.comm.world import Ranks, attempt, raise_interruption, separate_world, told
+from foldpar.comm.world import Ranks, attempt, raise_interruption, told
 
 __all__ = [
     "AxisGroup",
@@ -91,6 +93,7 @@ __all__ = [
     "is_dtensor",
     "is_sharding",
     "known_memory_of",
+    "living_groups",
     "local_parts",
     "local_tensor",
     "memory_of",
@@ -100,7 +103,6 @@ __all__ = [
     "reduce_scatter_rows",
     "refuse_foreign_scalers",
     "scale_gradient",
-    "separate_world",
     "split_rows",
     "start_all_reduce",
     "told",

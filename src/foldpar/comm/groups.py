@@ -7,27 +7,28 @@ number in every layout, also where a group does not ascend.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
-import sys
 import warnings
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
 from foldpar.arguments import expect
+from foldpar.comm.c10d import GroupFactory, default_store, forget_meshes, next_generation
 from foldpar.errors import FoldingError, GroupsError, LayoutError
 from foldpar.layout import AXES, Coordinate, FoldedLayout, solve_layout
+
+Made = TypeVar("Made")
 
 _VIEW_AXES: Mapping[str, tuple[str, ...]] = {
     "dense": ("pp", "dp", "cp", "tp"),
@@ -131,7 +132,7 @@ class FoldedGroups:
         self,
         layout: FoldedLayout,
         rank: int,
-        factory: _GroupFactory | None,
+        factory: GroupFactory | None,
         separate: frozenset[str] = frozenset(),
         owns_default: bool = False,
         given: Mapping[str, ProcessGroup] | None = None,
@@ -236,7 +237,7 @@ class FoldedGroups:
         if view not in _VIEW_AXES:
             raise LayoutError(f"There is no view {view!r}. Views are 'dense' and 'expert'.")
         if view not in self._meshes:
-            self._meshes[view] = self._make_mesh(view)
+            self._meshes[view] = self._mesh_over(view, {axis: self.axis(axis) for axis in _VIEW_AXES[view]})
         return self._meshes[view]
 
     @property
@@ -288,51 +289,20 @@ class FoldedGroups:
             raise LayoutError(f"The data axes are 'dp_cp' and 'edp', not {axis!r}.")
         key = axis if replicas == 1 else f"{axis} x {replicas}"
         if key not in self._meshes:
-            self._meshes[key] = self._make_data_mesh(axis) if replicas == 1 else self._make_hybrid_mesh(axis, replicas)
+            self._meshes[key] = self._make_data_mesh(axis, replicas)
         return self._meshes[key]
 
-    def _make_hybrid_mesh(self, axis: Literal["dp_cp", "edp"], replicas: int) -> DeviceMesh:
-        if self._factory is None:
-            raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
-        view, rest = ("expert", ("ep", "etp")) if axis == "edp" else ("dense", ("tp",))
-        of_replicas, of_shards = self.data_axes(axis, replicas)
-        whole = DeviceMesh.from_group(
-            [
-                self._process_group_of("pp"),
-                *(part.process_group or self._alone() for part in (of_replicas, of_shards)),
-                *(self._process_group_of(name) for name in rest),
-            ],
-            self._factory.device_type,
-            mesh=self._ranks_of_mesh(view).reshape(
-                self.layout.pp,
-                of_replicas.size,
-                of_shards.size,
-                *(self.axis(name).size for name in rest),
-            ),
-            mesh_dim_names=("pp", f"{axis}_replicas", axis, *rest),
-        )
-        return whole[f"{axis}_replicas", axis]
-
-    def _make_data_mesh(self, axis: str) -> DeviceMesh:
-        if self._factory is None:
-            raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
-        device_type = self._factory.device_type
-        if axis == "edp":
+    def _make_data_mesh(self, axis: Literal["dp_cp", "edp"], replicas: int) -> DeviceMesh:
+        if axis == "edp" and replicas == 1:
             return self.mesh("expert")[axis]
-        # FSDP2 puts this mesh and that of tp side by side, so both count the ranks of the whole world.
-        names = ("pp", "dp_cp", "tp")
-        shape = [self.layout.size(name) for name in names]  # type: ignore[arg-type]
-        whole = DeviceMesh.from_group(
-            [self._process_group_of(name) for name in names],
-            device_type,
-            mesh=torch.arange(self.layout.world).reshape(shape),
-            mesh_dim_names=names,
-        )
-        return whole[axis]
-
-    def _process_group_of(self, axis: str) -> ProcessGroup:
-        """Of an axis of one rank, the group that all such axes share: a mesh needs one for every dimension."""
-        return self.axis(axis).process_group or self._alone()
+        # FSDP2 puts this mesh beside that of the axes which shard already, so both count the ranks of the whole world.
+        view: Literal["dense", "expert"] = "expert" if axis == "edp" else "dense"
+        of_replicas, of_shards = self.data_axes(axis, replicas)
+        data: dict[str, AxisGroup] = {} if replicas == 1 else {f"{axis}_replicas": of_replicas}
+        data[axis] = of_shards
+        rest = (self.ep, self.etp) if axis == "edp" else (self.tp,)
+        whole = self._mesh_over(view, {"pp": self.pp, **data, **{group.axis: group for group in rest}})
+        return whole[tuple(data)] if replicas > 1 else whole[axis]
 
     def _alone(self) -> ProcessGroup:
         return self._communicator("", (self.rank,), separate=False)
@@ -344,18 +314,16 @@ class FoldedGroups:
             return torch.arange(world)
         return torch.tensor([self.layout.rank_at("expert", position) for position in range(world)])
 
-    def _make_mesh(self, view: str) -> DeviceMesh:
-        layout = self.layout
-        factory = self._factory
-        if factory is None:
+    def _mesh_over(self, view: Literal["dense", "expert"], dims: Mapping[str, AxisGroup]) -> DeviceMesh:
+        """A mesh of the world with these dimensions by name, which partition a view."""
+        if self._factory is None:
             raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
-        groups = [self._process_group_of(name) for name in _VIEW_AXES[view]]
-        shape = [layout.size(name) for name in _VIEW_AXES[view]]  # type: ignore[arg-type]
         return DeviceMesh.from_group(
-            groups,
-            factory.device_type,
-            mesh=self._ranks_of_mesh(view).reshape(shape),
-            mesh_dim_names=_VIEW_AXES[view],
+            # All axes of one rank share a group: a mesh needs one for every dimension.
+            [group.process_group or self._alone() for group in dims.values()],
+            self._factory.device_type,
+            mesh=self._ranks_of_mesh(view).reshape([group.size for group in dims.values()]),
+            mesh_dim_names=tuple(dims),
         )
 
     def twin(self, layout: FoldedLayout | None = None) -> FoldedGroups:
@@ -393,8 +361,8 @@ class FoldedGroups:
         for process_group in self.communicators:
             dist.destroy_process_group(process_group)
         self._communicators.clear()
-        if had_meshes and self._factory is not None and (self._factory.generation or _next_generation()):
-            _forget_meshes()
+        if had_meshes and self._factory is not None and (self._factory.generation or next_generation()):
+            forget_meshes()
         if self._owns_default:
             dist.destroy_process_group()
         for error in failed:
@@ -426,18 +394,6 @@ class FoldedGroups:
     def __repr__(self) -> str:
         state = "destroyed" if self._destroyed else f"{len(self._communicators)} communicator(s)"
         return f"FoldedGroups(rank {self.rank} of {self.layout!r}, {state})"
-
-
-def _forget_meshes() -> None:
-    """Drop what DTensor remembers of operations: meshes that look their groups up by names that may be gone.
-
-    Groups that live alone are always named alike (generation 0), so what is remembered of them fits the next ones. It
-    does not where groups begin or end beside others.
-    """
-    if "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor import debug
-
-        debug._clear_sharding_prop_cache()
 
 
 _NOT_PICKLED = (
@@ -489,10 +445,12 @@ def create_groups(
     try:
         chosen = frozenset() if refusal is not None else frozenset(_names(separate))
         generation, nonce = _agree(layout, backend, chosen, refusal)
-        factory = _GroupFactory.of_default_group(backend, timeout, generation, nonce)
+        factory = GroupFactory.of_default_group(backend, timeout, generation, nonce)
         if generation:
-            _forget_meshes()
-        return _make_together(layout, factory, chosen, owns_default)
+            forget_meshes()
+        return _make_together(
+            lambda: FoldedGroups(layout, dist.get_rank(), factory, chosen, owns_default), _destroy_all, factory.nonce
+        )
     except BaseException:
         if owns_default:
             dist.destroy_process_group()
@@ -562,7 +520,7 @@ def _agree(
     facts = {} if refusal is not None else _facts(layout, backend, separate)
     mine = [facts.get(name, 0) for name in _FACTS]
     opposite = [-value for value in mine]
-    own = [*mine, *opposite, _next_generation(), secrets.randbits(62), int(refusal is not None)]
+    own = [*mine, *opposite, next_generation(), secrets.randbits(62), int(refusal is not None)]
     *extremes, generation, nonce, refused = _largest(own, None)
     if refused:
         _raise_first(nonce, refusal)
@@ -593,27 +551,45 @@ def _facts(layout: FoldedLayout, backend: str | None, separate: frozenset[str]) 
     }
 
 
-def _make_together(
-    layout: FoldedLayout, factory: _GroupFactory, separate: frozenset[str], owns_default: bool
-) -> FoldedGroups:
-    """Make the groups on every rank, or on none: those of backends that connect later would wait for a missing rank."""
-    groups, failure = None, None
+def separate_world(groups: FoldedGroups, backend: str) -> ProcessGroup | None:
+    """A process group of all ranks, on its own; ``None`` for a single rank, which needs none.
+
+    Call it on every rank. The caller destroys it.
+
+    Raises:
+        GroupsError: see :func:`create_groups`.
+    """
+    world = groups.layout.world
+    if world == 1:
+        return None
+    generation, nonce = _agree(groups.layout, backend, frozenset(), None)
+    factory = GroupFactory.of_default_group(backend, None, generation, nonce)
+    return _make_together(lambda: factory.create(tuple(range(world))), dist.destroy_process_group, nonce)
+
+
+def _destroy_all(groups: FoldedGroups) -> None:
+    groups._owns_default = False  # create_groups does that
+    groups.destroy()
+
+
+def _make_together(make: Callable[[], Made], unmake: Callable[[Made], None], nonce: int) -> Made:
+    """Make groups on every rank, or on none: those of backends that connect later would wait for a missing rank."""
+    made, failure = None, None
     try:
-        groups = FoldedGroups(layout, dist.get_rank(), factory, separate, owns_default)
+        made = make()
     except Exception as error:
         failure = error
-        _first_cause(factory.nonce, error)
+        _first_cause(nonce, error)
     try:
-        (failed,) = _largest([int(failure is not None)], factory.nonce)
+        (failed,) = _largest([int(failure is not None)], nonce)
         if failed:
-            _raise_first(factory.nonce, failure)
+            _raise_first(nonce, failure)
     except BaseException:
-        if groups is not None:
-            groups._owns_default = False  # create_groups does that
-            groups.destroy()
+        if made is not None:
+            unmake(made)
         raise
-    assert groups is not None
-    return groups
+    assert made is not None
+    return made
 
 
 def _largest(values: list[int], nonce: int | None) -> list[int]:
@@ -623,7 +599,7 @@ def _largest(values: list[int], nonce: int | None) -> list[int]:
         dist.all_reduce(sent, op=dist.ReduceOp.MAX)
         return cast("list[int]", sent.tolist())
     except RuntimeError as error:
-        if nonce is not None and _store().check([_cause_key(nonce)]):
+        if nonce is not None and default_store().check([_cause_key(nonce)]):
             _raise_first(nonce, None)
         raise GroupsError(
             f"create_groups: rank {dist.get_rank()} lost touch with the others, of which one has raised or ended "
@@ -643,17 +619,13 @@ def _raise_first(nonce: int, own: Exception | None) -> NoReturn:
 def _first_cause(nonce: int, own: Exception | None) -> str:
     """What the first rank that failed said in the default group's store; this rank's error, if it is the first."""
     if own is None:
-        return _store().get(_cause_key(nonce)).decode()
+        return default_store().get(_cause_key(nonce)).decode()
     said = str(own).removeprefix("create_groups: ") if isinstance(own, FoldingError) else f"{type(own).__name__}: {own}"
-    return _store().compare_set(_cause_key(nonce), "", f"rank {dist.get_rank()} failed: {said}").decode()
+    return default_store().compare_set(_cause_key(nonce), "", f"rank {dist.get_rank()} failed: {said}").decode()
 
 
 def _cause_key(nonce: int) -> str:
     return f"foldpar-{nonce:x}-failed"
-
-
-def _store() -> distributed_c10d.Store:
-    return distributed_c10d._world.pg_map[distributed_c10d._get_default_group()][1]
 
 
 def shared_gpu_hint(error: object) -> str:
@@ -668,72 +640,8 @@ def shared_gpu_hint(error: object) -> str:
     )
 
 
-def _next_generation() -> int:
-    """One more than the largest generation among the living groups of this rank, by their names."""
-    names = (str(name) for name in distributed_c10d._world.pg_names.values())
-    return max((int(name.split("-")[1]) + 1 for name in names if name.startswith("foldpar-")), default=0)
-
-
 def _collective_device() -> torch.device:
     """Where the default process group wants its tensors."""
     if "cpu:" in dist.get_backend_config():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-@dataclass(frozen=True, slots=True)
-class _GroupFactory:
-    """Makes process groups under names of our own, each on its members only.
-
-    ``new_group(use_local_synchronization=True)`` names a group by its ranks and by how many groups the process has.
-    Where those counts differ between ranks, the members look for each other under different names and hang; where a
-    count comes back after a destroy, they find the store's entries of the group before, and hang too. Here all ranks
-    agree beforehand on a store prefix that was never used. The price is one call of a function that torch keeps to
-    itself, in :meth:`create` and nowhere else.
-
-    The *name* is the same whenever the same ranks form a group again, because DTensor caches meshes that compare
-    equal and looks their groups up by name.
-    """
-
-    backend: str
-    timeout: timedelta
-    generation: int
-    nonce: int
-    device_type: str
-
-    @classmethod
-    def of_default_group(cls, backend: str | None, timeout: timedelta | None, generation: int, nonce: int) -> Self:
-        default = distributed_c10d._get_default_group()
-        config = backend or dist.get_backend_config()
-        # Gloo registers itself for GPUs too, but whoever chose it alone works on the CPU.
-        device_type = "cuda" if "nccl" in config and torch.cuda.is_available() else "cpu"
-        own_backend = backend or distributed_c10d._world.pg_map[default][0]
-        return cls(own_backend, timeout or _default_timeout(device_type), generation, nonce, device_type)
-
-    def create(self, ranks: tuple[int, ...], own_axis: str = "") -> ProcessGroup:
-        """The process group of these ranks, in this order; an axis that wants its own says its name."""
-        default = distributed_c10d._get_default_group()
-        members = list(ranks)
-        digest = hashlib.sha1(repr(members).encode(), usedforsecurity=False).hexdigest()[:16]
-        process_group, _ = distributed_c10d._new_process_group_helper(
-            len(members),
-            members.index(dist.get_rank()),
-            members,
-            distributed_c10d.Backend(self.backend),
-            distributed_c10d.PrefixStore(f"foldpar-{self.nonce:x}", distributed_c10d._world.pg_map[default][1]),
-            cast(Any, f"foldpar-{self.generation}-{own_axis}{digest}"),
-            timeout=self.timeout,
-            device_id=default.bound_device_id,
-            group_desc=f"foldpar {own_axis or 'shared'} {members[0]}..{members[-1]}",
-        )
-        distributed_c10d._world.pg_group_ranks[process_group] = {rank: place for place, rank in enumerate(members)}
-        return cast(ProcessGroup, process_group)
-
-
-def _default_timeout(device_type: str) -> timedelta:
-    """The timeout that the default process group was made with."""
-    default = distributed_c10d._get_default_group()
-    try:
-        return default._get_backend(torch.device(device_type)).options._timeout
-    except (AttributeError, RuntimeError):  # backends without options, such as those made for tests
-        return distributed_c10d.default_pg_timeout

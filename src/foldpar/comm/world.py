@@ -10,12 +10,11 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from foldpar.comm.groups import FoldedGroups, create_groups
+from foldpar.comm.groups import FoldedGroups, separate_world
 from foldpar.errors import CheckpointError, FoldingError
-from foldpar.layout import FoldedLayout
 from foldpar.requirements import require_numpy
 
-__all__ = ["Ranks", "attempt", "raise_interruption", "separate_world", "told"]
+__all__ = ["Ranks", "attempt", "raise_interruption", "told"]
 
 Value = TypeVar("Value")
 
@@ -31,8 +30,22 @@ class Ranks:
     """What they do, for errors: ``"saving runs/step-300"``."""
 
     @classmethod
-    def of(cls, groups: FoldedGroups, doing: str, group: ProcessGroup | None = None) -> Ranks:
-        return cls(groups.rank, groups.layout.world, group, doing)
+    def of(cls, groups: FoldedGroups, doing: str) -> Ranks:
+        """Over the default process group."""
+        return cls(groups.rank, groups.layout.world, None, doing)
+
+    @classmethod
+    def separate(cls, groups: FoldedGroups, doing: str) -> Ranks:
+        """Over a process group of their own, of Gloo, for traffic from another thread; :meth:`close` it when done.
+
+        Call it on every rank.
+        """
+        return cls(groups.rank, groups.layout.world, separate_world(groups, "gloo"), doing)
+
+    def close(self) -> None:
+        """Destroy the process group that :meth:`separate` made."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
 
     def all_gather(self, value: Value) -> list[Value]:
         """The values of all ranks, on every rank."""
@@ -126,12 +139,3 @@ def raise_interruption(error: BaseException | None) -> None:
     """Raise what is no failure but a wish to end, such as Ctrl-C, as it came; the other ranks have been told."""
     if error is not None and not isinstance(error, Exception):
         raise error
-
-
-def separate_world(groups: FoldedGroups) -> FoldedGroups | None:
-    """Groups of whose axes ``tp`` is the whole world, over Gloo and on their own: for traffic from another thread.
-
-    Call it on every rank, and destroy them when done. ``None`` for a single rank, which needs none.
-    """
-    world = groups.layout.world
-    return None if world == 1 else create_groups(FoldedLayout(world, tp=world), backend="gloo")

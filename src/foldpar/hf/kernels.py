@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 
 from foldpar.errors import ModelError
-from foldpar.models import activation_of
-from foldpar.moe import (
-    Activation,
-    ExpertStorage,
-    collect,
-    grouped_feed_forward,
-    in_autocast_dtype,
-    pick,
-    spread,
-)
+from foldpar.models import activation_of, own_gate
+from foldpar.moe import Activation, ExpertStorage, collect, grouped_feed_forward, in_autocast_dtype, pick, spread
 
 __all__ = ["experts_forward", "grouped_products", "why_not_grouped"]
 
@@ -90,7 +82,7 @@ def why_not_grouped(experts: Any) -> str | None:
 
 def _activation_of(experts: Any) -> Activation:
     """Which activation a module has; looked up anew when its function is another one."""
-    gate = getattr(getattr(experts, "_apply_gate", None), "__func__", None)
+    gate = getattr(own_gate(experts), "__func__", None)
     key = (getattr(experts, "act_fn", None), gate, getattr(experts, "alpha", None), getattr(experts, "limit", None))
     known: tuple[object, Activation] | None = experts.__dict__.get("_foldpar_activation")
     if known is None or known[0] != key:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from foldpar.errors import ModelError
-from foldpar.parameters import Box, Share
+from foldpar.parameters import Box, Share, replaced_at
 from foldpar.wording import some
 
 __all__ = [
@@ -94,7 +94,7 @@ class Laid:
         for part in (self, *others):
             moved += [piece if not length else _shifted(piece, dim, length) for piece in part.pieces]
             length += part.shape[dim]
-        return Laid(_with(self.shape, dim, length), tuple(moved))
+        return Laid(replaced_at(self.shape, dim, length), tuple(moved))
 
     def transposed(self, first: int, second: int) -> Laid:
         """``torch.transpose``."""
@@ -122,7 +122,7 @@ class Laid:
             turned = Box(piece.box.starts, piece.box.sizes, piece.box.offsets).narrowed(dim, start, length, to=0)
             if turned is not None:
                 cut.append(Piece(piece.source, Box(turned.starts, turned.sizes, turned.offsets), piece.axes))
-        return Laid(_with(self.shape, dim, length), tuple(cut))
+        return Laid(replaced_at(self.shape, dim, length), tuple(cut))
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,11 +415,9 @@ def _check_alike(shapes: Sequence[Shape]) -> None:
 
 def _shifted(piece: Piece, dim: int, by: int) -> Piece:
     box = piece.box
-    return Piece(piece.source, Box(_with(box.offsets, dim, box.offsets[dim] + by), box.sizes, box.starts), piece.axes)
-
-
-def _with(values: Shape, dim: int, value: int) -> Shape:
-    return (*values[:dim], value, *values[dim + 1 :])
+    return Piece(
+        piece.source, Box(replaced_at(box.offsets, dim, box.offsets[dim] + by), box.sizes, box.starts), piece.axes
+    )
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -26,6 +26,7 @@ from foldpar.errors import CheckpointError
 from foldpar.hf.files import INDEX, append, begin_file, sync
 from foldpar.hf.names import Overlap, natural
 from foldpar.parameters import Box, pieces
+from foldpar.wording import disk_failed
 
 __all__ = [
     "BUFFER_BYTES",
@@ -225,10 +226,8 @@ def _to_disk(folder: Path, work: Callable[[], None]) -> Callable[[], None]:
 
 
 def _failed(folder: Path, error: BaseException) -> str:
-    return (
-        f"writing in {folder}: {type(error).__name__}: {error}. What was written is removed as far as possible. If the "
-        f"disk is full, free space and export again."
-    )
+    said = f"writing in {folder}: {type(error).__name__}: {error}"
+    return disk_failed(said, "What was written is removed as far as possible")
 
 
 def _unfinished(folder: Path, file: _File) -> Path:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from foldpar.models.fold import fold_model
 from foldpar.models.known import ExpertWeights, MoEAdapter
 from foldpar.models.plan import FoldPlan, FoldPlanRow, plan_fold
-from foldpar.models.recognition import activation_of
+from foldpar.models.recognition import activation_of, own_gate
 
 __all__ = [
     "ExpertWeights",
@@ -26,5 +26,6 @@ __all__ = [
     "MoEAdapter",
     "activation_of",
     "fold_model",
+    "own_gate",
     "plan_fold",
 ]

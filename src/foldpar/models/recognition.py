@@ -53,7 +53,7 @@ def activation_of(experts: nn.Module, where: str, *, gated: bool = True, interle
         ModelError: there is none, it holds tensors, or it does not work on each hidden unit by itself.
     """
     act_fn = getattr(experts, "act_fn", None)
-    gate = getattr(experts, "_apply_gate", None) if gated else None
+    gate = own_gate(experts) if gated else None
     if gate is not None and not (isinstance(gate, MethodType) and _full_name(gate.__func__) == _USUAL_GATE):
         return _of_own_gate(experts, gate, where, interleaved)
     if not callable(act_fn):
@@ -70,6 +70,12 @@ def activation_of(experts: nn.Module, where: str, *, gated: bool = True, interle
     own = OwnActivation(act_fn, "gate" if gated else "plain")
     check_own_activation(own, where, interleaved=interleaved)
     return own
+
+
+def own_gate(experts: nn.Module) -> Callable[..., Tensor] | None:
+    """How a module of transformers computes gate and up of its experts, by itself or in the usual way, if it can."""
+    gate: Callable[..., Tensor] | None = getattr(experts, "_apply_gate", None)
+    return gate
 
 
 def _of_own_gate(experts: nn.Module, gate: Callable[..., Tensor], where: str, interleaved: bool) -> Activation:

@@ -2,6 +2,10 @@
 
 Linear layers are torch's own (``parallelize_module``). Embeddings are cut by rows here, since torch's way gives them
 gradients of the whole vocabulary, and what goes straight to the lane's heads gets its gradient summed.
+
+Those modules change their class in place (``__class__``), as FSDP2's do. A new module beside or around them would lose
+hooks, be missed by whoever refers to the old one (a tied head, a list of layers), or change names in ``state_dict``;
+with a ``forward`` set on the instance, its type would not say what it is.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ parts of all ranks cover a tensor, each replica equal. No layer is known here.
 
 from __future__ import annotations
 
-from foldpar.parameters.boxes import Box, Share, pieces
+from foldpar.parameters.boxes import Box, Share, pieces, replaced_at
 from foldpar.parameters.fsdp import (
     Stage,
     bring_back_shards,
@@ -103,6 +103,7 @@ __all__ = [
     "refuse_replaced",
     "refuse_unreduced",
     "refuse_unreduced_gradients",
+    "replaced_at",
     "resolve_parameters",
     "sharded_module",
     "shards_over_data",

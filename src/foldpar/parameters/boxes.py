@@ -42,9 +42,9 @@ class Box:
         if first >= end:
             return None
         return Box(
-            _with(self.offsets, dim, self.offsets[dim] + first - self.starts[dim]),
-            _with(self.sizes, dim, end - first),
-            _with(self.starts, dim, to + first - start),
+            replaced_at(self.offsets, dim, self.offsets[dim] + first - self.starts[dim]),
+            replaced_at(self.sizes, dim, end - first),
+            replaced_at(self.starts, dim, to + first - start),
         )
 
 
@@ -95,7 +95,9 @@ class Share:
             for part in range(parts)
             for box in self.boxes
         )
-        return Share(self.shape, _with(self.local, dim, parts * size), tuple(box for box in boxes if box is not None))
+        return Share(
+            self.shape, replaced_at(self.local, dim, parts * size), tuple(box for box in boxes if box is not None)
+        )
 
 
 def chunk(length: int, count: int, index: int) -> tuple[int, int]:
@@ -128,5 +130,6 @@ def pieces(box: Box, limit: int) -> Iterator[Box]:
         yield from pieces(part, limit)
 
 
-def _with(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
+def replaced_at(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
+    """A shape with another size in one dimension."""
     return (*values[:dim], value, *values[dim + 1 :])

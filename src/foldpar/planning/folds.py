@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from foldpar.integers import divisors
 from foldpar.layout import ORDERS, Axis, FoldedLayout, Order, solve_layout
 from foldpar.planning.machine import Machine
 from foldpar.planning.shape import ModelShape
+from foldpar.wording import divisors
 
 __all__ = [
     "LeftOut",

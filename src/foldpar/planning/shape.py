@@ -13,8 +13,8 @@ from math import prod
 from typing import Literal
 
 from foldpar.errors import ModelError
-from foldpar.integers import as_integer
 from foldpar.layout import FoldedLayout
+from foldpar.wording import as_integer
 
 __all__ = ["LatentAttention", "ModelShape", "Part", "Weight"]
 

@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from foldpar.comm import is_dtensor, local_tensor
+from foldpar.comm import is_dtensor, living_groups, local_tensor
 from foldpar.testing.outcomes import Cause, RankFailure, Returned, live_groups
 
 # After a failure the other ranks have SETTLE seconds to answer. Then the failed ones are ended, since their connections
@@ -404,7 +404,7 @@ def _drop_groups() -> None:
     thread lets go of them while the next call begins.
     """
     if dist.is_initialized():
-        held = list(dist.distributed_c10d._world.pg_map)
+        held = [dist.group.WORLD, *living_groups()]
         dist.destroy_process_group()
         threading.Thread(target=held.clear).start()
 

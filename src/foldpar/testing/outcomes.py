@@ -21,10 +21,9 @@ def live_groups() -> list[str]:
 
     Call it inside the function that ``run_ranks`` runs, to see that what was created was destroyed.
     """
-    from torch.distributed import distributed_c10d
+    from foldpar.comm import living_groups
 
-    world = distributed_c10d._world
-    return [str(name) for group, name in world.pg_names.items() if group is not world.default_pg]
+    return list(living_groups().values())
 
 
 @dataclass(frozen=True, slots=True)

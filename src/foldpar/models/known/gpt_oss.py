@@ -8,13 +8,13 @@ from torch import nn
 
 from foldpar.models.known.adapter import MoEAdapter
 from foldpar.models.known.plans import ATTENTION
-from foldpar.models.recognition import activation_of
+from foldpar.models.recognition import activation_of, own_gate
 from foldpar.moe import Activation, ClampedSwiGLU, ExpertStorage
 
 
 def _activation(experts: nn.Module) -> Activation:
     module = cast(Any, experts)
-    if hasattr(module, "_apply_gate"):
+    if own_gate(experts) is not None:
         return activation_of(experts, "experts", interleaved=True)
     return ClampedSwiGLU(alpha=module.alpha, limit=module.limit)
 

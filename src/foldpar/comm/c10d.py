@@ -1,0 +1,106 @@
+"""All that foldpar uses of torch's process groups under private names: making them in an order, under a name.
+
+Everything here is the work of one function that torch keeps to itself, and of the tables that it keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, distributed_c10d
+from typing_extensions import Self
+
+__all__ = ["GroupFactory", "default_store", "forget_meshes", "living_groups", "next_generation"]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFactory:
+    """Makes process groups under names of our own, each on its members only.
+
+    ``new_group(use_local_synchronization=True)`` names a group by its ranks and by how many groups the process has.
+    Where those counts differ between ranks, the members look for each other under different names and hang; where a
+    count comes back after a destroy, they find the store's entries of the group before, and hang too. Here all ranks
+    agree beforehand on a store prefix that was never used. The price is one call of a function that torch keeps to
+    itself, in :meth:`create` and nowhere else.
+
+    The *name* is the same whenever the same ranks form a group again, because DTensor caches meshes that compare
+    equal and looks their groups up by name.
+    """
+
+    backend: str
+    timeout: timedelta
+    generation: int
+    nonce: int
+    device_type: str
+
+    @classmethod
+    def of_default_group(cls, backend: str | None, timeout: timedelta | None, generation: int, nonce: int) -> Self:
+        default = distributed_c10d._get_default_group()
+        config = backend or dist.get_backend_config()
+        # Gloo registers itself for GPUs too, but whoever chose it alone works on the CPU.
+        device_type = "cuda" if "nccl" in config and torch.cuda.is_available() else "cpu"
+        own_backend = backend or distributed_c10d._world.pg_map[default][0]
+        return cls(own_backend, timeout or _default_timeout(device_type), generation, nonce, device_type)
+
+    def create(self, ranks: tuple[int, ...], own_axis: str = "") -> ProcessGroup:
+        """The process group of these ranks, in this order; an axis that wants its own says its name."""
+        default = distributed_c10d._get_default_group()
+        members = list(ranks)
+        digest = hashlib.sha1(repr(members).encode(), usedforsecurity=False).hexdigest()[:16]
+        process_group, _ = distributed_c10d._new_process_group_helper(
+            len(members),
+            members.index(dist.get_rank()),
+            members,
+            distributed_c10d.Backend(self.backend),
+            distributed_c10d.PrefixStore(f"foldpar-{self.nonce:x}", default_store()),
+            cast(Any, f"foldpar-{self.generation}-{own_axis}{digest}"),
+            timeout=self.timeout,
+            device_id=default.bound_device_id,
+            group_desc=f"foldpar {own_axis or 'shared'} {members[0]}..{members[-1]}",
+        )
+        distributed_c10d._world.pg_group_ranks[process_group] = {rank: place for place, rank in enumerate(members)}
+        return cast(ProcessGroup, process_group)
+
+
+def _default_timeout(device_type: str) -> timedelta:
+    """The timeout that the default process group was made with."""
+    default = distributed_c10d._get_default_group()
+    try:
+        return default._get_backend(torch.device(device_type)).options._timeout
+    except (AttributeError, RuntimeError):  # backends without options, such as those made for tests
+        return distributed_c10d.default_pg_timeout
+
+
+def default_store() -> distributed_c10d.Store:
+    """The store of the default process group."""
+    return distributed_c10d._world.pg_map[distributed_c10d._get_default_group()][1]
+
+
+def living_groups() -> dict[ProcessGroup, str]:
+    """The process groups that exist on this rank, with their names, the default group apart."""
+    world = distributed_c10d._world
+    return {group: str(name) for group, name in world.pg_names.items() if group is not world.default_pg}
+
+
+def next_generation() -> int:
+    """One more than the largest generation among the living groups of this rank, by their names."""
+    names = living_groups().values()
+    return max((int(name.split("-")[1]) + 1 for name in names if name.startswith("foldpar-")), default=0)
+
+
+def forget_meshes() -> None:
+    """Drop what DTensor remembers of operations: meshes that look their groups up by names that may be gone.
+
+    Groups that live alone are always named alike (generation 0), so what is remembered of them fits the next ones. It
+    does not where groups begin or end beside others.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import debug
+
+        debug._clear_sharding_prop_cache()
