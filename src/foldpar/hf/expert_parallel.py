@@ -17,6 +17,7 @@ from transformers.distributed.expert_parallel import EPImplementation
 
 from foldpar.comm import FoldedGroups
 from foldpar.hf.kernels import grouped_products, why_not_grouped
+from foldpar.models import experts_implementation
 from foldpar.moe import Journey, LaneState, OneSided, Routing
 
 __all__ = ["implementation"]
@@ -54,7 +55,7 @@ def implementation(name: str, one_sided: OneSided | None) -> type[EPImplementati
             return journey(computed_by, journey.ends.own(hidden_states), routing, tokens=hidden_states.shape[0])
 
         def _experts(self, dim: int) -> Any:
-            chosen = getattr(getattr(self.experts, "config", None), "_experts_implementation", None)
+            chosen = experts_implementation(self.experts)
             if chosen in ("grouped_mm", name) and why_not_grouped(self.experts) is None:
                 return _Products(self.experts, self.num_experts, dim)
             return _OwnForward(self.experts_forward, self.num_experts, dim)

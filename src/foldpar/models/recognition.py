@@ -212,3 +212,9 @@ def _in_the_other_mode(activation: OwnActivation) -> OwnActivation:
         other = on_meta(function.__self__).train(not function.__self__.training)
         return OwnActivation(MethodType(function.__func__, other), activation.form)
     return activation
+
+
+def experts_implementation(experts: nn.Module) -> str | None:
+    """Which products a model of transformers asked for; ``None`` where its experts are none of transformers'."""
+    found: str | None = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    return found
