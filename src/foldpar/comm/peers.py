@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from foldpar.comm.collectives import all_reduce_
-from foldpar.comm.groups import AxisGroup, FoldedGroups
+from foldpar.comm.groups import AxisGroup, FoldedGroups, Kept
 from foldpar.errors import ShapeError
 from foldpar.requirements import why_no_objects
 
-__all__ = ["PeerMemory", "check_room", "memories", "memory_of", "why_no_peers", "why_unreachable"]
+__all__ = ["PeerMemory", "check_room", "memory_of", "why_no_peers", "why_unreachable"]
 
 
 class PeerMemory:
@@ -61,22 +61,23 @@ class PeerMemory:
             self._handle.barrier(channel=0)
 
 
+class _Memories(Kept):
+    """The memories of some groups by size and device, in the same order on all ranks; or why there is none."""
+
+    def __init__(self, groups: FoldedGroups) -> None:
+        self.found: dict[tuple[int, torch.device], PeerMemory | str] = {}
+
+
 def memory_of(groups: FoldedGroups, size: int, device: torch.device) -> PeerMemory | str:
     """The memory of this size that the ranks of ``ep`` share, made on first use; or why there is none.
 
     Layers of one size take turns with one memory. The first call is a meeting of the group.
     """
-    key = ("peer memory", size, device)
-    if key not in groups.kept:
+    found, key = groups.keep(_Memories).found, (size, device)
+    if key not in found:
         reason = why_unreachable(groups.ep, device)
-        groups.kept[key] = PeerMemory(groups.ep, size, device) if reason is None else reason
-    found: PeerMemory | str = groups.kept[key]
-    return found
-
-
-def memories(groups: FoldedGroups) -> list[PeerMemory]:
-    """All of them that were made, in the same order on all ranks of the group."""
-    return [kept for kept in groups.kept.values() if isinstance(kept, PeerMemory)]
+        found[key] = PeerMemory(groups.ep, size, device) if reason is None else reason
+    return found[key]
 
 
 def check_room(groups: FoldedGroups) -> None:
@@ -88,7 +89,7 @@ def check_room(groups: FoldedGroups) -> None:
     Raises:
         ShapeError: gradients since then are not those of the model, and must not be used.
     """
-    shared = memories(groups)
+    shared = [memory for memory in groups.keep(_Memories).found.values() if isinstance(memory, PeerMemory)]
     if not shared:
         return
     flags = torch.stack([memory.flags for memory in shared]).amax(0)
