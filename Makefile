@@ -51,7 +51,7 @@ dist: $(INSTALLED)
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[testing]"
-	cd build/wheel && bin/python -I ../../tests/check_wheel.py
+	cd build/wheel && bin/python -I ../../tests/support/check_wheel.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

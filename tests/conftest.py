@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import foldpar
 
-collect_ignore = ["check_wheel.py"]  # a program for an environment of its own
+settings.register_profile("foldpar", deadline=None)  # a clock would fail where a machine is busy
+settings.load_profile("foldpar")
+
+collect_ignore = ["support"]  # what tests share, and programs for environments of their own
 
 EVERY = {
     "test_accumulation.py::test_hooked_reduction_equals_one_process": 7,

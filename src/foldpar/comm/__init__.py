@@ -56,7 +56,7 @@ from foldpar.comm.dtensors import (
 )
 from foldpar.comm.first_step import When, can_compare
 from foldpar.comm.groups import AxisGroup, FoldedGroups, Kept, create_groups
-from foldpar.comm.peers import PeerMemory, check_room, memory_of, why_no_peers
+from foldpar.comm.peers import PeerMemory, check_room, known_memory_of, memory_of, why_no_peers
 from foldpar.comm.world import Ranks, attempt, raise_interruption, told
 
 __all__ = [
@@ -93,6 +93,7 @@ __all__ = [
     "gather_rows",
     "is_dtensor",
     "is_sharding",
+    "known_memory_of",
     "living_groups",
     "local_parts",
     "local_tensor",

@@ -11,6 +11,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -25,7 +26,7 @@ from typing_extensions import Self
 from foldpar.arguments import expect
 from foldpar.comm.c10d import GroupFactory, default_store, forget_meshes, next_generation
 from foldpar.errors import FoldingError, GroupsError, LayoutError
-from foldpar.layout import AXES, Coordinate, FoldedLayout
+from foldpar.layout import AXES, Coordinate, FoldedLayout, solve_layout
 
 Made = TypeVar("Made")
 OneKept = TypeVar("OneKept", bound="Kept")
@@ -123,7 +124,7 @@ class FoldedGroups:
     """
 
     __slots__ = (*AXES, "_communicators", "_data_axes", "_destroyed", "_factory", "_kept", "_meshes", "_owns_default")
-    __slots__ += ("coordinate", "layout", "rank")
+    __slots__ += ("__weakref__", "coordinate", "layout", "rank")
 
     layout: FoldedLayout
     rank: int
@@ -145,6 +146,7 @@ class FoldedGroups:
         factory: GroupFactory | None,
         separate: frozenset[str] = frozenset(),
         owns_default: bool = False,
+        given: Mapping[str, ProcessGroup] | None = None,
     ) -> None:
         self.layout = layout
         self.rank = rank
@@ -161,12 +163,32 @@ class FoldedGroups:
         try:
             for axis in AXES:
                 ranks = layout.group(axis, rank)
-                process_group = self._communicator(axis, ranks, axis in separate) if len(ranks) > 1 else None
+                if given is None:
+                    process_group = self._communicator(axis, ranks, axis in separate) if len(ranks) > 1 else None
+                elif len(ranks) == 1 or axis in given:
+                    process_group = given[axis] if len(ranks) > 1 else None
+                else:
+                    continue  # asking for it raises
                 setattr(self, axis, AxisGroup(axis, ranks, ranks.index(rank), process_group))
         except BaseException:
             for made in self.communicators:
                 dist.destroy_process_group(made)
             raise
+
+    @classmethod
+    def over(cls, *, tp: ProcessGroup, ep: ProcessGroup) -> Self:
+        """Groups over process groups that somebody else made, and will destroy; none is made here.
+
+        Their layout is that of the ranks of the world in ``"consecutive"`` order with ``etp = 1``. There are the axes
+        ``tp``, ``ep`` and ``ep_etp``, and those of one rank. Asking for another, or for a mesh, raises a
+        ``GroupsError``.
+
+        Raises:
+            LayoutError: their sizes make no layout of the world. GroupsError: one is not the group of its axis there,
+                or lists its ranks in another order.
+        """
+        layout = solve_layout(dist.get_world_size(), tp=tp.size(), ep=ep.size(), order="consecutive")
+        return cls(layout, dist.get_rank(), None, given={"tp": tp, "ep": ep, "ep_etp": ep})
 
     def _communicator(self, axis: str, ranks: tuple[int, ...], separate: bool) -> ProcessGroup:
         """The process group of these ranks: shared by axes with equal ranks, unless the axis wants its own."""
@@ -177,6 +199,11 @@ class FoldedGroups:
         return self._communicators[key]
 
     def __getattr__(self, name: str) -> NoReturn:
+        if name in AXES and not self._destroyed:
+            raise GroupsError(
+                f"There is no process group for {name} here: these groups are over process groups that somebody else "
+                f"made, for other axes."
+            )
         if name in AXES:
             raise GroupsError("These groups were destroyed; make new ones with foldpar.create_groups(layout).")
         raise AttributeError(f"FoldedGroups has no attribute {name!r}. Axes are {', '.join(AXES)}.")
@@ -345,7 +372,8 @@ class FoldedGroups:
         self._kept.clear()
         self._data_axes.clear()
         for axis in AXES:
-            delattr(self, axis)
+            with suppress(AttributeError):  # of groups over a part of the axes
+                delattr(self, axis)
         for process_group in self.communicators:
             dist.destroy_process_group(process_group)
         self._communicators.clear()

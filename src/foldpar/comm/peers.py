@@ -15,7 +15,15 @@ from foldpar.comm.groups import AxisGroup, FoldedGroups, Kept
 from foldpar.errors import ShapeError
 from foldpar.requirements import why_no_objects
 
-__all__ = ["PeerMemory", "check_room", "memory_of", "why_no_peers", "why_unreachable"]
+__all__ = [
+    "PeerMemories",
+    "PeerMemory",
+    "check_room",
+    "known_memory_of",
+    "memory_of",
+    "why_no_peers",
+    "why_unreachable",
+]
 
 
 class PeerMemory:
@@ -61,7 +69,7 @@ class PeerMemory:
             self._handle.barrier(channel=0)
 
 
-class _Memories(Kept):
+class PeerMemories(Kept):
     """The memories of some groups by size and device, in the same order on all ranks; or why there is none."""
 
     def __init__(self, groups: FoldedGroups) -> None:
@@ -73,11 +81,16 @@ def memory_of(groups: FoldedGroups, size: int, device: torch.device) -> PeerMemo
 
     Layers of one size take turns with one memory. The first call is a meeting of the group.
     """
-    found, key = groups.keep(_Memories).found, (size, device)
+    found, key = groups.keep(PeerMemories).found, (size, device)
     if key not in found:
         reason = why_unreachable(groups.ep, device)
         found[key] = PeerMemory(groups.ep, size, device) if reason is None else reason
     return found[key]
+
+
+def known_memory_of(groups: FoldedGroups, size: int, device: torch.device) -> PeerMemory | str | None:
+    """What :func:`memory_of` found; ``None`` where nobody has asked. Asks nobody."""
+    return groups.keep(PeerMemories).found.get((size, device))
 
 
 def check_room(groups: FoldedGroups) -> None:
@@ -89,7 +102,7 @@ def check_room(groups: FoldedGroups) -> None:
     Raises:
         ShapeError: gradients since then are not those of the model, and must not be used.
     """
-    shared = [memory for memory in groups.keep(_Memories).found.values() if isinstance(memory, PeerMemory)]
+    shared = [memory for memory in groups.keep(PeerMemories).found.values() if isinstance(memory, PeerMemory)]
     if not shared:
         return
     flags = torch.stack([memory.flags for memory in shared]).amax(0)
@@ -103,8 +116,8 @@ def check_room(groups: FoldedGroups) -> None:
     if wanted:
         raise ShapeError(
             f"A rank's experts were sent {wanted} rows and have room for {room}: rows were left out, so the gradients "
-            f"of this step are not those of the model. Skip the step; then allow more with a larger slack, or leave "
-            f"max_tokens away, so that rows travel in messages of any size."
+            f"of this step are not those of the model. Skip the step; then allow more with OneSided(slack=...), or "
+            f"leave one_sided away, so that rows travel in messages of any size."
         )
 
 

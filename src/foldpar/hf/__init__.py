@@ -6,15 +6,16 @@
     names         which tensor of a file is which part of a parameter
     materialise   memory for what is on the meta device
     files         the safetensors format; ``weight_files``: whole tensors put together a buffer at a time
-    kernels       foldpar's expert products inside transformers
+    registration  foldpar inside transformers' own models and ``Trainer``: ``kernels``, its expert products, and
+                  ``expert_parallel``, its journey of rows
 
 Laws: no rank holds more than its share and a buffer; every bit arrives as it is.
 """
 
 from __future__ import annotations
 
-from foldpar.hf.kernels import register_with_transformers
 from foldpar.hf.reader import ImportReport, import_
+from foldpar.hf.registration import register_with_transformers
 from foldpar.hf.weights import load_weights, save_weights, whole_state_dict
 from foldpar.hf.writer import ExportReport, export
 

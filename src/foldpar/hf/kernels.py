@@ -1,4 +1,4 @@
-"""foldpar's grouped kernels as an experts implementation of transformers, for models that are not folded."""
+"""foldpar's grouped products for experts of transformers, whose weights stay in their module."""
 
 from __future__ import annotations
 
@@ -9,48 +9,29 @@ from torch import Tensor
 
 from foldpar.errors import ModelError
 from foldpar.models import activation_of, own_gate
-from foldpar.moe import Activation, ExpertStorage, collect, grouped_feed_forward, in_autocast_dtype, pick, spread
+from foldpar.moe import (
+    Activation,
+    ExpertStorage,
+    collect,
+    grouped_feed_forward,
+    in_autocast_dtype,
+    pick,
+    spread,
+)
 
-__all__ = ["register_with_transformers"]
-
-
-def register_with_transformers(name: str = "foldpar") -> str:
-    """Make foldpar's grouped products an experts implementation of transformers; returns the name that it goes by.
-
-    The light way in: the model keeps its modules and its weights, and each rank computes all experts that it holds.
-    It serves one GPU, plain data parallelism and FSDP, and experts that transformers itself spread over ranks.
-    Spreading them by a layout is :func:`foldpar.fold_model`'s, whose experts do not come by here::
-
-        model.set_experts_implementation(foldpar.hf.register_with_transformers())
-
-    Backward:
-        Exact, of all parameters, inputs and routing weights; also in float64.
-
-    Raises:
-        ModelError: in forward, experts with a norm behind them, or an activation that cannot be kept as a function.
-
-    Source: transformers' experts interface, ``integrations/moe.py``.
-    """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(name, _experts_forward)
-    return name
+__all__ = ["experts_forward", "grouped_products", "why_not_grouped"]
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
     reason="The shapes follow the routing, so tracing it would compile anew for other routings."
 )
-def _experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``[tokens, dim]`` to the same, for a module of transformers that holds the weights."""
-    activation = _activation_of(experts)
-    storage = ExpertStorage(transposed=experts.is_transposed, interleaved=not experts.is_concatenated)
-    first, bias = ("gate_up_proj", "gate_up_proj_bias") if experts.has_gate else ("up_proj", "up_proj_bias")
-    into, out = (storage.for_product(getattr(experts, name)) for name in (first, "down_proj"))
     rows = in_autocast_dtype(hidden_states)
     weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, rows.dtype))
 
     # (t0: e2 e0) (t1: e0 e9) -> slots e0:t0 e0:t1 e2:t0 | e9:t1, of which those of experts elsewhere come last.
-    local = into.shape[0]
+    local = experts.down_proj.shape[0]
     ids = top_k_index.flatten().long().clamp(max=local)
     assignment_of_slot = ids.argsort(stable=True)
     slot_of_assignment = torch.empty_like(assignment_of_slot)
@@ -61,18 +42,50 @@ def _experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, t
     )
     source = assignment_of_slot // top_k_index.shape[1]
 
-    computed = grouped_feed_forward(
+    computed = grouped_products(
+        experts,
         spread(rows, source, copies),
-        into,
-        out,
         counts[:local].cumsum(0, dtype=torch.int32),
-        activation,
-        weights=pick(weights, assignment_of_slot, copies),
-        gate_up_bias=getattr(experts, bias) if experts.has_bias else None,
-        down_bias=experts.down_proj_bias if experts.has_bias else None,
-        interleaved=storage.interleaved,
+        pick(weights, assignment_of_slot, copies),
     )
     return collect(computed, source, copies).to(hidden_states.dtype)
+
+
+def grouped_products(
+    experts: Any, rows: Tensor, ends: Tensor, weights: Tensor, sizes: tuple[int, ...] | None = None
+) -> Tensor:
+    """What experts of transformers compute of rows grouped by expert, times each row's weight: ``[rows, dim]``.
+
+    ``ends`` and ``sizes`` as in :func:`foldpar.moe.grouped_feed_forward`.
+
+    Raises:
+        ModelError: these products do not compute what the experts do; see :func:`why_not_grouped`.
+    """
+    storage = ExpertStorage(transposed=experts.is_transposed, interleaved=not experts.is_concatenated)
+    first, bias = ("gate_up_proj", "gate_up_proj_bias") if experts.has_gate else ("up_proj", "up_proj_bias")
+    return grouped_feed_forward(
+        rows,
+        storage.for_product(getattr(experts, first)),
+        storage.for_product(experts.down_proj),
+        ends,
+        _activation_of(experts),
+        weights=weights,
+        gate_up_bias=getattr(experts, bias) if experts.has_bias else None,
+        down_bias=experts.down_proj_bias if experts.has_bias else None,
+        sizes=sizes,
+        interleaved=storage.interleaved,
+    )
+
+
+def why_not_grouped(experts: Any) -> str | None:
+    """Why foldpar's grouped products do not compute what a module of transformers does; ``None`` where they do."""
+    if not hasattr(experts, "has_post_expert_norm"):
+        return f"{type(experts).__name__} is none of transformers' experts interface"
+    try:
+        _activation_of(experts)
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def _activation_of(experts: Any) -> Activation:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from foldpar.models.fold import fold_model
 from foldpar.models.known import ExpertWeights, MoEAdapter
 from foldpar.models.plan import FoldPlan, FoldPlanRow, plan_fold
-from foldpar.models.recognition import activation_of, own_gate
+from foldpar.models.recognition import activation_of, experts_implementation, own_gate
 
 __all__ = [
     "ExpertWeights",
@@ -25,6 +25,7 @@ __all__ = [
     "FoldPlanRow",
     "MoEAdapter",
     "activation_of",
+    "experts_implementation",
     "fold_model",
     "own_gate",
     "plan_fold",

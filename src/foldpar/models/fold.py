@@ -10,7 +10,7 @@ from torch import nn
 from foldpar.arguments import expect
 from foldpar.comm import FoldedGroups, adopt
 from foldpar.errors import ModelError
-from foldpar.families import REPLICATED, REPLICATED_PARTIAL, ROUTER_ALL_TOKENS
+from foldpar.families import REPLICATED, REPLICATED_PARTIAL
 from foldpar.models.block_proof import kind_of, prove_block
 from foldpar.models.known import MoEAdapter
 from foldpar.models.meta_copy import HOOKS
@@ -135,7 +135,7 @@ def _fold(
         shared.experts[id(experts)] = _folded(block, groups, partition, check, shared)
     folded = experts if isinstance(experts, FoldedExperts) else shared.experts[id(experts)]
     for router in block.routers:
-        mark_parameters(model.get_submodule(router), ROUTER_ALL_TOKENS)
+        mark_parameters(model.get_submodule(router), folded.lane_state.families.router_in_front)
     if adapter.around is None:
         _put(model, experts, folded)
     else:

@@ -28,7 +28,7 @@ from foldpar.layout import FoldedLayout
 from foldpar.models.dense_plan import DensePlan, DenseStep, ending_in, model_plan, plan_dense
 from foldpar.models.known import DEFAULT_ADAPTERS, ExpertWeights, MoEAdapter
 from foldpar.models.meta_copy import on_meta
-from foldpar.moe import Activation, FoldedMoE, GroupedExperts, is_gated
+from foldpar.moe import Activation, ExpertShare, FoldedMoE, is_gated
 from foldpar.wording import divisors, listed
 
 __all__ = ["Block", "FoldPlan", "FoldPlanRow", "Survey", "plan_fold", "survey"]
@@ -267,7 +267,7 @@ def _check_match(
 
 def _check_untouched(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, (FoldedMoE, GroupedExperts)):
+        if isinstance(module, (ExpertShare, FoldedMoE)):
             raise ModelError(
                 f"{name or 'The model'} is a {type(module).__name__}: the model is folded already, and folding it "
                 f"again would take a share of a share. Fold a model once, as it was loaded or built."

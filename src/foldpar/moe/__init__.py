@@ -19,7 +19,7 @@ to each rank that has one of its experts.
 from __future__ import annotations
 
 from foldpar.moe.counters import CounterValues, LayerCounters
-from foldpar.moe.experts import GroupedExperts
+from foldpar.moe.experts import ExpertShare, GroupedExperts
 from foldpar.moe.folded_experts import FoldedExperts
 from foldpar.moe.kernels.activations import (
     ELEMENTWISE,
@@ -44,6 +44,7 @@ from foldpar.moe.routing.router import Router, Routing, TopKRouter
 from foldpar.moe.routing.selection import GroupLimit
 from foldpar.moe.stand_ins import lockstep
 from foldpar.moe.storage import ExpertStorage
+from foldpar.moe.transport.journey import Journey
 from foldpar.moe.transport.messages import DispatchPlan, Partition, combine, dispatch, plan_dispatch
 from foldpar.moe.transport.one_sided import OneSided
 
@@ -55,11 +56,13 @@ __all__ = [
     "ClampedSwiGLU",
     "CounterValues",
     "DispatchPlan",
+    "ExpertShare",
     "ExpertStorage",
     "FoldedExperts",
     "FoldedMoE",
     "GroupLimit",
     "GroupedExperts",
+    "Journey",
     "LaneState",
     "LayerCounters",
     "ModelChecks",

@@ -26,7 +26,8 @@ class CounterValues:
         padded: assignments of padding tokens, and the free slots of experts that are padded to their capacity.
         rows_sent, rows_received: rows to and from other EP ranks on the way to the experts; each comes back as one.
         bytes: bytes of rows that leave this rank in a forward, over EP (out and back) and over ETP (gathered, and
-            reduced on the way back). As many arrive; a backward moves as many again. Ids and weights are not counted.
+            reduced on the way back). As many arrive; a backward moves as many again. A row counts in the dtype in
+            which it travels, under autocast in autocast's; ids and weights are not counted.
     """
 
     forwards: int = 0
@@ -57,21 +58,25 @@ class LayerCounters:
         self._on_device: Tensor | None = None  # local, dropped, padded
 
     @torch.no_grad()
-    def count(self, routing: Routing, plan: DispatchPlan, lane_state: LaneState, row_bytes: int) -> None:
-        """Add one forward, without a host synchronisation. ``row_bytes`` is the size of one row."""
+    def count(
+        self, routing: Routing, plan: DispatchPlan, lane_state: LaneState, row_bytes: int, sum_bytes: int
+    ) -> None:
+        """Add one forward, without a host synchronisation: ``row_bytes`` is the size of one row that travels to
+        experts, ``sum_bytes`` that of one on the way back.
+        """
         if in_backward():
             return
         known, here = self._known, plan.ep.index
         sent, received = (sum(rows) - rows[here] for rows in (plan.send_rows, plan.receive_rows))
         own = sum(plan.receive_rows)
-        shared = own * (plan.etp.size - 1) + plan.rows - own
+        out, back = sent + own * (plan.etp.size - 1), received + plan.rows - own
         self._known = replace(
             known,
             forwards=known.forwards + 1,
             assignments=known.assignments + lane_state.count_share(routing.ids.numel()),
             rows_sent=known.rows_sent + sent,
             rows_received=known.rows_received + received,
-            bytes=known.bytes + (sent + received + shared) * row_bytes,
+            bytes=known.bytes + out * row_bytes + back * sum_bytes,
         )
         numbers = torch.stack([_local(plan), *_not_travelling(routing, lane_state)])
         self._on_device = numbers if self._on_device is None else self._on_device + numbers

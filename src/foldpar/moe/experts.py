@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from typing_extensions import Self
 from foldpar.arguments import expect, expect_sizes
 from foldpar.comm import FoldedGroups, adopt, distributed_parameter, local_parts
 from foldpar.errors import ShapeError
-from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT
+from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT, ParameterFamily
 from foldpar.moe.kernels.activations import Activation, check_activation, is_gated
 from foldpar.moe.kernels.grouped import grouped_feed_forward
 from foldpar.moe.storage import ExpertStorage
@@ -20,41 +21,17 @@ from foldpar.parameters import mark_parameters, take_shares_on_load, watch_optim
 from foldpar.wording import not_dividing
 
 
-class GroupedExperts(nn.Module):
-    """The experts that live on this rank, and of each the slice that lives here.
+class ExpertShare(nn.Module):
+    """What both kinds of experts are: the parameters of :class:`GroupedExperts`, and what is computed with them.
 
-    Parameters are stored as most model files store them:
-
-    - ``gate_up_proj``: ``[num_experts, 2 * hidden_dim, dim]``, gate above up; for a plain activation
-      ``[num_experts, hidden_dim, dim]``, the up projection alone;
-    - ``down_proj``: ``[num_experts, dim, hidden_dim]``;
-    - with ``bias=True``, ``gate_up_bias``: ``[num_experts, 2 * hidden_dim]`` (``hidden_dim`` for a plain activation)
-      and ``down_bias``: ``[num_experts, dim]``.
-
-    These are the shapes of the whole layer. A rank holds ``local_experts = num_experts / ep`` experts and of each
-    ``local_hidden = hidden_dim / etp`` hidden units: parameters are ``DTensor`` s over the dimensions ``("ep", "etp")``
-    of ``groups.mesh("expert")``, so that whatever handles tensors sees how they lie. ``to_local()`` is this rank's
-    part. Only where there is no torch.distributed, and so one rank, are they plain tensors.
-
-    A gated expert is sliced so that gate and up of one hidden unit stay on one rank. Where gate lies above up that is
-    no block of the whole, so with ``etp > 1`` the two have a dimension of their own: ``[num_experts, 2, hidden_dim,
-    dim]``. Checkpoints, exports and ``load_state_dict`` know the tensor by its usual shape all the same.
-
-    With ``etp > 1`` the output is a partial sum over the slices; :func:`foldpar.combine` adds them up. So
-    ``down_bias``, which every etp rank holds, is added on one of them, and its family is ``EXPERT_BIAS``. Biases are
-    inside the expert: the routing weight multiplies them too.
-
-    ``storage``, an :class:`~foldpar.ExpertStorage`, keeps the layout and the bias names of a model that stores
-    its experts in another way: transposed, or with gate and up interleaved.
-
-    Values are drawn per *global* expert from ``seed``, so one seed gives the same model in every layout. ``seed=None``
-    takes one number from torch's default generator: equal on all ranks after equal ``torch.manual_seed``.
-
-    Raises:
-        ShapeError: ``ep`` does not divide ``num_experts``, or ``etp`` does not divide ``hidden_dim``.
-
-    Source: SwiGLU: Shazeer 2020; grouped products: MegaBlocks (Gale et al. 2022), section 4.
+    ``GroupedExperts`` are called with rows that have arrived, :class:`foldpar.FoldedExperts` with all tokens and their
+    routing. Arguments, parameters and ``from_dense`` are those of ``GroupedExperts``.
     """
+
+    applies_weights = True
+    """A journey hands over the routing weights, which cost nothing here."""
+    takes_rows = False
+    """Whether the module itself is what a journey calls with rows; else it is :meth:`compute`."""
 
     def __init__(
         self,
@@ -103,9 +80,7 @@ class GroupedExperts(nn.Module):
         for name, shape in shapes.items():
             own = None if shape is None else self._parameter(name, torch.empty(shape, **like))
             self.register_parameter(name, own)
-        mark_parameters(self, ROUTED_EXPERT)
-        if bias:
-            mark_parameters(self, EXPERT_BIAS, names=(self.storage.down_bias,))
+        self.mark(ROUTED_EXPERT, EXPERT_BIAS)
         self.reset_parameters(seed)
         take_shares_on_load(self, groups)
         watch_optimizers(groups, self)
@@ -135,7 +110,7 @@ class GroupedExperts(nn.Module):
         seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
         if self.gate_up_proj.is_meta:
             return
-        gate_up_own, down_own, *biases_own = (None if each is None else each.detach() for each in self._local())
+        gate_up_own, down_own, *biases_own = (None if each is None else each.detach() for each in self.local_weights())
         assert gate_up_own is not None and down_own is not None
         for local in range(self.local_experts):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + self.first_expert + local) % 2**63)
@@ -219,12 +194,8 @@ class GroupedExperts(nn.Module):
                 setattr(experts, name, experts._parameter(name, own, requires_grad=not frozen))
         return experts
 
-    def forward(
-        self,
-        rows: Tensor,
-        rows_per_expert: Tensor,
-        weights: Tensor | None = None,
-        sizes: tuple[int, ...] | None = None,
+    def compute(
+        self, rows: Tensor, rows_per_expert: Tensor, weights: Tensor | None = None, sizes: tuple[int, ...] | None = None
     ) -> Tensor:
         """Compute expert-major rows: ``[sum(rows_per_expert), dim]`` to the same shape.
 
@@ -236,34 +207,28 @@ class GroupedExperts(nn.Module):
         Backward:
             Plain. With ``etp > 1`` the gradients of ``rows`` and ``weights`` are this slice's summands.
         """
-        return self.compute(rows, rows_per_expert, weights, sizes)
-
-    def compute(
-        self, rows: Tensor, rows_per_expert: Tensor, weights: Tensor | None, sizes: tuple[int, ...] | None
-    ) -> Tensor:
-        """What :meth:`forward` does, for subclasses that are called in another way."""
         expect(type(self).__name__, rows=(rows, Tensor), rows_per_expert=(rows_per_expert, Tensor))
         if rows_per_expert.shape != (self.local_experts,):
             raise ShapeError(
                 f"rows_per_expert must be [local experts] = [{self.local_experts}], and is "
                 f"{list(rows_per_expert.shape)}."
             )
-        gate_up_proj, down_proj, gate_up_bias, down_bias = self._local()
-        assert gate_up_proj is not None and down_proj is not None
-        # Slices are summed, so one of them adds the output bias; elsewhere its gradient is zero, not None.
-        once = None if down_bias is None else down_bias * (self.groups.etp.index == 0)
-        return grouped_feed_forward(
-            rows,
-            self.storage.for_product(gate_up_proj),
-            self.storage.for_product(down_proj),
-            rows_per_expert.cumsum(0, dtype=torch.int32),
-            self.activation,
-            weights=weights,
-            gate_up_bias=gate_up_bias,
-            down_bias=once,
-            sizes=sizes,
-            interleaved=self.storage.interleaved,
-        )
+        return self.product(self.local_weights(), rows, rows_per_expert, weights, sizes)
+
+    @property
+    def product(self) -> ExpertProduct:
+        """What is computed, whatever the weights."""
+        return ExpertProduct(self.activation, self.storage, adds_down_bias=self.groups.etp.index == 0)
+
+    def why_not_one_sided(self) -> str | None:
+        """Why rows can only come in messages: of a kind that may hold nothing, behind the last expert's."""
+        return None if self.biases is None else "the experts have biases, whose gradients are sums over all rows"
+
+    def mark(self, routed: ParameterFamily, bias: ParameterFamily) -> None:
+        """Say of which family the parameters are, and of which the output bias."""
+        mark_parameters(self, routed)
+        if self.biases is not None:
+            mark_parameters(self, bias, names=(self.storage.down_bias,))
 
     def extra_repr(self) -> str:
         last = self.first_expert + self.local_experts - 1
@@ -309,7 +274,7 @@ class GroupedExperts(nn.Module):
         units = self.storage.pair_dimension(dims=3 if name == "gate_up_proj" else 2)
         return units + 1 if name in self.pairs else units
 
-    def _local(self) -> tuple[Tensor | None, ...]:
+    def local_weights(self) -> tuple[Tensor | None, ...]:
         """This rank's shares, in the usual shape: ``gate_up_proj``, ``down_proj`` and the biases or ``None``."""
         names = ("gate_up_proj", "down_proj", self.storage.gate_up_bias, self.storage.down_bias)
         pairs = self.pairs
@@ -339,6 +304,93 @@ class GroupedExperts(nn.Module):
 
     def _down_slice(self, stored: Tensor) -> Tensor:
         return self.storage.own_down(stored, units=self._units)
+
+
+class GroupedExperts(ExpertShare):
+    """The experts that live on this rank, and of each the slice that lives here.
+
+    Parameters are stored as most model files store them:
+
+    - ``gate_up_proj``: ``[num_experts, 2 * hidden_dim, dim]``, gate above up; for a plain activation
+      ``[num_experts, hidden_dim, dim]``, the up projection alone;
+    - ``down_proj``: ``[num_experts, dim, hidden_dim]``;
+    - with ``bias=True``, ``gate_up_bias``: ``[num_experts, 2 * hidden_dim]`` (``hidden_dim`` for a plain activation)
+      and ``down_bias``: ``[num_experts, dim]``.
+
+    These are the shapes of the whole layer. A rank holds ``local_experts = num_experts / ep`` experts and of each
+    ``local_hidden = hidden_dim / etp`` hidden units: parameters are ``DTensor`` s over the dimensions ``("ep", "etp")``
+    of ``groups.mesh("expert")``, so that whatever handles tensors sees how they lie. ``to_local()`` is this rank's
+    part. Only where there is no torch.distributed, and so one rank, are they plain tensors.
+
+    A gated expert is sliced so that gate and up of one hidden unit stay on one rank. Where gate lies above up that is
+    no block of the whole, so with ``etp > 1`` the two have a dimension of their own: ``[num_experts, 2, hidden_dim,
+    dim]``. Checkpoints, exports and ``load_state_dict`` know the tensor by its usual shape all the same.
+
+    With ``etp > 1`` the output is a partial sum over the slices; :func:`foldpar.combine` adds them up. So
+    ``down_bias``, which every etp rank holds, is added on one of them, and its family is ``EXPERT_BIAS``. Biases are
+    inside the expert: the routing weight multiplies them too.
+
+    ``storage``, an :class:`~foldpar.ExpertStorage`, keeps the layout and the bias names of a model that stores
+    its experts in another way: transposed, or with gate and up interleaved.
+
+    Values are drawn per *global* expert from ``seed``, so one seed gives the same model in every layout. ``seed=None``
+    takes one number from torch's default generator: equal on all ranks after equal ``torch.manual_seed``.
+
+    Raises:
+        ShapeError: ``ep`` does not divide ``num_experts``, or ``etp`` does not divide ``hidden_dim``.
+
+    Source: SwiGLU: Shazeer 2020; grouped products: MegaBlocks (Gale et al. 2022), section 4.
+    """
+
+    takes_rows = True
+
+    def forward(
+        self,
+        rows: Tensor,
+        rows_per_expert: Tensor,
+        weights: Tensor | None = None,
+        sizes: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """:meth:`compute`: ``[sum(rows_per_expert), dim]`` to the same shape."""
+        return self.compute(rows, rows_per_expert, weights, sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertProduct:
+    """What experts compute, apart from their weights.
+
+    ``adds_down_bias``: slices are summed over ``etp``, so one of them adds the output bias.
+    """
+
+    activation: Activation
+    storage: ExpertStorage
+    adds_down_bias: bool
+
+    def __call__(
+        self,
+        parameters: tuple[Tensor | None, ...],
+        rows: Tensor,
+        rows_per_expert: Tensor,
+        weights: Tensor | None = None,
+        sizes: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """As :meth:`ExpertShare.compute`, with ``gate_up_proj``, ``down_proj`` and the biases or ``None``."""
+        gate_up_proj, down_proj, gate_up_bias, down_bias = parameters
+        assert gate_up_proj is not None and down_proj is not None
+        # Where it is not added its gradient is zero, not None.
+        once = None if down_bias is None else down_bias * self.adds_down_bias
+        return grouped_feed_forward(
+            rows,
+            self.storage.for_product(gate_up_proj),
+            self.storage.for_product(down_proj),
+            rows_per_expert.cumsum(0, dtype=torch.int32),
+            self.activation,
+            weights=weights,
+            gate_up_bias=gate_up_bias,
+            down_bias=once,
+            sizes=sizes,
+            interleaved=self.storage.interleaved,
+        )
 
 
 def _divides(degree: str, value: int, name: str, total: int) -> None:

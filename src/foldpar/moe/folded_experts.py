@@ -17,9 +17,9 @@ from foldpar.arguments import expect
 from foldpar.comm import FoldedGroups
 from foldpar.errors import ShapeError
 from foldpar.moe.counters import LayerCounters
-from foldpar.moe.experts import GroupedExperts
+from foldpar.moe.experts import ExpertShare
+from foldpar.moe.kernels.grouped import in_autocast_dtype
 from foldpar.moe.lane_checks import LaneChecks
-from foldpar.moe.lane_ends import lane_ends
 from foldpar.moe.lanes import Lanes, LaneState
 from foldpar.moe.routing.router import Routing, without_tokens
 from foldpar.moe.transport.journey import Journey
@@ -27,16 +27,16 @@ from foldpar.moe.transport.messages import Partition
 from foldpar.moe.transport.one_sided import OneSided
 from foldpar.parameters import is_sharded_over
 
-__all__ = ["FoldedExperts", "check_device_and_dtype"]
+__all__ = ["FoldedExperts", "check_device_and_dtype", "rows_for"]
 
 
-class FoldedExperts(GroupedExperts):
+class FoldedExperts(ExpertShare):
     """This rank's share of a layer's experts, called with all tokens and their routing, as Hugging Face calls experts.
 
     A block that computes its own routing keeps its forward, its router and its shared experts, and holds this in place
     of its experts; :func:`foldpar.fold_model` does that. Parameters, arguments and ``from_dense`` are those of
-    :class:`GroupedExperts`. Call it on every rank of the stage, also with zero tokens: every forward is a meeting of
-    the expert group.
+    :class:`foldpar.GroupedExperts`. Call it on every rank of the stage, also with zero tokens: every forward is a
+    meeting of the expert group.
 
     Args:
         lanes: ``"replicated"``: the lanes of a TP group bring the same tokens and the same routing, and share the work.
@@ -55,7 +55,7 @@ class FoldedExperts(GroupedExperts):
         is ``ROUTER_ALL_TOKENS``. On sharded lanes a lane gets the gradients of its own tokens.
 
     Raises:
-        ShapeError: as :class:`GroupedExperts`; in forward, tensors that do not fit each other or the experts.
+        ShapeError: as :class:`foldpar.GroupedExperts`; in forward, tensors that do not fit each other or the experts.
         ValueError: arguments that contradict each other.
 
     Source: as :class:`foldpar.FoldedMoE`.
@@ -82,8 +82,7 @@ class FoldedExperts(GroupedExperts):
         """All tokens are padding; set by :func:`foldpar.lockstep`."""
         self.lane_state = LaneState(groups, lanes, partition=partition)
         self.checks = LaneChecks(self.lane_state, check)
-        self._ends = lane_ends(groups.tp, lanes, "replicated", partition)
-        self.journey = Journey(self.lane_state, self._ends, counters, one_sided)
+        self.journey = Journey(self.lane_state, self, counters=counters, one_sided=one_sided)
 
     def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
         """:meth:`routed`, called directly or by way of ``call``."""
@@ -106,13 +105,13 @@ class FoldedExperts(GroupedExperts):
             self.checks.entering(
                 self, "What enters the experts", {"hidden_states": hidden_states, "top_k_weights": top_k_weights}
             )
-        rows, ids = self._ends.own(hidden_states), state.own(top_k_index)
+        rows, ids = self.journey.ends.own(hidden_states), state.own(top_k_index)
         # Weights of a narrower dtype than the rows lose digits where parts of their gradient are added up.
-        weights = self._ends.own(top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype)))
+        weights = self.journey.ends.own(top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype)))
         routing = without_tokens(Routing(ids, weights)) if self.without_data else Routing(ids, weights)
         if checked:
             self.checks.routing(routing)
-        y = self.journey(self, rows, routing, tokens=hidden_states.shape[0], compute=self.compute)
+        y = self.journey(self.compute, rows, routing, tokens=hidden_states.shape[0])
         self.checks.leaving(y)
         return y.to(hidden_states.dtype)
 
@@ -123,7 +122,8 @@ class FoldedExperts(GroupedExperts):
 
     def explain(self) -> str:
         """What happens to rows on this rank, and why."""
-        return "\n".join([f"FoldedExperts on rank {self.groups.rank}", self._ends.why, *self.journey.explain(self)])
+        lines = self.journey.explain(*rows_for(self), top_k=1)
+        return "\n".join([f"FoldedExperts on rank {self.groups.rank}", self.journey.ends.why, *lines])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lanes={self.lane_state.lanes!r}, partition={self.lane_state.partition!r}"
@@ -143,6 +143,16 @@ class FoldedExperts(GroupedExperts):
                 f"of hidden_states, and are {list(top_k_index.shape)} and {list(top_k_weights.shape)}."
             )
         check_device_and_dtype(hidden_states, self)
+
+
+def rows_for(experts: object) -> tuple[torch.dtype | None, torch.device]:
+    """The dtype and the device of rows that the experts take here and now; ``None`` where the dtype cannot be told."""
+    weight = next(experts.parameters(), None) if isinstance(experts, nn.Module) else None
+    if weight is None:
+        return None, torch.device("cpu")
+    if is_sharded_over(weight, "edp"):  # the gathered weight may have another dtype
+        return None, weight.device
+    return in_autocast_dtype(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype, weight.device
 
 
 def check_device_and_dtype(x: Tensor, experts: object) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foldpar.comm import AxisGroup, all_gather_rows, all_reduce, copy_to_group, even_row_counts, split_rows
+from foldpar.comm import all_gather_rows, all_reduce, copy_to_group, even_row_counts, split_rows
+from foldpar.moe.lanes import LaneState
 
 __all__ = ["LaneEnds", "lane_ends"]
 
@@ -26,7 +27,7 @@ class LaneEnds:
     why: str
 
 
-def lane_ends(tp: AxisGroup, lanes: str, lane_grads: str, partition: str) -> LaneEnds:
+def lane_ends(state: LaneState) -> LaneEnds:
     """The pair of ends for a state of the lanes and of the gradient that arrives at the output.
 
     =============  ===========  =======================================  ==========================================
@@ -40,12 +41,13 @@ def lane_ends(tp: AxisGroup, lanes: str, lane_grads: str, partition: str) -> Lan
 
     Post-hoc gradients take the ends of partial ones: what averages to the gradient adds up to ``tp`` times it.
     """
+    tp = state.groups.tp
     alone = "one (tp = 1), which takes all tokens; no split, no gather" if tp.size == 1 else ""
-    if lanes == "sharded":
+    if state.lanes == "sharded":
         why = alone or "sharded: every lane brings its own tokens; no split, no gather"
         return LaneEnds(_same, _same, _same_rows, why)
-    replicated = lane_grads == "replicated"
-    if partition == "tokens":
+    replicated = state.lane_grads == "replicated"
+    if state.partition == "tokens":
         return LaneEnds(
             own=lambda x: split_rows(x, tp, backward="all_gather" if replicated else "zero_pad"),
             enter=_same,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal, TypeVar
 
 import torch
@@ -11,11 +12,37 @@ from torch import Tensor
 
 from foldpar.arguments import expect
 from foldpar.comm import FoldedGroups, all_gather, all_reduce_, gather_rows, split_rows
+from foldpar.families import (
+    EXPERT_BIAS,
+    REPLICATED,
+    REPLICATED_PARTIAL,
+    ROUTED_EXPERT,
+    ROUTED_EXPERT_POST_HOC,
+    ROUTER_ALL_TOKENS,
+    ROUTER_OWN_TOKENS,
+    ROUTER_POST_HOC,
+    ParameterFamily,
+)
 from foldpar.moe.transport.messages import Partition
 
 Lanes = Literal["replicated", "sharded"]
 LaneGradients = Literal["replicated", "partial", "post-hoc"]
 _Count = TypeVar("_Count", int, Tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFamilies:
+    """How the gradients of a layer's parts are reduced; of experts, their output ``bias`` apart.
+
+    ``router`` is the layer's own, called with the rows that a lane routes; ``router_in_front`` one that sees what the
+    layer is called with, as that of a block around :class:`foldpar.FoldedExperts`.
+    """
+
+    router: ParameterFamily
+    router_in_front: ParameterFamily
+    experts: ParameterFamily
+    bias: ParameterFamily
+    shared: ParameterFamily
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +82,22 @@ class LaneState:
     def own_tokens(self) -> bool:
         """Whether a lane's router sees only the lane's own tokens, so that counts must be summed over the lanes."""
         return self.lanes == "sharded" or self.partition == "tokens"
+
+    @property
+    def families(self) -> LayerFamilies:
+        """What follows for the gradients of the layer's parameters: which rows its copies see, and which arrive."""
+        if self.lane_grads == "post-hoc":
+            cancelled = replace(EXPERT_BIAS, name="expert_bias_post_hoc", factor=Fraction(1, self.groups.tp.size))
+            return LayerFamilies(ROUTER_POST_HOC, ROUTER_POST_HOC, ROUTED_EXPERT_POST_HOC, cancelled, REPLICATED)
+        replicated = self.lanes == "replicated" and self.lane_grads == "replicated"
+        in_front = ROUTER_ALL_TOKENS if replicated else ROUTER_OWN_TOKENS
+        return LayerFamilies(
+            router=in_front if self.partition == "assignments" else ROUTER_OWN_TOKENS,
+            router_in_front=in_front,
+            experts=ROUTED_EXPERT,
+            bias=EXPERT_BIAS,
+            shared=REPLICATED if replicated else REPLICATED_PARTIAL,
+        )
 
     @property
     def random_region(self) -> Literal["replicated", "own_rows"]:

@@ -8,9 +8,8 @@ The two ends of the layer are a conjugate pair, chosen once from what the lanes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -20,23 +19,14 @@ from foldpar.arguments import expect
 from foldpar.comm import FoldedGroups, even_row_counts
 from foldpar.errors import ArgumentError, GroupsError, ShapeError
 from foldpar.families import (
-    EXPERT_BIAS,
-    REPLICATED,
-    REPLICATED_PARTIAL,
-    ROUTED_EXPERT,
-    ROUTED_EXPERT_POST_HOC,
-    ROUTER_ALL_TOKENS,
-    ROUTER_OWN_TOKENS,
-    ROUTER_POST_HOC,
     ParameterFamily,
     Reduction,
 )
 from foldpar.moe.counters import LayerCounters
-from foldpar.moe.experts import GroupedExperts
-from foldpar.moe.folded_experts import FoldedExperts, check_device_and_dtype
+from foldpar.moe.experts import ExpertShare, GroupedExperts
+from foldpar.moe.folded_experts import check_device_and_dtype, rows_for
 from foldpar.moe.kernels.activations import Activation
 from foldpar.moe.lane_checks import LaneChecks
-from foldpar.moe.lane_ends import lane_ends
 from foldpar.moe.lanes import LaneGradients, Lanes, LaneState
 from foldpar.moe.routing.capacity import Capacity, limit_capacity
 from foldpar.moe.routing.randomness import random_region
@@ -44,7 +34,7 @@ from foldpar.moe.routing.router import Router, Routing, check_routing, takes_pad
 from foldpar.moe.transport.journey import Experts, Journey
 from foldpar.moe.transport.messages import Partition
 from foldpar.moe.transport.one_sided import OneSided
-from foldpar.parameters import families_seen_from, mark_children, mark_parameters
+from foldpar.parameters import families_seen_from, mark_children
 from foldpar.wording import not_dividing, some
 
 
@@ -130,22 +120,17 @@ class FoldedMoE(nn.Module):
         if routed != experts.num_experts:
             raise ShapeError(f"The router knows {routed} experts, but there are {experts.num_experts}.")
         self.groups = groups
-        self.lanes, self.lane_grads, self.partition = lanes, lane_grads, partition
         self.lane_state = LaneState(groups, lanes, lane_grads, partition)
         self.checks = LaneChecks(self.lane_state, check)
         self.capacity = capacity
         self.without_data = False
         """All tokens are padding; set by :func:`foldpar.lockstep`."""
-        self._ends = lane_ends(groups.tp, lanes, lane_grads, partition)
-        self.journey = Journey(self.lane_state, self._ends, counters, one_sided)
+        self.journey = Journey(self.lane_state, experts, counters=counters, one_sided=one_sided)
         self.router, self.experts, self.shared = router, experts, shared
-        names = ("router", "experts", "shared")
-        mark_children(self, {name: family for name, (_, family) in zip(names, self._families(), strict=True)})
-        if lane_grads == "post-hoc" and isinstance(experts, GroupedExperts):
-            mark_parameters(experts, ROUTED_EXPERT_POST_HOC)
-        if lane_grads == "post-hoc" and isinstance(experts, GroupedExperts) and experts.biases is not None:
-            cancelled = replace(EXPERT_BIAS, name="expert_bias_post_hoc", factor=Fraction(1, groups.tp.size))
-            mark_parameters(experts, cancelled, names=(experts.storage.down_bias,))
+        families = self.lane_state.families
+        mark_children(self, {"router": families.router, "experts": families.experts, "shared": families.shared})
+        if lane_grads == "post-hoc" and isinstance(experts, ExpertShare):  # else they are marked as they should be
+            experts.mark(families.experts, families.bias)
 
     @classmethod
     def from_dense(
@@ -194,12 +179,11 @@ class FoldedMoE(nn.Module):
         checked = self.checks.due(tokens)
         if checked:
             self.checks.entering(self, "What enters a FoldedMoE", {"x": x, "ids": ids, "padding": padding})
-        own = self._ends.own(tokens)
+        own = self.journey.ends.own(tokens)
         routing = self._route(own, x, ids, padding)
         if checked:
             self.checks.routing(routing)
-        compute = self.experts.compute if isinstance(self.experts, FoldedExperts) else None
-        y = self.journey(self.experts, own, routing, tokens=tokens.shape[0], compute=compute)
+        y = self.journey(self._compute, own, routing, tokens=tokens.shape[0])
         self.checks.leaving(y)
         return y.view(x.shape), routing
 
@@ -208,13 +192,15 @@ class FoldedMoE(nn.Module):
 
         The families are those of :func:`foldpar.parameter_families`, as they are now.
         """
-        layout, ends = self.groups.layout, self._ends
+        layout, ends = self.groups.layout, self.journey.ends
         lines = [
             f"FoldedMoE on rank {self.groups.rank}: tp={layout.tp} ep={layout.ep} etp={layout.etp} edp={layout.edp}",
             f"  lanes      {ends.why}",
             *(
                 f"  {'rows' if place == 0 else '':<10} {line}"
-                for place, line in enumerate(self.journey.explain(self.experts))
+                for place, line in enumerate(
+                    self.journey.explain(*rows_for(self.experts), top_k=getattr(self.router, "top_k", 1))
+                )
             ),
         ]
         return "\n".join([*lines, *(f"  {part:<10} {told}" for part, told in self._reductions())])
@@ -225,7 +211,13 @@ class FoldedMoE(nn.Module):
         return self.journey.counters
 
     def extra_repr(self) -> str:
-        return f"lanes={self.lanes!r}, lane_grads={self.lane_grads!r}, partition={self.partition!r}"
+        state = self.lane_state
+        return f"lanes={state.lanes!r}, lane_grads={state.lane_grads!r}, partition={state.partition!r}"
+
+    @property
+    def _compute(self) -> Callable[..., Tensor]:
+        """What computes rows: the experts, whose call FSDP2's hooks hang on, unless it takes tokens."""
+        return self.experts if getattr(self.experts, "takes_rows", True) else self.experts.compute  # type: ignore[attr-defined]
 
     def _reductions(self) -> list[tuple[str, str]]:
         """How the parameters of each part are reduced over the lanes; by name where a part has several families."""
@@ -237,22 +229,6 @@ class FoldedMoE(nn.Module):
         return [
             (part, _told(family, own_names if parts.count(part) > 1 else [], self.groups))
             for (part, family), own_names in names.items()
-        ]
-
-    def _families(self) -> list[tuple[object, ParameterFamily]]:
-        """What is known here of each part: which rows its copies see, and the state of the gradient that arrives."""
-        if self.lane_grads == "post-hoc":
-            return [
-                (self.router, ROUTER_POST_HOC),
-                (self.experts, ROUTED_EXPERT_POST_HOC),
-                (self.shared, REPLICATED),
-            ]
-        replicated = self.lanes == "replicated" and self.lane_grads == "replicated"
-        all_tokens = self.partition == "assignments" and replicated
-        return [
-            (self.router, ROUTER_ALL_TOKENS if all_tokens else ROUTER_OWN_TOKENS),
-            (self.experts, ROUTED_EXPERT),
-            (self.shared, REPLICATED if replicated else REPLICATED_PARTIAL),
         ]
 
     def _route(self, own: Tensor, x: Tensor, ids: Tensor | None, padding: Tensor | None) -> Routing:
@@ -287,7 +263,7 @@ class FoldedMoE(nn.Module):
 
 def _check_parts(router: object, experts: object) -> None:
     """Raise unless one is called with rows and the other computes them."""
-    if isinstance(router, GroupedExperts):
+    if isinstance(router, ExpertShare):
         raise ArgumentError("FoldedMoE(router, experts, groups): router and experts are swapped.")
     if not callable(router):
         raise ArgumentError(

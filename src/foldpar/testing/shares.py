@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foldpar.comm import FoldedGroups, is_dtensor, local_tensor
 from foldpar.errors import ShapeError
-from foldpar.moe import GroupedExperts
+from foldpar.moe import ExpertShare
 from foldpar.parameters import resolve_parameters
 
 __all__ = ["Share", "Shares", "Whole", "placed"]
@@ -33,7 +33,7 @@ class Shares:
         self._experts = {
             f"{path}.{name}" if path else name: (experts, name)
             for path, experts in module.named_modules()
-            if isinstance(experts, GroupedExperts)
+            if isinstance(experts, ExpertShare)
             for name, _ in experts.named_parameters(recurse=False)
         }
 
@@ -103,7 +103,7 @@ class _LookUp(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-def _share_of_experts(whole: Tensor, experts: GroupedExperts, name: str) -> Tensor:
+def _share_of_experts(whole: Tensor, experts: ExpertShare, name: str) -> Tensor:
     """By global expert, then by hidden unit; on its own, not with the slices that the experts were made by.
 
     A gate_up weight is ``[experts, parts * hidden, ...]`` and a down weight ``[experts, dim, hidden]``.

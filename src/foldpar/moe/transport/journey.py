@@ -9,16 +9,15 @@ Both compute the same and have the same backward. :class:`OneSided` says when ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from foldpar.comm import why_no_peers
 from foldpar.moe.counters import LayerCounters
-from foldpar.moe.experts import GroupedExperts
 from foldpar.moe.kernels.grouped import in_autocast_dtype
-from foldpar.moe.lane_ends import LaneEnds
+from foldpar.moe.lane_ends import lane_ends
 from foldpar.moe.lanes import LaneState
 from foldpar.moe.routing.router import Routing
 from foldpar.moe.transport.messages import (
@@ -31,11 +30,15 @@ from foldpar.moe.transport.messages import (
 )
 from foldpar.moe.transport.one_sided import OneSided, OneSidedPlan, OneSidedWay, combine_one_sided, dispatch_one_sided
 
-__all__ = ["Experts", "Journey"]
+__all__ = ["Experts", "InMessages", "Journey", "Way"]
 
 
 class Experts(Protocol):
-    """Anything that computes expert-major rows, such as :class:`GroupedExperts`."""
+    """Anything that computes expert-major rows, such as :class:`GroupedExperts`.
+
+    Where it has a true ``applies_weights``, it takes each row's routing weight and the sizes on the host (or ``None``)
+    as well, weights what it computes, and leaves rows alone that hold nothing.
+    """
 
     num_experts: int
     dim: int
@@ -43,63 +46,90 @@ class Experts(Protocol):
     def __call__(self, rows: Tensor, rows_per_expert: Tensor, /) -> Tensor: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Which way rows take, and why: the value that decides, and that ``explain`` prints.
+
+    ``memory`` is what they pass through where they travel one-sided and ranks have met; without it they travel in
+    messages.
+    """
+
+    name: str
+    why: str | None = None
+    memory: OneSidedWay | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.why is None else f"{self.name}: {self.why}"
+
+
+class Transport(Protocol):
+    """One of the two ways: rows ``[tokens, dim]`` and what was decided about them, to weighted sums ``[tokens, dim]``.
+
+    ``weights`` are the routing's, as they enter. ``compute`` is called with rows at their experts.
+    """
+
+    def __call__(self, compute: Callable[..., Tensor], rows: Tensor, weights: Tensor, routing: Routing) -> Tensor: ...
+
+
 class Journey:
     """How the rows of one layer travel; built with the layer.
 
     Args:
-        state, ends: what the lanes of the layer hold, and how they share its work.
+        state: what the lanes of the layer hold; ``ends`` is how they share its work.
+        experts: what computes the rows. Whether it applies the weights, and leaves rows alone that hold nothing, is
+            asked here, once; it is not kept.
         counters: where to count what moves.
         one_sided: rows may travel one-sided.
     """
 
     def __init__(
-        self, state: LaneState, ends: LaneEnds, counters: LayerCounters | None, one_sided: OneSided | None
-    ) -> None:
-        self.state, self.ends, self.counters, self.one_sided = state, ends, counters, one_sided
-
-    def __call__(
         self,
+        state: LaneState,
         experts: Experts,
-        rows: Tensor,
-        routing: Routing,
         *,
-        tokens: int,
-        compute: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
+        counters: LayerCounters | None = None,
+        one_sided: OneSided | None = None,
+    ) -> None:
+        self.state, self.num_experts, self.dim = state, experts.num_experts, experts.dim
+        self.ends = lane_ends(state)
+        self.counters, self.one_sided = counters, one_sided
+        self.in_messages = InMessages(state, self.num_experts, getattr(experts, "applies_weights", False), counters)
+        self.built = self._built(experts)
+
+    def __call__(self, compute: Callable[..., Tensor], rows: Tensor, routing: Routing, *, tokens: int) -> Tensor:
         """Rows that this lane routed, to the experts and back to all ``[tokens, dim]``, weighted and summed.
 
-        ``compute`` is what to call where it is not ``experts`` itself.
+        ``compute`` is called with rows at their experts: ``(rows, rows_per_expert)``, and where the experts apply
+        weights also with the weights and with the sizes on the host or ``None``.
 
         Backward:
             That of the two ends; see :func:`~foldpar.moe.lane_ends.lane_ends`.
         """
-        groups = self.state.groups
-        compute = compute or cast("Callable[..., Tensor]", experts)
         entering, weights = self.ends.enter(in_autocast_dtype(rows)), self.ends.enter(routing.weights)
-        way = self._way(experts, entering, routing.ids.shape[1])
-        if way is not None:
-            mask = own_assignments(routing.ids, routing.mask, groups, experts.num_experts, self.state.partition)
-            arrived, row_weights, plan = dispatch_one_sided(
-                entering, weights, routing.ids, mask, way, num_experts=experts.num_experts
-            )
-            rows_per_expert = torch.diff(plan.ends, prepend=plan.ends.new_zeros(1))
-            sizes = tuple(rows_per_expert.tolist()) if _wants_sizes(plan) else None
-            combined = combine_one_sided(compute(arrived, rows_per_expert, row_weights, sizes), plan)
-            return self.ends.leave(combined, tokens)
-        planned = plan_dispatch(
-            routing.ids, groups, num_experts=experts.num_experts, partition=self.state.partition, mask=routing.mask
-        )
-        if self.counters is not None:
-            self.counters.count(routing, planned, self.state, rows.shape[1] * rows.element_size())
-        if isinstance(experts, GroupedExperts):  # they weight the activation, in a pass that is made anyway
-            arrived, row_weights = dispatch_weighted(entering, weights, planned)
-            combined = combine(compute(arrived, planned.rows_per_expert, row_weights, planned.sizes), None, planned)
-        else:
-            combined = combine(compute(dispatch(entering, planned), planned.rows_per_expert), weights, planned)
-        return self.ends.leave(combined, tokens)
+        way = self.way(entering.dtype, entering.device, routing.ids.shape[1])
+        carry: Transport = self.in_messages
+        if way.memory is not None:
+            carry = ThroughMemory(self.state, self.num_experts, way.memory)
+        return self.ends.leave(carry(compute, entering, weights, routing), tokens)
 
-    def explain(self, experts: Experts) -> list[str]:
-        """Which way the rows of this layer take, and why; and how often a row crosses which axis."""
+    def way(self, dtype: torch.dtype | None, device: torch.device, top_k: int, *, ask: bool = True) -> Way:
+        """The way of rows of this dtype (``None``: of one that can be), on this device, with so many experts each.
+
+        It follows from what is equal on all ranks of the group. ``ask``: the first time, let the ranks find out whether
+        they can read each other's memory, which is a meeting of the group.
+        """
+        if self.built is not None:
+            return self.built
+        assert self.one_sided is not None
+        found = self.one_sided.way(dtype, self.dim, top_k, self.state.groups, self.num_experts, device=device, ask=ask)
+        if isinstance(found, str):
+            return Way("in messages", found)
+        if found is None:
+            return Way("one-sided where ranks can read each other's memory")
+        return Way("one-sided", memory=found)
+
+    def explain(self, dtype: torch.dtype | None, device: torch.device, top_k: int) -> list[str]:
+        """Which way such rows take in a forward here and now, and why; and how often a row crosses which axis."""
         ep, etp = self.state.groups.ep, self.state.groups.etp
         lines = [f"sent once per EP rank over {ep.ranks}, and back as one sum: at most {ep.size} x, not top_k x"]
         if ep.size == 1:
@@ -111,34 +141,67 @@ class Journey:
             )
         elif etp.size > 1:
             lines.append(f"shared inside the ETP group {etp.ranks}: a row crosses ETP {etp.size - 1} x")
+        told = self.one_sided is not None or ep.size * etp.size > 1
+        return [*lines, str(self.way(dtype, device, top_k, ask=False))] if told else lines
+
+    def _built(self, experts: Experts) -> Way | None:
+        """The way of all rows of this layer, where what it was built with decides."""
         if self.one_sided is None:
-            return [*lines, "in messages"] if ep.size * etp.size > 1 else lines
-        refusal = self._foreseen(self.one_sided, experts)
-        lines.append(f"in messages: {refusal}" if refusal else "one-sided where ranks can read each other's memory")
-        return lines
-
-    def _way(self, experts: Experts, rows: Tensor, top_k: int) -> OneSidedWay | None:
-        if self.one_sided is None or self._refusal(experts):
-            return None
-        way = self.one_sided.way(rows, top_k, self.state.groups, experts.num_experts)
-        return None if isinstance(way, str) else way
-
-    def _refusal(self, experts: Experts) -> str | None:
-        """Why the rows of this layer can only travel in messages."""
+            return Way("in messages")
         if self.counters is not None:
-            return "counters read the sizes on the host"
-        if not isinstance(experts, GroupedExperts):
-            return f"{type(experts).__name__} may not leave rows alone that hold nothing, as GroupedExperts do"
-        if experts.biases is not None:
-            return "the experts have biases, whose gradients are sums over all rows"
-        return None
+            return Way("in messages", "counters read the sizes on the host")
+        if (refuses := getattr(experts, "why_not_one_sided", None)) is None:
+            kind = type(experts).__name__
+            return Way("in messages", f"{kind} may not leave rows alone that hold nothing, as GroupedExperts do")
+        why = refuses() or self.one_sided.refusal(self.state.groups)
+        return None if why is None else Way("in messages", why)
 
-    def _foreseen(self, one_sided: OneSided, experts: Experts) -> str | None:
-        """The same, as far as it can be told before there are rows, which come in the dtype of the experts."""
-        if refusal := self._refusal(experts):
-            return refusal
-        weight = next(cast(GroupedExperts, experts).parameters())
-        return one_sided.refusal(self.state.groups, weight.dtype) or why_no_peers(weight.device)
+
+@dataclass(frozen=True, slots=True)
+class InMessages:
+    """All-to-alls between any ranks, whose sizes the host learns first."""
+
+    state: LaneState
+    num_experts: int
+    applies_weights: bool
+    counters: LayerCounters | None = None
+
+    def __call__(self, compute: Callable[..., Tensor], rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+        plan = plan_dispatch(
+            routing.ids,
+            self.state.groups,
+            num_experts=self.num_experts,
+            partition=self.state.partition,
+            mask=routing.mask,
+        )
+        if self.applies_weights:  # on the activation, in a pass that is made anyway
+            arrived, row_weights = dispatch_weighted(rows, weights, plan)
+            computed = compute(arrived, plan.rows_per_expert, row_weights, plan.sizes)
+        else:
+            computed = compute(dispatch(rows, plan), plan.rows_per_expert)
+        if self.counters is not None:
+            self.counters.count(
+                routing, plan, self.state, *(row.shape[1] * row.element_size() for row in (rows, computed))
+            )
+        return combine(computed, None if self.applies_weights else weights, plan)
+
+
+@dataclass(frozen=True, slots=True)
+class ThroughMemory:
+    """Ranks read each other's memory; sizes stay on the device."""
+
+    state: LaneState
+    num_experts: int
+    way: OneSidedWay
+
+    def __call__(self, compute: Callable[..., Tensor], rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+        mask = own_assignments(routing.ids, routing.mask, self.state.groups, self.num_experts, self.state.partition)
+        arrived, row_weights, plan = dispatch_one_sided(
+            rows, weights, routing.ids, mask, self.way, num_experts=self.num_experts
+        )
+        rows_per_expert = torch.diff(plan.ends, prepend=plan.ends.new_zeros(1))
+        sizes = tuple(rows_per_expert.tolist()) if _wants_sizes(plan) else None
+        return combine_one_sided(compute(arrived, rows_per_expert, row_weights, sizes), plan)
 
 
 def _wants_sizes(plan: OneSidedPlan) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from foldpar.comm import FoldedGroups, PeerMemory, memory_of
+from foldpar.comm import FoldedGroups, PeerMemory, known_memory_of, memory_of, why_no_peers
 from foldpar.errors import ShapeError
 
 __all__ = [
@@ -89,29 +89,43 @@ class OneSided:
         if not self.slack >= 1:
             raise ValueError(f"slack = {self.slack!r} must be 1 or more: 1 is room for perfectly balanced routing.")
 
-    def refusal(self, groups: FoldedGroups, dtype: torch.dtype) -> str | None:
-        """Why rows of this dtype do not travel one-sided in this layout, on whatever devices; ``None`` if they may."""
+    def refusal(self, groups: FoldedGroups) -> str | None:
+        """Why no rows travel one-sided in this layout, on whatever devices; ``None`` if they may."""
         if groups.etp.size > 1:
             return f"etp = {groups.etp.size}, and slices of an expert share rows in messages"
-        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"the rows are {dtype}, and the kernels add up in float32"
         return None
 
-    def way(self, x: Tensor, top_k: int, groups: FoldedGroups, num_experts: int) -> OneSidedWay | str:
-        """The memory, the exchange and the room for these rows; or why they travel in messages instead.
+    def way(
+        self,
+        dtype: torch.dtype | None,
+        dim: int,
+        top_k: int,
+        groups: FoldedGroups,
+        num_experts: int,
+        *,
+        device: torch.device,
+        ask: bool,
+    ) -> OneSidedWay | str | None:
+        """The memory, the exchange and the room for such rows; or why they travel in messages instead.
 
-        The answer follows from what is equal on all ranks of the group, so it is the same on all of them. The first
-        time it is a meeting of the group.
+        The answer follows from what is equal on all ranks of the group, so it is the same on all of them. With ``ask``
+        the first time is a meeting of the group. Without, the answer is ``None`` as long as nobody has asked; so it is
+        for a dtype that is not known yet.
         """
-        if (reason := self.refusal(groups, x.dtype)) is not None:
-            return reason
-        exchange = RowExchange(groups.ep.size, self.max_tokens, x.shape[1], top_k, x.dtype)
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32, None):
+            return f"the rows are {dtype}, and the kernels add up in float32"
+        exchange = RowExchange(groups.ep.size, self.max_tokens, dim, top_k, dtype or torch.float32)
         local = num_experts // groups.ep.size
         room = exchange.room(local, self.slack)
         if not torch.is_grad_enabled() and room < exchange.room(local, math.inf):
             return "without gradients nobody reads the flag that tells of missing room"
-        memory = memory_of(groups, exchange.offsets()["end"], x.device)
-        return memory if isinstance(memory, str) else OneSidedWay(memory, exchange, room)
+        if (reason := why_no_peers(device)) is not None:
+            return reason
+        size = exchange.offsets()["end"]
+        memory = memory_of(groups, size, device) if ask else known_memory_of(groups, size, device)
+        if memory is None or isinstance(memory, str):
+            return memory
+        return None if dtype is None else OneSidedWay(memory, exchange, room)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,8 +176,8 @@ def dispatch_one_sided(
     """
     if x.shape[0] > way.exchange.max_tokens:
         raise ShapeError(
-            f"This rank routes {x.shape[0]} tokens, but max_tokens = {way.exchange.max_tokens}: the buffers of all "
-            f"ranks have room for that many. Give max_tokens the most tokens of any rank and forward."
+            f"This rank routes {x.shape[0]} tokens, but one_sided=OneSided(max_tokens={way.exchange.max_tokens}): the "
+            f"buffers of all ranks have room for that many. Give OneSided the most tokens of any rank and forward."
         )
     plan, rows, row_weights = cast(Any, _Dispatch).apply(
         x.contiguous(), weights.contiguous(), ids, mask, way, num_experts

@@ -1,0 +1,363 @@
+"""Bytes of one rank: what it holds between steps, what a step adds, and the largest sum of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import partial
+from math import prod
+from typing import Any, TypeVar
+
+from foldpar.layout import FoldedLayout
+from foldpar.planning import formulas
+from foldpar.planning.folds import Recompute, Transport, Workload
+from foldpar.planning.shape import ModelShape, Weight
+
+__all__ = ["LOADS", "Memory", "MemoryModel", "PipelineStage", "pipeline_stages"]
+
+T = TypeVar("T")
+
+LOADS = (1.0, 1.5, 3.0)
+"""Times the balanced number of rows at the slowest rank's experts, for which bytes are told."""
+
+BUCKET = 64 * 2**20
+"""Bytes of a bucket of :func:`foldpar.reduce_gradients`."""
+
+SLACK = 2.0
+"""That of :class:`foldpar.OneSided`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one rank. ``peak`` is less than the sum of the others, which are not there at the same time.
+
+    Attributes:
+        parameters, gradients, optimizer: what it holds of them between steps; gradients from the last backward on.
+        gathered: parameters that are whole besides their shards, and gradients that are.
+        activations: what forwards keep for their backwards.
+        working: what the backward of one layer needs beside that.
+        communication: rows on their way, and buckets of gradients.
+        logits: what the loss holds.
+        peak: the largest sum of a moment.
+        moment: which one: ``"loss"``, ``"backward"`` (its begin), ``"end of backward"`` or ``"optimizer"``.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    working: float
+    communication: float
+    logits: float
+    peak: float
+    moment: str
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data."""
+        return {each.name: _whole(getattr(self, each.name)) for each in fields(self)}
+
+
+def _whole(value: object) -> object:
+    return round(value) if isinstance(value, float) else value
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStage:
+    """The layers of one pipeline stage, by kind, and whether it is the first and the last."""
+
+    dense: int
+    moe: int
+    first: bool
+    last: bool
+    behind: int
+    """Stages behind it, itself included: so many micro-batches are in flight, if there are so many."""
+
+
+def pipeline_stages(shape: ModelShape, pp: int) -> tuple[PipelineStage, ...]:
+    """The stages of a pipeline that cuts the layers as evenly as it can, those alike once, the first first."""
+    found: dict[PipelineStage, None] = {}
+    for stage in range(pp):
+        layers = range(shape.layers * stage // pp, shape.layers * (stage + 1) // pp)
+        moe = sum(shape.is_moe(layer) for layer in layers)
+        found[PipelineStage(len(layers) - moe, moe, stage == 0, stage == pp - 1, pp - stage)] = None
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Numbers of a set of weights on a rank: whole (as folding left them), and its shard."""
+
+    dense: int
+    expert: int
+    dense_shard: int
+    expert_shard: int
+
+
+class MemoryModel:
+    """The bytes of every fold of a model; keeps what several folds have in common.
+
+    Args:
+        shape, work: what is trained.
+        device: ``"cuda"`` or ``"cpu"``, whose kernel of attention copies its output.
+    """
+
+    def __init__(self, shape: ModelShape, work: Workload, device: str = "cuda") -> None:
+        self.shape, self.work, self.device = shape, work, device
+        self._kept: dict[object, Any] = {}
+
+    def of(
+        self,
+        layout: FoldedLayout,
+        *,
+        stage: int,
+        recompute: Recompute,
+        transport: Transport,
+        micro: int,
+        load: float | None = None,
+    ) -> Memory:
+        """Of the pipeline stage that needs the most, with ``micro`` sequences in a forward."""
+        load = self.work.load if load is None else load
+        micro_batches = self.work.batch // layout.dp // micro
+        stages: tuple[PipelineStage, ...] = self._once(
+            ("stages", layout.pp), partial(pipeline_stages, self.shape, layout.pp)
+        )
+        found = [
+            self._of_stage(layout, each, stage, recompute, transport, micro, micro_batches, load) for each in stages
+        ]
+        return max(found, key=lambda memory: memory.peak)
+
+    def _of_stage(
+        self,
+        layout: FoldedLayout,
+        pipeline: PipelineStage,
+        stage: int,
+        recompute: Recompute,
+        transport: Transport,
+        micro: int,
+        micro_batches: int,
+        load: float,
+    ) -> Memory:
+        shape, work = self.shape, self.work
+        tokens = micro * work.tokens / layout.cp
+        stored, item = work.stored, work.item
+        held = self.held(layout, pipeline)
+        shards_dense = stage > 0 and (layout.dp * layout.cp > 1 or work.precision == "mixed")
+        shards_expert = stage > 0 and (layout.edp > 1 or work.precision == "mixed")
+        own = (held.dense_shard if shards_dense else held.dense) + (held.expert_shard if shards_expert else held.expert)
+        whole = (held.dense if shards_dense else 0) + (held.expert if shards_expert else 0)
+        parameters, optimizer = stored * own, stored * own * work.optimizer_states
+        unit_dense, unit_expert, root = self._units(layout, pipeline)
+        of_unit = (unit_dense if shards_dense else 0) + (unit_expert if shards_expert else 0)
+        of_root = root if shards_dense else 0
+        summed = 4 if work.precision == "mixed" else stored  # dtype in which shards are summed
+        several = micro_batches > 1
+        if stage == 0:
+            gathered, whole_gradients = 0.0, 0.0
+        elif stage == 3:
+            gathered = float(item * (of_root + 2 * of_unit))
+            whole_gradients = float((item + summed) * max(of_unit, of_root))
+        else:
+            gathered = float(item * whole)
+            whole_gradients = float(
+                summed * whole if stage == 1 and several else (item + summed) * max(of_unit, of_root)
+            )
+        gradients = stored * own
+
+        in_flight = min(pipeline.behind, micro_batches)
+        layer = {moe: self.layer(layout, moe, tokens, transport, load) for moe in (False, True)}
+        count = {False: pipeline.dense, True: pipeline.moe}
+        kept = {moe: _kept(layer[moe], recompute, moe) for moe in (False, True)}
+        of_one = sum(count[moe] * kept[moe] for moe in count)
+        lanes = layout.tp if work.lanes == "sharded" else 1
+        stream = tokens / lanes * shape.hidden
+        activations = in_flight * of_one + (stream * item if pipeline.first else 0)
+        logits = 0.0
+        if pipeline.last:
+            activations += tokens / lanes * formulas.norm_kept(shape.hidden, item)
+            logits = tokens * formulas.head_peak(shape.vocab, item)
+        kinds = [moe for moe in count if count[moe]]
+        working = max(
+            layer[moe].working + (layer[moe].all_of_it - kept[moe] if kept[moe] < layer[moe].all_of_it else 0)
+            for moe in kinds
+        )
+        exchanged = max(layer[moe].exchanged for moe in kinds)
+        persistent = layer[True].persistent if count[True] else 0.0
+        bucket = float(min(BUCKET, stored * own)) if layout.world > 1 else 0.0
+        head_gradient = float(stored * root) if pipeline.last and stage == 0 else 0.0
+
+        base = parameters + optimizer + persistent
+        earlier = float(gradients if several and stage != 1 else 0)
+        if stage == 1 and several:
+            earlier = whole_gradients
+        moments = {
+            "loss": base + earlier + gathered + activations + logits,
+            "backward": base + max(earlier, head_gradient) + gathered + activations + working + exchanged
+            + (whole_gradients if stage > 1 or not several else 0),
+            "end of backward": base + gradients + gathered + whole_gradients + max(kept[moe] for moe in kinds)
+            + working + exchanged,
+            "optimizer": base + gradients + max(bucket, self._optimizer_extra(layout, pipeline, stage)),
+        }  # fmt: skip
+        moment = max(moments, key=lambda name: moments[name])
+        return Memory(
+            float(parameters), float(gradients), float(optimizer), gathered + whole_gradients, activations, working,
+            max(exchanged + persistent, bucket), logits, moments[moment], moment,
+        )  # fmt: skip
+
+    # -- Weights ------------------------------------------------------------------------------------------------------
+
+    def held(self, layout: FoldedLayout, pipeline: PipelineStage) -> _Held:
+        """Numbers on the rank with the largest shards, in the chunks of FSDP2: ``ceil(rows / ranks)`` rows each."""
+        total = [0, 0, 0, 0]
+        parts = [
+            (self._layer_weights(layout, moe), times) for moe, times in ((False, pipeline.dense), (True, pipeline.moe))
+        ]
+        parts.append((self._outer_weights(layout, pipeline), 1))
+        for sizes, times in parts:
+            total = [one + times * other for one, other in zip(total, sizes, strict=True)]
+        return _Held(*total)
+
+    def _layer_weights(self, layout: FoldedLayout, moe: bool) -> tuple[int, int, int, int]:
+        if moe and not self.shape.experts:
+            return (0, 0, 0, 0)
+        key = ("layer", moe, layout.tp, layout.dp * layout.cp, layout.ep, layout.etp, layout.edp)
+        return self._once(key, lambda: _sizes(self.shape.layer_weights(moe), layout))
+
+    def _outer_weights(self, layout: FoldedLayout, pipeline: PipelineStage) -> tuple[int, int, int, int]:
+        key = ("outer", pipeline.first, pipeline.last, layout.tp, layout.dp * layout.cp)
+        outer = partial(self.shape.outer_weights, first=pipeline.first, last=pipeline.last)
+        return self._once(key, lambda: _sizes(outer(), layout))
+
+    def _units(self, layout: FoldedLayout, pipeline: PipelineStage) -> tuple[int, int, int]:
+        """Whole numbers of the largest block without its experts, of its experts, and of what is in no block."""
+        kinds = [moe for moe, times in ((False, pipeline.dense), (True, pipeline.moe)) if times]
+        layers = [self._layer_weights(layout, moe) for moe in kinds]
+        dense, expert = max(((each[0], each[1]) for each in layers), key=sum)
+        return dense, expert, self._outer_weights(layout, pipeline)[0]
+
+    def _optimizer_extra(self, layout: FoldedLayout, pipeline: PipelineStage, stage: int) -> float:
+        """Adam's temporaries: of all plain tensors at once (foreach), or of one DTensor at a time."""
+        held = self.held(layout, pipeline)
+        if layout.world == 1 and stage == 0:
+            return float(self.work.stored * (held.dense + held.expert))
+        weights = [*self.shape.layer_weights(True)] if pipeline.moe else [*self.shape.layer_weights(False)]
+        weights += self.shape.outer_weights(first=pipeline.first, last=pipeline.last)
+        return 2.0 * self.work.stored * max(_shard(weight, layout, stage > 0) for weight in weights)
+
+    # -- One layer ----------------------------------------------------------------------------------------------------
+
+    def layer(self, layout: FoldedLayout, moe: bool, tokens: float, transport: Transport, load: float) -> _Layer:
+        """The bytes of one layer in one forward and backward."""
+        key = ("bytes", moe, layout.tp, layout.ep, layout.etp, tokens, transport, load)
+        return self._once(key, lambda: self._layer(layout, moe, tokens, transport, load))
+
+    def _layer(self, layout: FoldedLayout, moe: bool, tokens: float, transport: Transport, load: float) -> _Layer:
+        shape, item, tp = self.shape, self.work.item, layout.tp
+        stream = tokens / tp if self.work.lanes == "sharded" else tokens
+        norms = 2 * stream * formulas.norm_kept(shape.hidden, item, wide_weight=shape.sinks)
+        attention = norms + tokens * self._attention_kept(tp)
+        queries = shape.query_width // tp
+        scores = shape.heads // tp * self.work.tokens if shape.sinks else 0
+        attention_working = tokens * item * (6 * queries + 3 * scores) + 3 * stream * shape.hidden * item
+        if not moe:
+            units = shape.intermediate // tp
+            kept = tokens * formulas.feed_forward_kept(units, item)
+            working = max(attention_working, tokens * item * 3 * units + 3 * stream * shape.hidden * item)
+            return _Layer(attention, kept, stream * shape.hidden * item, working, 0.0, 0.0)
+        return self._moe_layer(layout, tokens, stream, transport, load, attention, attention_working)
+
+    def _moe_layer(
+        self,
+        layout: FoldedLayout,
+        tokens: float,
+        stream: float,
+        transport: Transport,
+        load: float,
+        attention: float,
+        attention_working: float,
+    ) -> _Layer:
+        shape, item, hidden = self.shape, self.work.item, self.shape.hidden
+        own, units = tokens / layout.tp, shape.expert_hidden // layout.etp
+        local = shape.experts // layout.ep
+        rows = formulas.routed_rows(own, shape.top_k, layout.etp, load, layout.ep, local)
+        met = formulas.distinct_ranks(shape.experts, shape.top_k, layout.ep)
+        arriving = min(load * own * met, own * layout.ep)
+        persistent = 0.0
+        places = rows
+        if transport == "one-sided":
+            room = min(own * layout.ep * min(shape.top_k, local), SLACK * own * shape.top_k + 1)
+            rows, places = max(room, 0.0), max(room, 0.0)
+            persistent = own * (8 * shape.top_k + hidden * item) + layout.ep * own * (hidden * item + 4 * shape.top_k)
+        deepseek = shape.shared_name == "shared_experts"
+        kept = tokens * formulas.router_kept(shape.experts, shape.top_k, hidden, item, wide=deepseek)
+        kept += formulas.rows_kept(rows, hidden, units, item) + 8 * places
+        kept += own * 8 * layout.ep + own * met * 8 + arriving * layout.etp * 8 * shape.top_k - own * 8 * shape.top_k
+        if deepseek:
+            kept += 4 * shape.experts * hidden if item < 4 else 0
+        if shape.shared_hidden:
+            gate = hidden if shape.shared_gate else 0
+            kept += tokens * formulas.feed_forward_kept(shape.shared_hidden // layout.tp, item, gated_output=gate)
+        working = rows * item * (4 * units + 2 * hidden) + 2 * stream * hidden * item
+        payload = hidden * item + 4 * shape.top_k
+        exchanged = (own * met + arriving) * payload if layout.ep > 1 and transport == "messages" else 0.0
+        if layout.etp > 1:
+            exchanged += arriving * (layout.etp + 1) * payload
+        return _Layer(attention, kept, stream * hidden * item, max(working, attention_working), exchanged, persistent)
+
+    def _attention_kept(self, tp: int) -> float:
+        shape, item, copies = self.shape, self.work.item, self.device == "cpu"
+        heads, queries = shape.heads // tp, shape.query_width // tp
+        if shape.latent is not None:
+            latent = shape.latent
+            return formulas.latent_attention_kept(
+                latent.q_rank, latent.kv_rank, latent.nope, latent.rope, latent.value, heads, item, copies_output=copies
+            )
+        if shape.sinks:
+            return formulas.eager_attention_kept(queries, heads, self.work.tokens, item)
+        keys = max(shape.key_value_heads // tp, 1) * shape.head_width
+        return formulas.attention_kept(queries, keys, heads, item, qk_norm=shape.qk_norm)
+
+    def _once(self, key: object, make: Callable[[], T]) -> T:
+        found: T | None = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = make()
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Bytes of one layer: what its attention and its network keep, its input, and what its backward needs beside."""
+
+    attention: float
+    network: float
+    input: float
+    working: float
+    exchanged: float
+    persistent: float
+
+    @property
+    def all_of_it(self) -> float:
+        return self.attention + self.network
+
+
+def _kept(layer: _Layer, recompute: Recompute, moe: bool) -> float:
+    if recompute == "full":
+        return layer.input
+    return layer.attention if recompute == "experts" and moe else layer.all_of_it
+
+
+def _sizes(weights: Iterable[Weight], layout: FoldedLayout) -> tuple[int, int, int, int]:
+    dense = expert = dense_shard = expert_shard = 0
+    for weight in weights:
+        whole, shard = prod(weight.local_shape(layout)), _shard(weight, layout, True)
+        if weight.expert:
+            expert, expert_shard = expert + whole, expert_shard + shard
+        else:
+            dense, dense_shard = dense + whole, dense_shard + shard
+    return dense, expert, dense_shard, expert_shard
+
+
+def _shard(weight: Weight, layout: FoldedLayout, sharded: bool) -> int:
+    shape = weight.local_shape(layout)
+    ranks = (layout.edp if weight.expert else layout.dp * layout.cp) if sharded else 1
+    return -(-shape[0] // ranks) * prod(shape[1:])

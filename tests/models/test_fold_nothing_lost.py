@@ -1,0 +1,128 @@
+"""Whatever is in the experts' module is carried along, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hand_made import EXPERTS, HAND_MADE, HIDDEN, Model
+from hf_models import tiny_model
+from torch import Tensor, nn
+
+import foldpar
+from foldpar.errors import ModelError
+from foldpar.models.fold import fold_model
+from foldpar.models.known import ExpertWeights
+from foldpar.models.plan import plan_fold
+
+ALONE = foldpar.solve_layout(1)
+FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4")
+
+
+def experts_of(model: nn.Module) -> Any:
+    return next(each for each in model.modules() if hasattr(each, "gate_up_proj"))
+
+
+def with_a_norm(experts: Any) -> str:
+    experts.norm = nn.RMSNorm(16)
+    return r"experts \(\w+\) does more than its products: it has the child norm \(RMSNorm\) with norm.weight, and"
+
+
+def with_scales(experts: Any) -> str:
+    experts.register_buffer("scales", torch.rand(16), persistent=False)
+    return r"it has the buffer scales, and folding would lose that"
+
+
+def with_dropout(experts: Any) -> str:
+    experts.drop = nn.Dropout(0.1)
+    return r"it has the child drop \(Dropout\), and folding would lose that"
+
+
+def with_a_parameter(experts: Any) -> str:
+    experts.gain = nn.Parameter(torch.ones(16))
+    return r"has the parameter\(s\) gain beside gate_up_proj and down_proj"
+
+
+def with_a_forward(experts: Any) -> str:
+    plain = experts.forward
+    experts.forward = lambda *given: 2 * plain(*given)
+    return r"it has a forward that was put on this very module, and folding would lose that"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("change", [with_a_norm, with_scales, with_dropout, with_a_parameter, with_a_forward])
+def test_what_folding_would_lose_is_refused_by_name(family: str, change: Any) -> None:
+    model = tiny_model(family)
+    text = change(experts_of(model))
+    before = dict(model.named_parameters())
+    with foldpar.create_groups(ALONE) as groups, pytest.raises(ModelError, match=text):
+        fold_model(model, groups)
+    assert all(before[name] is each for name, each in model.named_parameters())
+    with pytest.raises(ModelError, match=text):
+        plan_fold(model, ALONE)
+
+
+def test_what_the_adapters_weights_leaves_out_is_refused_by_name() -> None:
+    model = Model()
+    plan_fold(model, ALONE, adapters=(HAND_MADE,))
+    model.moe.specialists.bias = nn.Parameter(torch.ones(EXPERTS, HIDDEN))
+    with pytest.raises(ModelError, match="has the parameter bias, which the adapter's weights does not use"):
+        plan_fold(model, ALONE, adapters=(HAND_MADE,))
+
+
+def test_experts_that_are_modules_of_their_own_are_read_by_the_adapter() -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.act = nn.Linear(4, 6, bias=False), nn.Linear(3, 4, bias=False), nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate, up = self.up(x).chunk(2, -1)
+            return self.down(self.act(gate) * up)
+
+    class Many(nn.ModuleList):
+        def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            every = torch.stack([expert(x) for expert in self], 1)
+            return (every.gather(1, ids[..., None].expand(-1, -1, 4)) * weights[..., None]).sum(1)
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.experts = nn.Linear(4, 2), Many([One(), One()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.gate(x).softmax(-1).topk(1)
+            return self.experts(x, ids, weights)
+
+    def stacked(experts: Any) -> ExpertWeights:
+        return ExpertWeights(*(torch.stack([getattr(one, name).weight for one in experts]) for name in ("up", "down")))
+
+    model, adapter = nn.Sequential(Listed()), foldpar.MoEAdapter("Listed", weights=stacked, activation="swiglu")
+    x = torch.randn(5, 4)
+    wanted = model(x)
+    with foldpar.create_groups(ALONE) as groups:
+        fold_model(model, groups, adapters=(adapter,))
+        torch.testing.assert_close(model(x), wanted)
+    model = nn.Sequential(Listed())
+    model[0].experts[1].drop = nn.Dropout(0.5)
+    with pytest.raises(ModelError, match=r"the child 1.drop \(Dropout\)"):
+        plan_fold(model, ALONE, adapters=(adapter,))
+
+
+def test_hooks_of_the_experts_are_carried_along() -> None:
+    model = tiny_model("mixtral")
+    seen = []
+    handle = model.model.layers[0].mlp.experts.register_forward_hook(
+        lambda module, given, out: seen.append(out) or 2 * out
+    )
+    tokens = torch.tensor([[3, 4, 5]])
+    wanted = model(input_ids=tokens).logits
+    with foldpar.create_groups(ALONE) as groups:
+        fold_model(model, groups)
+        before = len(seen)
+        torch.testing.assert_close(model(input_ids=tokens).logits, wanted)
+        assert len(seen) == before + 1
+        handle.remove()
+        model(input_ids=tokens)
+        assert len(seen) == before + 1

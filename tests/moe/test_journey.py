@@ -1,0 +1,108 @@
+"""Which way rows take, in words; and that a layer which may send them one-sided does without where it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import name_of
+
+import foldpar
+from foldpar.testing import run_ranks
+
+DIM, EXPERTS = 8, 4
+
+
+def layer(groups: foldpar.FoldedGroups, bias: bool = False, **options: Any) -> foldpar.FoldedMoE:
+    experts = foldpar.GroupedExperts(EXPERTS, DIM, 8, groups, bias=bias, seed=0, dtype=torch.float32)
+    torch.manual_seed(0)
+    return foldpar.FoldedMoE(foldpar.TopKRouter(DIM, EXPERTS, 2), experts, groups, **options)
+
+
+class OwnExperts(nn.Module):
+    num_experts, dim = EXPERTS, DIM
+
+    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        return rows
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"one_sided": foldpar.OneSided(8)}, "in messages: it needs GPUs, and this is cpu"),
+        (
+            {"one_sided": foldpar.OneSided(8), "counters": foldpar.LayerCounters()},
+            "in messages: counters read the sizes on the host",
+        ),
+        (
+            {"one_sided": foldpar.OneSided(8), "bias": True},
+            "in messages: the experts have biases, whose gradients are sums over all rows",
+        ),
+    ],
+    ids=name_of,
+)
+def test_a_layer_explains_which_way_its_rows_take(options: dict[str, Any], text: str) -> None:
+    told = layer(foldpar.create_groups(foldpar.solve_layout(1)), **options).explain()
+    assert text in told
+    assert "stay: ep = 1, so this rank has all experts" in told
+
+
+def test_nothing_is_said_of_what_was_not_asked_for() -> None:
+    told = layer(foldpar.create_groups(foldpar.solve_layout(1))).explain().splitlines()
+    assert told[1:] == [
+        "  lanes      one (tp = 1), which takes all tokens; no split, no gather",
+        "  rows       stay: ep = 1, so this rank has all experts",
+        "  router     router_own_tokens: left as it is, tp = 1",
+        "  experts    routed_expert: left as it is",
+    ]
+    folded = run_ranks(explained, 4, 1, None, backend="threads")[0]
+    assert "\n             in messages\n" in folded
+    assert "max_tokens" not in folded and "one" not in folded.replace("once", "").replace(" one sum", "")
+
+
+def test_rows_go_one_sided_where_everything_that_is_known_before_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
+    groups = foldpar.create_groups(foldpar.solve_layout(1))
+    moe = layer(groups, one_sided=foldpar.OneSided(8))
+    assert "one-sided where ranks can read each other's memory" in moe.explain()
+    moe.double()
+    assert "in messages: the rows are torch.float64, and the kernels add up in float32" in moe.explain()
+    sliced = run_ranks(explained, 4, 2, backend="threads")[0]
+    assert "in messages: etp = 2, and slices of an expert share rows in messages" in sliced
+
+
+def test_experts_of_another_kind_travel_in_messages() -> None:
+    groups = foldpar.create_groups(foldpar.solve_layout(1))
+    router = foldpar.TopKRouter(DIM, EXPERTS, 2)
+    told = foldpar.FoldedMoE(router, OwnExperts(), groups, one_sided=foldpar.OneSided(8)).explain()
+    assert "in messages: OwnExperts may not leave rows alone that hold nothing, as GroupedExperts do" in told
+
+
+def explained(etp: int, one_sided: foldpar.OneSided | None = foldpar.OneSided(8)) -> str:  # noqa: B008 (frozen)
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4 // etp, etp=etp)) as groups:
+        return layer(groups, one_sided=one_sided).explain()
+
+
+def test_slices_of_an_expert_share_rows_and_say_how_often_they_cross() -> None:
+    first = run_ranks(explained, 4, 2, backend="threads")[0]
+    assert "a row crosses EP once and ETP 1 x; a journey for each slice would cross EP 2 x" in first
+    assert "ETP" not in run_ranks(explained, 4, 1, backend="threads")[0].replace("etp", "")
+
+
+def both_ways() -> bool:
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4)) as groups:
+        draw = torch.Generator().manual_seed(groups.dp.index)
+        x = torch.randn(6, DIM, generator=draw)
+        results = []
+        for one_sided in (None, foldpar.OneSided(8)):
+            moe = layer(groups, one_sided=one_sided)
+            y = moe(x)
+            results.append([y, *torch.autograd.grad(y.sum(), list(moe.parameters()))])
+        foldpar.reduce_gradients(foldpar.mark_parameters(moe, foldpar.families.REPLICATED), groups)
+        return all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_where_memory_cannot_be_shared_rows_travel_in_messages() -> None:
+    assert run_ranks(both_ways, 4) == [True] * 4

@@ -1,0 +1,196 @@
+"""One value says which way rows take: what ``explain`` prints is what a forward did. And what travels is counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import name_of
+
+import foldpar
+import foldpar.moe.transport.messages
+from foldpar.moe.transport import journey as journeys
+from foldpar.moe.transport.one_sided import OneSided
+from foldpar.testing import run_ranks
+
+DIM, EXPERTS = 8, 4
+SHARED = OneSided(8, slack=4.0)
+
+
+class OwnExperts(nn.Module):
+    num_experts, dim = EXPERTS, DIM
+
+    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        return rows * 1.0
+
+
+def layer(groups: foldpar.FoldedGroups, kind: str = "plain", **options: Any) -> foldpar.FoldedMoE:
+    dtype = torch.float64 if kind == "float64" else torch.float32
+    experts: Any = OwnExperts()
+    if kind != "foreign":
+        experts = foldpar.GroupedExperts(EXPERTS, DIM, 8, groups, bias=kind == "biases", seed=0, dtype=dtype)
+    if kind == "counters":
+        options["counters"] = foldpar.LayerCounters()
+    torch.manual_seed(0)
+    router = foldpar.TopKRouter(DIM, EXPERTS, 2, dtype=dtype)
+    return foldpar.FoldedMoE(router, experts, groups, one_sided=SHARED, **options)
+
+
+# -- The way that is told is the way that is taken ---------------------------------------------------------------------
+
+
+class TakenError(Exception):
+    """Rows set out one-sided."""
+
+
+@pytest.fixture
+def rows_meet_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if ranks had GPUs that can read each other, up to where rows would set out."""
+
+    def sets_out(*_: Any, **__: Any) -> None:
+        raise TakenError
+
+    monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
+    monkeypatch.setattr("foldpar.comm.peers.why_no_peers", lambda device: None)
+    monkeypatch.setattr(journeys, "dispatch_one_sided", sets_out)
+
+
+def told(moe: foldpar.FoldedMoE) -> str:
+    lines = [line.strip() for line in moe.explain().splitlines()]
+    return next(line for line in lines if line.startswith(("in messages", "one-sided")))
+
+
+def taken(moe: foldpar.FoldedMoE, x: Tensor) -> str:
+    try:
+        moe(x)
+    except TakenError:
+        return "one-sided"
+    return "in messages"
+
+
+def ways(kind: str, etp: int, autocast: bool, gradients: bool) -> tuple[str, str, str]:
+    with foldpar.create_groups(foldpar.solve_layout(etp, etp=etp)) as groups:
+        moe = layer(groups, kind)
+        x = torch.ones(6, DIM, dtype=moe.router.weight.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(gradients):
+            return told(moe), taken(moe, x), told(moe)
+
+
+@pytest.mark.parametrize("kind", ["plain", "biases", "counters", "foreign", "float64"])
+@pytest.mark.parametrize("etp", [1, 2])
+@pytest.mark.parametrize(("autocast", "gradients"), [(False, True), (True, True), (False, False)], ids=name_of)
+def test_a_layer_takes_the_way_that_it_tells(
+    rows_meet_on_gpus: None, kind: str, etp: int, autocast: bool, gradients: bool
+) -> None:
+    for before, took, after in run_ranks(ways, etp, kind, etp, autocast, gradients, backend="threads"):
+        assert took == after.partition(":")[0] == before.partition(":")[0].partition(" where")[0]
+        assert (took == "one-sided") == (kind == "plain" and etp == 1)
+        assert before == after or "where" in before
+
+
+@pytest.mark.parametrize("kind", ["plain", "biases", "counters", "foreign", "float64"])
+def test_on_cpu_every_layer_takes_messages_and_says_so(kind: str) -> None:
+    before, took, after = ways(kind, 1, False, True)
+    assert before == after and before.startswith("in messages: ") and took == "in messages"
+
+
+def test_without_gradients_rows_that_may_find_no_room_travel_in_messages(rows_meet_on_gpus: None) -> None:
+    def rank(ep: int) -> tuple[str, str]:
+        with foldpar.create_groups(foldpar.solve_layout(ep, ep=ep)) as groups, torch.no_grad():
+            experts = foldpar.GroupedExperts(EXPERTS, DIM, 8, groups, seed=0)
+            moe = foldpar.FoldedMoE(foldpar.TopKRouter(DIM, EXPERTS, 2), experts, groups, one_sided=OneSided(8, 1.0))
+            return told(moe), taken(moe, torch.ones(6, DIM))
+
+    assert run_ranks(rank, 1, 1, backend="threads") == [
+        ("one-sided where ranks can read each other's memory", "one-sided")
+    ]
+    why = "in messages: without gradients nobody reads the flag that tells of missing room"
+    assert run_ranks(rank, 2, 2, backend="threads") == [(why, "in messages")] * 2
+
+
+def test_what_is_set_on_a_layer_later_changes_neither_what_it_says_nor_what_it_does() -> None:
+    def rank() -> bool:
+        with foldpar.create_groups(foldpar.solve_layout(2, tp=2, ep=2)) as groups:
+            moe, x = layer(groups), torch.ones(6, DIM)
+            said, y = (moe.explain(), repr(moe)), moe(x)
+            moe.partition, moe.lanes, moe.lane_grads = "assignments", "sharded", "partial"
+            with pytest.raises(AttributeError):
+                moe.lane_state.partition = "assignments"
+            return said == (moe.explain(), repr(moe)) and torch.equal(y, moe(x))
+
+    assert run_ranks(rank, 2, backend="threads") == [True, True]
+
+
+# -- What travels ------------------------------------------------------------------------------------------------------
+
+
+def counted(etp: int, autocast: bool, foreign: bool) -> tuple[int, int]:
+    """The bytes of rows that left this rank as the layer counts them, and as its collectives saw them."""
+    seen: list[int] = []
+    with foldpar.create_groups(foldpar.solve_layout(4, ep=4 // etp, etp=etp)) as groups:
+        counters = foldpar.LayerCounters()
+        torch.manual_seed(0)
+        experts: Any = Widening() if foreign else foldpar.GroupedExperts(EXPERTS, DIM, 8, groups, seed=0)
+        moe = foldpar.FoldedMoE(foldpar.TopKRouter(DIM, EXPERTS, 2), experts, groups, counters=counters, check=False)
+        SEEN[groups.rank] = seen
+        x = torch.randn(5 + groups.rank, DIM, generator=torch.Generator().manual_seed(groups.rank))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            moe(x)
+        return counters.read().bytes, sum(seen)
+
+
+class Widening(nn.Module):
+    """Experts that answer in float32, whatever they are asked in."""
+
+    num_experts, dim = EXPERTS, DIM
+
+    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        return rows.float()
+
+
+SEEN: dict[int, list[int]] = {}
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every collective of ``messages`` notes the bytes of rows that leave: those of width ``DIM``, weights apart."""
+    messages = foldpar.moe.transport.messages
+
+    def leaving(group: foldpar.AxisGroup, chunks: Any, x: Tensor) -> None:
+        rows = sum(rows for place, rows in enumerate(chunks) if place != group.index)
+        width = x.shape[1] if x.dtype != torch.uint8 else x.shape[1] - 2 * 4  # packed: two float32 weights behind
+        if (x.shape[1] >= DIM and x.is_floating_point()) or x.dtype == torch.uint8:
+            SEEN[group.ranks[group.index]].append(rows * width * x.element_size())
+
+    exchange, all_to_all = messages.exchange_rows, messages.all_to_all_rows
+    gather, scatter = messages.all_gather_rows, messages.reduce_scatter_rows
+
+    def exchange_rows(x: Tensor, send: Any, receive: Any, group: foldpar.AxisGroup) -> Tensor:
+        if x.dtype == torch.uint8:
+            leaving(group, send, x)
+        return exchange(x, send, receive, group)
+
+    def all_to_all_rows(x: Tensor, send: Any, receive: Any, group: foldpar.AxisGroup) -> Tensor:
+        leaving(group, send, x)
+        return all_to_all(x, send, receive, group)
+
+    def all_gather_rows(x: Tensor, group: foldpar.AxisGroup, **options: Any) -> Tensor:
+        leaving(group, [x.shape[0]] * group.size, x)
+        return gather(x, group, **options)
+
+    def reduce_scatter_rows(x: Tensor, group: foldpar.AxisGroup, *, row_counts: Any) -> Tensor:
+        leaving(group, row_counts, x)
+        return scatter(x, group, row_counts=row_counts)
+
+    for each in (exchange_rows, all_to_all_rows, all_gather_rows, reduce_scatter_rows):
+        monkeypatch.setattr(messages, each.__name__, each)
+
+
+@pytest.mark.parametrize("etp", [1, 2, 4])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("foreign", [False, True])
+def test_bytes_are_those_of_the_rows_that_travel(watched: None, etp: int, autocast: bool, foreign: bool) -> None:
+    for told_bytes, seen_bytes in run_ranks(counted, 4, etp, autocast, foreign, backend="threads"):
+        assert told_bytes == seen_bytes > 0

@@ -1,0 +1,230 @@
+"""Train a Hugging Face model folded and in one process, and compare everything that training touches."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from hf_models import VOCAB, tiny_model
+from torch import Tensor, nn
+
+import foldpar
+from foldpar.comm.dtensors import is_dtensor, local_tensor
+from foldpar.models.fold import fold_model
+from foldpar.moe import ExpertShare
+from foldpar.testing import run_ranks
+from foldpar.testing.shares import placed
+
+BATCH, LENGTH = 2, 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family on one layout."""
+
+    family: str
+    world: int = 4
+    tp: int = 2
+    ep: int = 4
+    etp: int = 1
+    order: str = "tp-lane-major"
+    partition: str = "tokens"
+    steps: int = 3
+    rate: float = 0.05
+    overrides: dict[str, Any] = field(default_factory=dict)
+    attention: str = "eager"
+    dtype: torch.dtype = torch.float64
+    backend: str = "threads"
+    checkpointing: bool | None = None
+    """``use_reentrant`` of gradient checkpointing, or none."""
+    unplanned: str | None = None
+    """Modules that the model's tensor-parallel plan leaves out, by a part of their names."""
+    check: bool | None = None
+    random: bool = False
+    """Let routers draw random numbers as in training; on spawned ranks, whose generators are their own."""
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.world}-tp{self.tp}-ep{self.ep}-etp{self.etp}-{self.order}-{self.partition}"
+
+    @property
+    def tolerance(self) -> float:
+        return 1e-10 if self.dtype == torch.float64 else 1e-5
+
+    @property
+    def layout(self) -> foldpar.FoldedLayout:
+        return foldpar.solve_layout(self.world, tp=self.tp, ep=self.ep, etp=self.etp, order=self.order)
+
+
+@dataclass
+class Trace:
+    """What one run left: a list entry per step and data rank, and gradients per step by name."""
+
+    outputs: list[list[dict[str, Tensor]]] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+def batch_of(data_rank: int, step: int) -> Tensor:
+    draw = torch.Generator().manual_seed(100 * data_rank + step)
+    return torch.randint(3, VOCAB, (BATCH, LENGTH), generator=draw)
+
+
+def outputs_of(model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and what else the model gives: logits, router logits, auxiliary loss."""
+    out = model(input_ids=tokens, labels=tokens, use_cache=False)
+    found = {"loss": out.loss, "logits": out.logits}
+    if getattr(out, "aux_loss", None) is not None:
+        found["aux_loss"] = out.aux_loss
+    for layer, logits in enumerate(getattr(out, "router_logits", None) or ()):
+        found[f"router_logits.{layer}"] = logits
+    return out.loss, {name: value.detach().clone() for name, value in found.items()}
+
+
+def train_reference(model: nn.Module, case: Case) -> Trace:
+    trace = Trace()
+    data_ranks = case.layout.dp
+    for step in range(case.steps):
+        model.zero_grad()
+        seen = []
+        for data_rank in range(data_ranks):
+            torch.manual_seed(data_rank)
+            loss, outputs = outputs_of(model, batch_of(data_rank, step))
+            (loss / data_ranks).backward()
+            seen.append(outputs)
+        trace.outputs.append(seen)
+        trace.gradients.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        )
+        _sgd(model, case.rate)
+    return trace
+
+
+def train_folded(model: nn.Module, case: Case, reference: Trace) -> dict[str, tuple[float, float]]:
+    """On one rank: squared differences and squared norms by tensor."""
+    with foldpar.create_groups(case.layout) as groups:
+        fold_model(model, groups, partition=case.partition, check=case.check)
+        found: dict[str, tuple[float, float]] = {}
+        for step in range(case.steps):
+            model.zero_grad()
+            torch.manual_seed(groups.dp.index)  # the lanes of a TP group alike
+            loss, outputs = outputs_of(model, batch_of(groups.dp.index, step))
+            loss.backward()
+            foldpar.reduce_gradients(model, groups)
+            wanted = reference.outputs[step][groups.dp.index]
+            assert outputs.keys() == wanted.keys()
+            for name, value in outputs.items():
+                _note(found, f"{name} at step {step}", value, wanted[name])
+            seen = set()
+            for name, parameter in model.named_parameters():
+                if name not in reference.gradients[step]:
+                    assert parameter.grad is None or not local_tensor(parameter.grad).any(), name
+                    continue
+                seen.add(name)
+                want = share(name, reference.gradients[step][name], model, parameter, groups)
+                _note(found, f"gradient of {name} at step {step}", local_tensor(parameter.grad), want)
+            assert seen == set(reference.gradients[step])
+            _sgd(model, case.rate)
+        return found
+
+
+def share(name: str, whole: Tensor, model: nn.Module, parameter: Tensor, groups: foldpar.FoldedGroups) -> Tensor:
+    """This rank's part of a tensor of one process; of experts by hand, not with the slices that folding used."""
+    owner, _, own_name = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, ExpertShare):
+        return share_of_experts(own_name, whole, module)
+    if is_dtensor(parameter):
+        return placed(whole, parameter)
+    if whole.shape != parameter.shape:
+        return whole.chunk(groups.tp.size)[groups.tp.index]
+    return whole
+
+
+def share_of_experts(name: str, whole: Tensor, experts: ExpertShare) -> Tensor:
+    groups, storage = experts.groups, experts.storage
+    per_rank, hidden = experts.num_experts // groups.ep.size, experts.hidden_dim // groups.etp.size
+    mine = whole[groups.ep.index * per_rank : (groups.ep.index + 1) * per_rank]
+    units = list(range(groups.etp.index * hidden, (groups.etp.index + 1) * hidden))
+    if name == storage.down_bias:
+        return mine
+    if name == "down_proj":
+        return mine[:, units] if storage.transposed else mine[..., units]
+    if storage.interleaved:
+        columns = [column for unit in units for column in (2 * unit, 2 * unit + 1)]
+    else:
+        columns = units + [experts.hidden_dim + unit for unit in units]
+    return mine[..., columns] if storage.transposed or mine.dim() == 2 else mine[:, columns]
+
+
+def model_of(case: Case) -> nn.Module:
+    model = tiny_model(case.family, dtype=case.dtype, **case.overrides)
+    model.set_attn_implementation(case.attention)
+    if case.checkpointing is not None:
+        new_name = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.2x
+        (new_name or model.gradient_checkpointing_enable)({"use_reentrant": case.checkpointing})
+    if case.unplanned is not None:
+        model._tp_plan = {name: style for name, style in model._tp_plan.items() if case.unplanned not in name}
+    return model.train(case.random or case.family != "phimoe")  # whose router draws random numbers in training
+
+
+def worst(case: Case) -> tuple[float, str]:
+    """The largest relative L2 difference of any tensor, over all ranks' shares, and its name."""
+    model = model_of(case)
+    with float64_stays():
+        reference = train_reference(copy.deepcopy(model), case)
+        # Thread ranks copy one model; spawned ranks make theirs, since a pickled one records no router logits.
+        given = model if case.backend == "threads" else None
+        results = run_ranks(_on_a_rank, case.world, given, case, reference, backend=case.backend, timeout=240)
+    relative = {}
+    for name in results[0]:
+        difference, norm = (math.sqrt(sum(result[name][part] for result in results)) for part in range(2))
+        relative[name] = difference / norm if norm else difference
+    name = max(relative, key=lambda key: (math.isnan(relative[key]), relative[key]))
+    return relative[name], name
+
+
+def _on_a_rank(model: nn.Module | None, case: Case, reference: Trace) -> dict[str, tuple[float, float]]:
+    if model is not None:
+        return train_folded(copy.deepcopy(model), case, reference)
+    with float64_stays():
+        return train_folded(model_of(case), case, reference)
+
+
+@contextmanager
+def float64_stays() -> Iterator[None]:
+    """Let ``x.float()`` and ``x.to(torch.float32)`` keep a float64 tensor, as models in float64 would have it.
+
+    Rotary embeddings and norms of some families compute in float32 whatever they are given, and where they add up
+    gradients of tokens or heads, adding in another order changes the last digits.
+    """
+    narrow, convert = torch.Tensor.float, torch.Tensor.to
+
+    def keep(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        return self if self.dtype == torch.float64 else narrow(self, *args, **options)
+
+    def keep_to(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        narrows = self.dtype == torch.float64 and torch.float32 in (*args[:1], options.get("dtype"))
+        return self if narrows else convert(self, *args, **options)
+
+    with mock.patch.object(torch.Tensor, "float", keep), mock.patch.object(torch.Tensor, "to", keep_to):
+        yield
+
+
+def _sgd(model: nn.Module, rate: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                local_tensor(parameter).sub_(local_tensor(parameter.grad), alpha=rate)
+
+
+def _note(found: dict[str, tuple[float, float]], name: str, got: Tensor, want: Tensor) -> None:
+    if got.dim() == want.dim() + 1:  # gate and up of experts that are sliced over etp lie apart
+        got = got.flatten(1, 2)
+    assert got.shape == want.shape, f"{name}: {tuple(got.shape)} is not {tuple(want.shape)}"
+    assert got.dtype == want.dtype, f"{name}: {got.dtype} is not {want.dtype}"
+    found[name] = tuple(float(part.double().square().sum()) for part in (got - want, want))

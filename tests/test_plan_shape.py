@@ -1,0 +1,91 @@
+"""A model as numbers: the weights of a shape are those that plan_fold finds in the model itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hf_models import FAMILIES
+
+import foldpar
+from foldpar.errors import ModelError
+from foldpar.planning import ModelShape, read_model
+from foldpar.planning.model_files import MODEL_TYPES
+
+FOLDED = [name for name in MODEL_TYPES if name in FAMILIES]
+DEGREES = [{}, {"tp": 2, "ep": 4}, {"tp": 4, "ep": 2, "etp": 2}]
+QWEN3_30B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", FOLDED)
+def test_weights_and_local_shapes_are_those_of_plan_fold(name, tied):
+    with torch.device("meta"):
+        model = FAMILIES[name].make(tie_word_embeddings=tied)
+    shape = read_model(model.config.to_dict())
+    for degrees in DEGREES:
+        layout = foldpar.solve_layout(4, **degrees)
+        planned = {row.name: (row.shape, row.local_shape) for row in foldpar.plan_fold(model, layout).rows}
+        assert {weight.name: (weight.shape, weight.local_shape(layout)) for weight in shape.weights()} == planned
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_padding_token_keeps_the_embedding_whole():
+    with torch.device("meta"):
+        model = FAMILIES["mixtral"].make(pad_token_id=0)
+    layout = foldpar.solve_layout(2, tp=2)
+    planned = {row.name: row.local_shape for row in foldpar.plan_fold(model, layout).rows}
+    assert {each.name: each.local_shape(layout) for each in read_model(model.config.to_dict()).weights()} == planned
+
+
+def test_a_config_is_read_from_a_folder_a_file_and_a_mapping(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    shapes = [read_model(source) for source in (tmp_path, str(tmp_path / "config.json"), QWEN3_30B)]
+    assert len(set(shapes)) == 1
+    assert round(shapes[0].parameters / 1e9, 1) == 30.5
+    assert round(shapes[0].active_parameters / 1e9, 1) == 3.4
+
+
+NUMBERS = {"hidden": 64, "layers": 2, "heads": 4, "vocab": 100}
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: ModelShape(**{**NUMBERS, "heads": 0}), "heads = 0 is not a positive integer"),
+        (lambda: ModelShape(**NUMBERS), "experts = 0, so intermediate, the width of a dense layer, must be positive"),
+        (lambda: ModelShape(**NUMBERS, top_k=2, intermediate=8), "Say experts too, or none of them"),
+        (lambda: ModelShape(**NUMBERS, experts=4, top_k=5, expert_hidden=8), "top_k = 5 is more than experts = 4"),
+        (lambda: ModelShape(**NUMBERS, experts=4, top_k=2), "expert_hidden = 0 is not a positive integer"),
+        (lambda: ModelShape(**NUMBERS, kv_heads=3, intermediate=8), "kv_heads = 3 does not divide heads = 4"),
+        (lambda: ModelShape(**{**NUMBERS, "hidden": 63}, intermediate=8), "say head_dim too"),
+        (lambda: ModelShape(**NUMBERS, intermediate=8, dense_layers=(2,)), "are not all layers 0 to 1"),
+        (lambda: read_model({"model_type": "mixtrall"}), "the nearest is mixtral"),
+        (lambda: read_model({"model_type": "mixtral"}), "a mixtral needs num_local_experts or num_experts"),
+        (lambda: read_model("nowhere/config.json"), "does not exist"),
+        (lambda: read_model(3), "and not 3"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_in_words(make, text):
+    with pytest.raises(ModelError, match=text):
+        make()
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="is not a JSON file"):
+        read_model(tmp_path)
