@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 import foldpar
 from foldpar.comm.dtensors import local_tensor
-from foldpar.comm.peers import check_room
+from foldpar.comm.peers import PeerMemories, check_room
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def rank_main(options: argparse.Namespace) -> None:
                     if groups.rank == 0:
                         print(json.dumps(report), flush=True)
                     check_room(groups)
-                    groups.kept.clear()
+                    groups.keep(PeerMemories).found.clear()
                     del layer
 
 

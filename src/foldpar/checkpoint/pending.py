@@ -16,12 +16,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from foldpar.comm import FoldedGroups, Ranks
+from foldpar.comm import FoldedGroups, Kept, Ranks
 from foldpar.errors import CheckpointError
 
 __all__ = ["PendingSave", "settle"]
-
-_KEPT = "saves in the background"
 
 
 class PendingSave:
@@ -38,7 +36,7 @@ class PendingSave:
         self._model = weakref.ref(model)
         self._error: Exception | None = None
         self._told = False
-        groups.kept.setdefault(_KEPT, _Pending()).add(self)
+        groups.keep(_Pending).add(self)
         self._thread = threading.Thread(target=self._run, args=(work,), name="foldpar-save")
         self._thread.start()
         atexit.register(self._report)
@@ -87,18 +85,18 @@ class PendingSave:
             warnings.warn(_lost(error), RuntimeWarning, stacklevel=1)
 
 
-class _Pending:
+class _Pending(Kept):
     """The saves of some groups that may still be written, by their numbers, which are the same on every rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: FoldedGroups) -> None:
         self.saves: dict[int, PendingSave] = {}
-        self._count = 0
+        self.count = 0
 
     def add(self, save: PendingSave) -> None:
-        self.saves[self._count] = save
-        self._count += 1
+        self.saves[self.count] = save
+        self.count += 1
 
-    def finish(self) -> Exception | None:
+    def close(self) -> Exception | None:
         """Wait for all, before the groups are destroyed; returns an error that nobody has asked for."""
         untold = None
         for save in self.saves.values():
@@ -115,8 +113,8 @@ def settle(ranks: Ranks, model: nn.Module, groups: FoldedGroups) -> None:
     Raises:
         CheckpointError: on every rank: one failed, and some rank has not been told.
     """
-    pending = groups.kept.get(_KEPT)
-    if pending is None:
+    pending = groups.keep(_Pending)
+    if not pending.count:
         return
     for save in pending.saves.values():
         if save._model() is model:

@@ -55,13 +55,14 @@ from foldpar.comm.dtensors import (
     version_of,
 )
 from foldpar.comm.first_step import When, can_compare
-from foldpar.comm.groups import AxisGroup, FoldedGroups, create_groups
+from foldpar.comm.groups import AxisGroup, FoldedGroups, Kept, create_groups
 from foldpar.comm.peers import PeerMemory, check_room, known_memory_of, memory_of, why_no_peers
 from foldpar.comm.world import Ranks, attempt, raise_interruption, told
 
 __all__ = [
     "AxisGroup",
     "FoldedGroups",
+    "Kept",
     "MeshAxes",
     "MeshDim",
     "PeerMemory",

@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Literal, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from foldpar.errors import FoldingError, GroupsError, LayoutError
 from foldpar.layout import AXES, Coordinate, FoldedLayout, solve_layout
 
 Made = TypeVar("Made")
+OneKept = TypeVar("OneKept", bound="Kept")
 
 _VIEW_AXES: Mapping[str, tuple[str, ...]] = {
     "dense": ("pp", "dp", "cp", "tp"),
@@ -95,6 +96,17 @@ class AxisGroup:
         return cls(axis, ranks, ranks.index(dist.get_rank()), process_group if len(ranks) > 1 else None)
 
 
+class Kept:
+    """What is made once for some groups and lives as long as they do; get it with :meth:`FoldedGroups.keep`."""
+
+    def __init__(self, groups: FoldedGroups) -> None:
+        pass
+
+    def close(self) -> Exception | None:
+        """Let go of it, while there still are communicators; returns an error that nobody has asked for."""
+        return None
+
+
 class FoldedGroups:
     """The communicators of one layout on one rank: one :class:`AxisGroup` per axis and compound.
 
@@ -109,11 +121,10 @@ class FoldedGroups:
         edp, ep, etp: data parallelism of the experts, expert parallelism, tensor parallelism inside an expert.
         dp_cp: all ranks of one lane, over which dense gradients are averaged.
         ep_etp: the ranks that together hold every routed expert once.
-        kept: what was made once for these groups and is freed with them, such as memory that ranks share.
     """
 
-    __slots__ = (*AXES, "_communicators", "_destroyed", "_factory", "_meshes", "_owns_default", "coordinate", "layout")
-    __slots__ += ("__weakref__", "kept", "rank")
+    __slots__ = (*AXES, "_communicators", "_data_axes", "_destroyed", "_factory", "_kept", "_meshes", "_owns_default")
+    __slots__ += ("__weakref__", "coordinate", "layout", "rank")
 
     layout: FoldedLayout
     rank: int
@@ -144,7 +155,8 @@ class FoldedGroups:
         self._owns_default = owns_default
         self._destroyed = False
         self._meshes: dict[str, DeviceMesh] = {}
-        self.kept: dict[Hashable, Any] = {}
+        self._data_axes: dict[tuple[str, int], tuple[AxisGroup, AxisGroup]] = {}
+        self._kept: dict[type[Kept], Kept] = {}
         # An axis has the same size on every rank, and whether two axes have equal rank sets does not depend on the
         # rank either (a tested law of layouts), so all ranks make the same groups in the same order.
         self._communicators: dict[tuple[str, tuple[int, ...]], ProcessGroup] = {}
@@ -253,19 +265,19 @@ class FoldedGroups:
         Of ranks ``0 1 2 3`` on the axis and two replicas, rank 2 has the groups ``(0, 2)`` and ``(2, 3)``. With one
         replica the second is the axis itself. Made once; call it on every rank.
         """
-        whole, key = self.axis(axis), ("data axes", axis, replicas)
-        if key not in self.kept:
+        whole, key = self.axis(axis), (axis, replicas)
+        if key not in self._data_axes:
             size = whole.size // replicas
             place = whole.index % size
             start = whole.index - place
             parts = (whole.ranks[place::size], whole.ranks[start : start + size])
             names = (f"{axis}_replicas", f"{axis}_shards")
-            self.kept[key] = tuple(
+            of_replicas, of_shards = (
                 whole if ranks == whole.ranks else self._part(axis, name, ranks)
                 for name, ranks in zip(names, parts, strict=True)
             )
-        of_replicas, of_shards = self.kept[key]
-        return of_replicas, of_shards
+            self._data_axes[key] = of_replicas, of_shards
+        return self._data_axes[key]
 
     def _part(self, axis: str, name: str, ranks: tuple[int, ...]) -> AxisGroup:
         """A part of an axis, over a communicator of its own: gathers must not queue behind an all-to-all."""
@@ -326,6 +338,12 @@ class FoldedGroups:
             mesh_dim_names=tuple(dims),
         )
 
+    def keep(self, kind: type[OneKept]) -> OneKept:
+        """The one :class:`Kept` of a class that these groups have; made on first use."""
+        if kind not in self._kept:
+            self._kept[kind] = kind(self)
+        return cast(OneKept, self._kept[kind])
+
     def twin(self, layout: FoldedLayout | None = None) -> FoldedGroups:
         """New groups, of this layout or another, with the backend and timeout of these; call it on every rank.
 
@@ -347,14 +365,12 @@ class FoldedGroups:
         """
         if self._destroyed:
             return
-        failed = [kept.finish() for kept in self.kept.values() if hasattr(kept, "finish")]
+        failed = [kept.close() for kept in self._kept.values()]
         self._destroyed = True
         had_meshes = bool(self._meshes)
         self._meshes.clear()
-        for kept in self.kept.values():
-            if hasattr(kept, "remove"):  # a hook
-                kept.remove()
-        self.kept.clear()
+        self._kept.clear()
+        self._data_axes.clear()
         for axis in AXES:
             with suppress(AttributeError):  # of groups over a part of the axes
                 delattr(self, axis)

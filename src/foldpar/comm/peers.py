@@ -11,11 +11,19 @@ import torch
 import torch.distributed as dist
 
 from foldpar.comm.collectives import all_reduce_
-from foldpar.comm.groups import AxisGroup, FoldedGroups
+from foldpar.comm.groups import AxisGroup, FoldedGroups, Kept
 from foldpar.errors import ShapeError
 from foldpar.requirements import why_no_objects
 
-__all__ = ["PeerMemory", "check_room", "known_memory_of", "memories", "memory_of", "why_no_peers", "why_unreachable"]
+__all__ = [
+    "PeerMemories",
+    "PeerMemory",
+    "check_room",
+    "known_memory_of",
+    "memory_of",
+    "why_no_peers",
+    "why_unreachable",
+]
 
 
 class PeerMemory:
@@ -61,28 +69,28 @@ class PeerMemory:
             self._handle.barrier(channel=0)
 
 
+class PeerMemories(Kept):
+    """The memories of some groups by size and device, in the same order on all ranks; or why there is none."""
+
+    def __init__(self, groups: FoldedGroups) -> None:
+        self.found: dict[tuple[int, torch.device], PeerMemory | str] = {}
+
+
 def memory_of(groups: FoldedGroups, size: int, device: torch.device) -> PeerMemory | str:
     """The memory of this size that the ranks of ``ep`` share, made on first use; or why there is none.
 
     Layers of one size take turns with one memory. The first call is a meeting of the group.
     """
-    key = ("peer memory", size, device)
-    if key not in groups.kept:
+    found, key = groups.keep(PeerMemories).found, (size, device)
+    if key not in found:
         reason = why_unreachable(groups.ep, device)
-        groups.kept[key] = PeerMemory(groups.ep, size, device) if reason is None else reason
-    found: PeerMemory | str = groups.kept[key]
-    return found
+        found[key] = PeerMemory(groups.ep, size, device) if reason is None else reason
+    return found[key]
 
 
 def known_memory_of(groups: FoldedGroups, size: int, device: torch.device) -> PeerMemory | str | None:
     """What :func:`memory_of` found; ``None`` where nobody has asked. Asks nobody."""
-    found: PeerMemory | str | None = groups.kept.get(("peer memory", size, device))
-    return found
-
-
-def memories(groups: FoldedGroups) -> list[PeerMemory]:
-    """All of them that were made, in the same order on all ranks of the group."""
-    return [kept for kept in groups.kept.values() if isinstance(kept, PeerMemory)]
+    return groups.keep(PeerMemories).found.get((size, device))
 
 
 def check_room(groups: FoldedGroups) -> None:
@@ -94,7 +102,7 @@ def check_room(groups: FoldedGroups) -> None:
     Raises:
         ShapeError: gradients since then are not those of the model, and must not be used.
     """
-    shared = memories(groups)
+    shared = [memory for memory in groups.keep(PeerMemories).found.values() if isinstance(memory, PeerMemory)]
     if not shared:
         return
     flags = torch.stack([memory.flags for memory in shared]).amax(0)

@@ -55,7 +55,7 @@ def implementation(name: str, one_sided: OneSided | None) -> type[EPImplementati
             return journey(computed_by, journey.ends.own(hidden_states), routing, tokens=hidden_states.shape[0])
 
         def _experts(self, dim: int) -> Any:
-            chosen = experts_implementation(self.experts)
+            chosen = experts_implementation(getattr(self.experts, "config", None))
             if chosen in ("grouped_mm", name) and why_not_grouped(self.experts) is None:
                 return _Products(self.experts, self.num_experts, dim)
             return _OwnForward(self.experts_forward, self.num_experts, dim)

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from foldpar.errors import ModelError
 from foldpar.models import activation_of, own_gate
-from foldpar.moe import Activation, ExpertStorage, collect, grouped_feed_forward, in_autocast_dtype, pick, spread
+from foldpar.moe import (
+    Activation,
+    ExpertStorage,
+    collect,
+    grouped_feed_forward,
+    in_autocast_dtype,
+    pick,
+    spread,
+)
 
 __all__ = ["experts_forward", "grouped_products", "why_not_grouped"]
 

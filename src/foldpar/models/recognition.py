@@ -21,7 +21,7 @@ from foldpar.errors import ModelError
 from foldpar.models.meta_copy import HOOKS, on_meta
 from foldpar.moe import ELEMENTWISE, Activation, ClampedSwiGLU, OwnActivation, name_of
 
-__all__ = ["activation_of", "check_own_activation"]
+__all__ = ["activation_of", "check_own_activation", "experts_implementation", "own_gate"]
 
 Known = Literal["silu", "gelu", "relu"]
 
@@ -76,6 +76,12 @@ def own_gate(experts: nn.Module) -> Callable[..., Tensor] | None:
     """How a module of transformers computes gate and up of its experts, by itself or in the usual way, if it can."""
     gate: Callable[..., Tensor] | None = getattr(experts, "_apply_gate", None)
     return gate
+
+
+def experts_implementation(config: Any) -> str | None:
+    """Which of transformers' implementations a model's configuration has chosen for experts."""
+    chosen: str | None = getattr(config, "_experts_implementation", None)
+    return chosen
 
 
 def _of_own_gate(experts: nn.Module, gate: Callable[..., Tensor], where: str, interleaved: bool) -> Activation:
@@ -212,9 +218,3 @@ def _in_the_other_mode(activation: OwnActivation) -> OwnActivation:
         other = on_meta(function.__self__).train(not function.__self__.training)
         return OwnActivation(MethodType(function.__func__, other), activation.form)
     return activation
-
-
-def experts_implementation(experts: nn.Module) -> str | None:
-    """Which products a model of transformers asked for; ``None`` where its experts are none of transformers'."""
-    found: str | None = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-    return found

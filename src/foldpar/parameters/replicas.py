@@ -12,6 +12,7 @@ from foldpar.arguments import expect
 from foldpar.comm import (
     AxisGroup,
     FoldedGroups,
+    Kept,
     When,
     all_gather,
     all_reduce_,
@@ -27,7 +28,6 @@ from foldpar.wording import below, some_ranks
 
 __all__ = ["check_before_reduction", "check_replicas", "compare_in_stage", "parameter_settings"]
 
-_REDUCTIONS = "first reductions"
 _REPLICA_AXES: tuple[Axis, ...] = ("tp", "dp_cp", "etp", "edp")
 
 
@@ -66,13 +66,19 @@ def check_before_reduction(
     asked = When(check)
     if groups.layout.stage_size == 1:
         return
-    whens: WeakKeyDictionary[nn.Module, When] = groups.kept.setdefault(_REDUCTIONS, WeakKeyDictionary())
-    when = whens.setdefault(model, asked) if check is None else asked
+    when = groups.keep(_FirstReductions).of.setdefault(model, asked) if check is None else asked
     parameter = next(model.parameters(), None)
     if parameter is not None and when.due("reduction", parameter):
         compare_in_stage(model, groups, settings)
         _compare_replicas(model, groups, across_stages=False)
         when.done("reduction")
+
+
+class _FirstReductions(Kept):
+    """Model -> when its replicas are compared."""
+
+    def __init__(self, groups: FoldedGroups) -> None:
+        self.of: WeakKeyDictionary[nn.Module, When] = WeakKeyDictionary()
 
 
 def compare_in_stage(model: nn.Module, groups: FoldedGroups, settings: Mapping[str, str]) -> None:

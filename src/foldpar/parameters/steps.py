@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from foldpar.arguments import expect
-from foldpar.comm import FoldedGroups, is_dtensor, refuse_foreign_scalers, version_of
+from foldpar.comm import FoldedGroups, Kept, is_dtensor, refuse_foreign_scalers, version_of
 from foldpar.errors import GradientError
 from foldpar.parameters.fsdp import bring_back_shards
 
@@ -32,7 +32,6 @@ __all__ = [
 
 _STAMP = "_foldpar_reduced"
 _REPLACED = "_foldpar_replaced"
-_WATCH = "watched optimizers"
 
 
 class _Stamp(NamedTuple):
@@ -115,17 +114,16 @@ def watch_optimizers(groups: FoldedGroups, model: nn.Module) -> None:
         GradientError: in ``step``: it holds parameters that folding or sharding replaced, or gradients that were not
             reduced.
     """
-    if _WATCH not in groups.kept:
-        if groups.layout.world > 1:
-            refuse_foreign_scalers()
-        groups.kept[_WATCH] = _Watch(are_several=groups.layout.world > 1)
-    groups.kept[_WATCH].models.add(model)
+    groups.keep(_Watch).models.add(model)
 
 
-class _Watch:
+class _Watch(Kept):
     """The hooks on all optimizers, and the models that they know."""
 
-    def __init__(self, are_several: bool) -> None:
+    def __init__(self, groups: FoldedGroups) -> None:
+        are_several = groups.layout.world > 1
+        if are_several:
+            refuse_foreign_scalers()
         self.models: WeakSet[nn.Module] = WeakSet()
         self._are_several = are_several
         self._watched: WeakKeyDictionary[torch.optim.Optimizer, tuple[tuple[int, int], set[nn.Parameter]]] = (
@@ -135,7 +133,7 @@ class _Watch:
         if are_several:
             self._hooks.append(register_optimizer_step_post_hook(self._after_step))
 
-    def remove(self) -> None:
+    def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
