@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foldpar.errors import ModelError
 from foldpar.models import activation_of
-from foldpar.moe import Activation, ExpertStorage, collect, grouped_feed_forward, in_autocast_dtype, pick, spread
+from foldpar.moe import Activation, ExpertStorage, grouped_feed_forward, in_autocast_dtype, pick
 
 __all__ = ["register_with_transformers"]
 
@@ -62,7 +62,7 @@ def _experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, t
     source = assignment_of_slot // top_k_index.shape[1]
 
     computed = grouped_feed_forward(
-        spread(rows, source, copies),
+        rows,
         into,
         out,
         counts[:local].cumsum(0, dtype=torch.int32),
@@ -71,8 +71,9 @@ def _experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, t
         gate_up_bias=getattr(experts, bias) if experts.has_bias else None,
         down_bias=experts.down_proj_bias if experts.has_bias else None,
         interleaved=storage.interleaved,
+        places=(source, copies),
     )
-    return collect(computed, source, copies).to(hidden_states.dtype)
+    return computed.to(hidden_states.dtype)
 
 
 def _activation_of(experts: Any) -> Activation:

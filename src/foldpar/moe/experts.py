@@ -225,21 +225,28 @@ class GroupedExperts(nn.Module):
         rows_per_expert: Tensor,
         weights: Tensor | None = None,
         sizes: tuple[int, ...] | None = None,
+        places: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Compute expert-major rows: ``[sum(rows_per_expert), dim]`` to the same shape.
 
         ``rows_per_expert`` is ``[local_experts]``, int32, on the rows' device; experts without rows are allowed and
         get zero gradients. ``weights`` is ``[rows]``: routing weights to multiply the outputs by, which costs nothing
-        here. ``sizes`` are the ``rows_per_expert`` on the host, where it knows them. Where dtype and width allow it the
+        here. ``sizes`` are the ``rows_per_expert`` on the host, where it knows them. With ``places``, the rows lie
+        anywhere, and outputs are summed there: see ``grouped_feed_forward``. Where dtype and width allow it the
         product is torch's ``grouped_mm``, else one product per expert.
 
         Backward:
             Plain. With ``etp > 1`` the gradients of ``rows`` and ``weights`` are this slice's summands.
         """
-        return self.compute(rows, rows_per_expert, weights, sizes)
+        return self.compute(rows, rows_per_expert, weights, sizes, places)
 
     def compute(
-        self, rows: Tensor, rows_per_expert: Tensor, weights: Tensor | None, sizes: tuple[int, ...] | None
+        self,
+        rows: Tensor,
+        rows_per_expert: Tensor,
+        weights: Tensor | None,
+        sizes: tuple[int, ...] | None,
+        places: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """What :meth:`forward` does, for subclasses that are called in another way."""
         expect(type(self).__name__, rows=(rows, Tensor), rows_per_expert=(rows_per_expert, Tensor))
@@ -263,6 +270,7 @@ class GroupedExperts(nn.Module):
             down_bias=once,
             sizes=sizes,
             interleaved=self.storage.interleaved,
+            places=places,
         )
 
     def extra_repr(self) -> str:

@@ -26,6 +26,7 @@ from foldpar.moe.transport.messages import (
     combine,
     dispatch,
     dispatch_weighted,
+    dispatch_weights,
     own_assignments,
     plan_dispatch,
 )
@@ -91,7 +92,11 @@ class Journey:
         )
         if self.counters is not None:
             self.counters.count(routing, planned, self.state, rows.shape[1] * rows.element_size())
-        if isinstance(experts, GroupedExperts):  # they weight the activation, in a pass that is made anyway
+        if isinstance(experts, GroupedExperts) and planned.stays:  # they read rows where they lie, and sum there
+            places = (planned.row_of_assignment, planned.assignment_of_slot)
+            row_weights = dispatch_weights(weights, planned)
+            combined = compute(entering, planned.rows_per_expert, row_weights, planned.sizes, places)
+        elif isinstance(experts, GroupedExperts):  # they weight the activation, in a pass that is made anyway
             arrived, row_weights = dispatch_weighted(entering, weights, planned)
             combined = combine(compute(arrived, planned.rows_per_expert, row_weights, planned.sizes), None, planned)
         else:
