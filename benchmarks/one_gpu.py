@@ -1,4 +1,4 @@
-"""One MoE block on one GPU, forward and backward with its router and weight gradients: foldpar and peers in one process.
+"""One MoE block on one GPU, forward and backward with all gradients: foldpar and peers in one process.
 
     python benchmarks/one_gpu.py                                     # the table of shapes in SHAPES
     python benchmarks/one_gpu.py --shapes qwen3-8k --entries foldpar "foldpar, grouped_mm" transformers
@@ -134,9 +134,9 @@ def measure(name: str, entry: str, make: Callable[..., Step], own: bool, device:
     torch.manual_seed(0)
     x = torch.randn(tokens, shape.dim, **like)
     with own_kernels(own):
-        step = make(shape, x, like)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        step = make(shape, x, like)  # of a graph, memory is taken here
         times = timed(step, device)
     ms = statistics.median(times)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")

@@ -110,7 +110,8 @@ class _FeedForward(Function):
         rows, weights, gate_up_proj, down_proj, ends, source, copies, table, gate_up = ctx.saved_tensors
         of_rows, _, of_gate_up, of_down = ctx.needs_input_grad[:4]
         grad, places = grad.contiguous(), gate_up.shape[0]
-        blocks = kernels.Blocks(_ROWS, 256, 64, 4, flat=False)
+        ahead = source is None and gate_up.shape[1] > 1024  # where tiles are short, or gathered, it does not pay
+        blocks = kernels.Blocks(_ROWS, 256, 64, 3 if ahead else 4, flat=ahead)
         grad_hidden = kernels.product(grad, source, down_proj, table, places, blocks, transposed=False)
         hidden, grad_gate_up, grad_weights = activations.backward(
             grad_hidden, gate_up, weights, "swiglu", end=ends[-1:]
