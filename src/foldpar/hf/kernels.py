@@ -9,15 +9,7 @@ from torch import Tensor
 
 from foldpar.errors import ModelError
 from foldpar.models import activation_of, own_gate
-from foldpar.moe import (
-    Activation,
-    ExpertStorage,
-    collect,
-    grouped_feed_forward,
-    in_autocast_dtype,
-    pick,
-    spread,
-)
+from foldpar.moe import Activation, ExpertStorage, grouped_feed_forward, in_autocast_dtype, pick
 
 __all__ = ["experts_forward", "grouped_products", "why_not_grouped"]
 
@@ -44,19 +36,25 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
     computed = grouped_products(
         experts,
-        spread(rows, source, copies),
+        rows,
         counts[:local].cumsum(0, dtype=torch.int32),
         pick(weights, assignment_of_slot, copies),
+        places=(source, copies),
     )
-    return collect(computed, source, copies).to(hidden_states.dtype)
+    return computed.to(hidden_states.dtype)
 
 
 def grouped_products(
-    experts: Any, rows: Tensor, ends: Tensor, weights: Tensor, sizes: tuple[int, ...] | None = None
+    experts: Any,
+    rows: Tensor,
+    ends: Tensor,
+    weights: Tensor,
+    sizes: tuple[int, ...] | None = None,
+    places: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """What experts of transformers compute of rows grouped by expert, times each row's weight: ``[rows, dim]``.
 
-    ``ends`` and ``sizes`` as in :func:`foldpar.moe.grouped_feed_forward`.
+    ``ends``, ``sizes`` and ``places`` as in :func:`foldpar.moe.grouped_feed_forward`.
 
     Raises:
         ModelError: these products do not compute what the experts do; see :func:`why_not_grouped`.
@@ -74,6 +72,7 @@ def grouped_products(
         down_bias=experts.down_proj_bias if experts.has_bias else None,
         sizes=sizes,
         interleaved=storage.interleaved,
+        places=places,
     )
 
 

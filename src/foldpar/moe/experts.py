@@ -195,13 +195,19 @@ class ExpertShare(nn.Module):
         return experts
 
     def compute(
-        self, rows: Tensor, rows_per_expert: Tensor, weights: Tensor | None = None, sizes: tuple[int, ...] | None = None
+        self,
+        rows: Tensor,
+        rows_per_expert: Tensor,
+        weights: Tensor | None = None,
+        sizes: tuple[int, ...] | None = None,
+        places: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Compute expert-major rows: ``[sum(rows_per_expert), dim]`` to the same shape.
 
         ``rows_per_expert`` is ``[local_experts]``, int32, on the rows' device; experts without rows are allowed and
         get zero gradients. ``weights`` is ``[rows]``: routing weights to multiply the outputs by, which costs nothing
-        here. ``sizes`` are the ``rows_per_expert`` on the host, where it knows them. Where dtype and width allow it the
+        here. ``sizes`` are the ``rows_per_expert`` on the host, where it knows them. With ``places``, the rows lie
+        anywhere, and outputs are summed there: see ``grouped_feed_forward``. Where dtype and width allow it the
         product is torch's ``grouped_mm``, else one product per expert.
 
         Backward:
@@ -213,7 +219,7 @@ class ExpertShare(nn.Module):
                 f"rows_per_expert must be [local experts] = [{self.local_experts}], and is "
                 f"{list(rows_per_expert.shape)}."
             )
-        return self.product(self.local_weights(), rows, rows_per_expert, weights, sizes)
+        return self.product(self.local_weights(), rows, rows_per_expert, weights, sizes, places)
 
     @classmethod
     def computes_its_own_way(cls) -> bool:
@@ -224,6 +230,11 @@ class ExpertShare(nn.Module):
     def product(self) -> ExpertProduct:
         """What is computed, whatever the weights."""
         return ExpertProduct(self.activation, self.storage, adds_down_bias=self.groups.etp.index == 0)
+
+    @property
+    def reads_places(self) -> bool:
+        """Whether rows may stay where they lie; what a subclass computes takes them grouped by expert."""
+        return not self.computes_its_own_way()
 
     def why_not_one_sided(self) -> str | None:
         """Why rows can only come in messages: of a kind that may hold nothing, behind the last expert's."""
@@ -355,9 +366,10 @@ class GroupedExperts(ExpertShare):
         rows_per_expert: Tensor,
         weights: Tensor | None = None,
         sizes: tuple[int, ...] | None = None,
+        places: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """:meth:`compute`: ``[sum(rows_per_expert), dim]`` to the same shape."""
-        return self.compute(rows, rows_per_expert, weights, sizes)
+        return self.compute(rows, rows_per_expert, weights, sizes, places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,6 +390,7 @@ class ExpertProduct:
         rows_per_expert: Tensor,
         weights: Tensor | None = None,
         sizes: tuple[int, ...] | None = None,
+        places: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """As :meth:`ExpertShare.compute`, with ``gate_up_proj``, ``down_proj`` and the biases or ``None``."""
         gate_up_proj, down_proj, gate_up_bias, down_bias = parameters
@@ -395,6 +408,7 @@ class ExpertProduct:
             down_bias=once,
             sizes=sizes,
             interleaved=self.storage.interleaved,
+            places=places,
         )
 
 

@@ -3,7 +3,8 @@
 Rows are grouped by expert; ``ends`` (int32, on the device) are the ends of the groups, which may be empty. Rows behind
 the last end hold nothing: they are neither computed nor read. The product
 is torch's ``grouped_mm`` where dtype and widths allow it, else one product per expert; also where groups are few and
-large and the host knows their sizes, since a plain product is faster there (``benchmarks/NOTES.md``).
+large and the host knows their sizes, since a plain product is faster there (``benchmarks/NOTES.md``). On Hopper GPUs
+kernels of our own (:mod:`foldpar.moe.kernels.products`) compute what they were measured to compute faster.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from foldpar.moe.kernels import activations
+from foldpar.moe.kernels import activations, products
 from foldpar.moe.kernels.activations import Activation
+from foldpar.moe.kernels.permutation import collect, spread
 
 
 def grouped_feed_forward(
@@ -33,6 +35,7 @@ def grouped_feed_forward(
     down_bias: Tensor | None = None,
     sizes: tuple[int, ...] | None = None,
     interleaved: bool = False,
+    places: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``weight * down(activation(gate_up(row)))`` with the parameters of each row's group: ``[rows, dim]`` to the same.
 
@@ -41,16 +44,27 @@ def grouped_feed_forward(
     first product. Keeps the rows and the first product for the backward, nothing else: the activation is computed
     again.
 
+    ``places``, ``(source, copies)``: the rows lie anywhere, and their outputs are summed there; the same as
+    ``collect(grouped_feed_forward(spread(rows, *places), ...), *places)``, ``[rows, dim]`` to the same. ``weights``,
+    ``ends`` and ``sizes`` are of the copies. On Hopper GPUs they are read where they lie, and the copies are not kept.
+
     Backward:
         Of the rows, all parameters, and the routing weights (from the side of the activation, where they were applied).
     """
-    parameters = (
+    parameters = tuple(
         None if parameter is None else in_autocast_dtype(parameter)
         for parameter in (gate_up_proj, down_proj, gate_up_bias, down_bias)
     )
     rows = in_autocast_dtype(rows)
-    groups = Groups(ends, sizes)
-    return cast(Tensor, cast(Any, _FeedForward).apply(rows, weights, *parameters, groups, activation, interleaved))
+    first, down, *biases = parameters
+    assert first is not None and down is not None
+    groups, count = Groups(ends, sizes), rows.shape[0] if places is None else places[0].shape[0]
+    plain = not interleaved and all(bias is None for bias in biases) and not _few_and_large(groups, count)
+    if products.takes(rows, first, down, count, activation, plain=plain):
+        return products.feed_forward(rows, first, down, ends, weights, *(places or (None, None)))
+    copied = rows if places is None else spread(rows, *places)
+    computed = cast(Any, _FeedForward).apply(copied, weights, first, down, *biases, groups, activation, interleaved)
+    return cast(Tensor, computed if places is None else collect(computed, *places))
 
 
 def in_autocast_dtype(tensor: Tensor) -> Tensor:
@@ -188,10 +202,14 @@ def _grouped_mm_takes(rows: Tensor, weight: Tensor, groups: Groups) -> bool:
 
     Few large groups are left to plain products.
     """
-    few_and_large = groups.sizes is not None and rows.is_cuda and rows.shape[0] >= 1024 * weight.shape[0]
+    few_and_large = rows.is_cuda and _few_and_large(groups, rows.shape[0])
     aligned = all(width * rows.element_size() % 16 == 0 for width in weight.shape[-2:])
     known = rows.dtype in (torch.bfloat16, torch.float16, torch.float32)
     return aligned and known and rows.shape[0] > 0 and not few_and_large
+
+
+def _few_and_large(groups: Groups, rows: int) -> bool:
+    return groups.sizes is not None and rows >= 1024 * groups.ends.shape[0]
 
 
 def _contiguous(grad: Tensor) -> Tensor:

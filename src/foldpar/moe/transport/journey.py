@@ -25,6 +25,7 @@ from foldpar.moe.transport.messages import (
     combine,
     dispatch,
     dispatch_weighted,
+    dispatch_weights,
     own_assignments,
     plan_dispatch,
 )
@@ -37,7 +38,8 @@ class Experts(Protocol):
     """Anything that computes expert-major rows, such as :class:`GroupedExperts`.
 
     Where it has a true ``applies_weights``, it takes each row's routing weight and the sizes on the host (or ``None``)
-    as well, weights what it computes, and leaves rows alone that hold nothing.
+    as well, weights what it computes, and leaves rows alone that hold nothing. With a true ``reads_places`` it may be
+    given rows that lie anywhere, as ``grouped_feed_forward`` takes them.
     """
 
     num_experts: int
@@ -93,7 +95,13 @@ class Journey:
         self.state, self.num_experts, self.dim = state, experts.num_experts, experts.dim
         self.ends = lane_ends(state)
         self.counters, self.one_sided = counters, one_sided
-        self.in_messages = InMessages(state, self.num_experts, getattr(experts, "applies_weights", False), counters)
+        self.in_messages = InMessages(
+            state,
+            self.num_experts,
+            applies_weights=getattr(experts, "applies_weights", False),
+            reads_places=getattr(experts, "reads_places", False),
+            counters=counters,
+        )
         self.built = self._built(experts)
 
     def __call__(self, compute: Callable[..., Tensor], rows: Tensor, routing: Routing, *, tokens: int) -> Tensor:
@@ -164,6 +172,7 @@ class InMessages:
     state: LaneState
     num_experts: int
     applies_weights: bool
+    reads_places: bool
     counters: LayerCounters | None = None
 
     def __call__(self, compute: Callable[..., Tensor], rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
@@ -174,16 +183,22 @@ class InMessages:
             partition=self.state.partition,
             mask=routing.mask,
         )
-        if self.applies_weights:  # on the activation, in a pass that is made anyway
+        y: Tensor
+        if self.reads_places and plan.stays:  # rows are read where they lie, and summed there
+            places = (plan.row_of_assignment, plan.assignment_of_slot)
+            y = computed = compute(rows, plan.rows_per_expert, dispatch_weights(weights, plan), plan.sizes, places)
+        elif self.applies_weights:  # on the activation, in a pass that is made anyway
             arrived, row_weights = dispatch_weighted(rows, weights, plan)
             computed = compute(arrived, plan.rows_per_expert, row_weights, plan.sizes)
+            y = combine(computed, None, plan)
         else:
             computed = compute(dispatch(rows, plan), plan.rows_per_expert)
+            y = combine(computed, weights, plan)
         if self.counters is not None:
             self.counters.count(
                 routing, plan, self.state, *(row.shape[1] * row.element_size() for row in (rows, computed))
             )
-        return combine(computed, None if self.applies_weights else weights, plan)
+        return y
 
 
 @dataclass(frozen=True, slots=True)

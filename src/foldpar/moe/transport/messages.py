@@ -99,6 +99,11 @@ class DispatchPlan:
         return sum(self.rows_per_etp)
 
     @property
+    def stays(self) -> bool:
+        """Whether every token is a row of this rank's own experts, in the order of tokens."""
+        return self.ep.size == self.etp.size == 1 and self.rows == self.num_tokens
+
+    @property
     def assignments(self) -> int:
         """How many (row, expert) pairs this rank's experts compute."""
         return self.row_of_assignment.shape[0]
@@ -230,7 +235,8 @@ def dispatch_weights(weights: Tensor, plan: DispatchPlan) -> Tensor:
         ShapeError: ``weights`` does not have the shape that was planned.
     """
     _check_weights(weights, plan)
-    return pick(_to_experts(weights, plan), plan.slot_of_assignment, plan.assignment_of_slot)
+    arrived = weights if plan.stays else _to_experts(weights, plan)
+    return pick(arrived, plan.slot_of_assignment, plan.assignment_of_slot)
 
 
 def dispatch_weighted(x: Tensor, weights: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,110 @@
+"""The kernels of the experts' products compute what their plain torch twins compute, and nothing foreign.
+
+Runs on a Hopper GPU. Elsewhere ``TRITON_INTERPRET=1`` runs the kernels in Triton's interpreter, in float16: it has no
+bfloat16. ``tests/gpu/gpu_kernels.py`` goes through real shapes.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+if not HOPPER and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a Hopper GPU, or Triton with TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton.tools.ragged_tma")
+
+from foldpar.moe.kernels import products  # noqa: E402
+from foldpar.moe.kernels import triton_products as kernels  # noqa: E402
+from foldpar.moe.kernels.triton_products import Blocks  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if HOPPER else ("cpu", torch.float16)
+TOLERANCE = 8e-3 if HOPPER else 2e-3
+
+# Sizes of groups, dim, hidden: empty groups first, in between and last; none of them a multiple of a tile.
+CASES = [((0, 5, 17, 0, 1, 0), 40, 24), ((33, 0, 16), 48, 40)]
+BLOCKS = [Blocks(16, 16, 16, 2, 4, chunk=2), Blocks(16, 32, 32, 3, 4, flat=False)]
+JUNK = 3  # places behind the last group that hold nothing
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, DTYPE)
+
+
+class Problem:
+    def __init__(self, sizes: tuple[int, ...], dim: int, hidden: int) -> None:
+        self.experts, self.dim, self.hidden = len(sizes), dim, hidden
+        self.ends = torch.tensor(sizes).cumsum(0).to(DEVICE, torch.int32)
+        self.rows, self.places = sum(sizes), sum(sizes) + JUNK
+        generator = torch.Generator().manual_seed(1)
+        self.source = torch.randint(0, 7, (self.places,), generator=generator).to(DEVICE, torch.int32)
+        self.scales = torch.rand(self.places, generator=generator).to(DEVICE)
+        self.gate_up = draw(self.experts, 2 * hidden, dim, seed=2) * dim**-0.5
+        self.down = draw(self.experts, dim, hidden, seed=3) * hidden**-0.5
+
+    def side(self, width: int, gathered: bool, seed: int) -> tuple[Tensor, Tensor | None]:
+        """Rows and their source. What lies by groups is NaN behind the last one."""
+        if gathered:
+            return draw(7, width, seed=seed), self.source
+        rows = draw(self.places, width, seed=seed)
+        rows[self.rows :] = float("nan")
+        return rows, None
+
+    def near(self, got: Tensor, wanted: Tensor) -> None:
+        got = got[: self.rows] if got.dim() < 3 else got
+        assert got.shape == wanted.shape
+        assert float((got.double() - wanted).norm()) <= TOLERANCE * float(wanted.norm())
+
+
+def wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [each if each is None or not each.is_floating_point() else each.double() for each in tensors]
+
+
+@pytest.mark.parametrize("block", [1, 16, 128])
+@pytest.mark.parametrize("sizes", [(0,), (5,), (0, 5, 17, 0, 1, 0), (16, 16, 33)])
+def test_tiles_cover_each_group_by_itself(sizes: tuple[int, ...], block: int) -> None:
+    ends = torch.tensor(sizes).cumsum(0).to(DEVICE, torch.int32)
+    table = kernels.tiles_of(ends, sum(sizes), block)
+    tiles = int(table[0, 0])
+    assert tiles < len(table)
+    assert [tuple(row) for row in table[1 : tiles + 1, :3].tolist()] == products.tiles_of(ends, block)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize(("sizes", "dim", "hidden"), CASES)
+def test_products(sizes: tuple[int, ...], dim: int, hidden: int, gathered: bool, blocks: Blocks) -> None:
+    problem = Problem(sizes, dim, hidden)
+    table = kernels.tiles_of(problem.ends, problem.places, blocks.rows)
+
+    rows, source = problem.side(dim, gathered, seed=4)
+    scales = problem.scales if gathered else None
+    got = kernels.first_product(rows, source, problem.gate_up, scales, table, problem.places, blocks)
+    wide_rows, wide_weight, wide_scales = wide(rows[: None if gathered else problem.rows], problem.gate_up, scales)
+    places = None if source is None else source[: problem.rows]
+    for one, other in zip(
+        got, products.first_product(wide_rows, places, wide_weight, wide_scales, problem.ends), strict=True
+    ):
+        problem.near(one, other)
+
+    for weight, transposed in ((problem.gate_up, True), (problem.down, False)):
+        got_product = kernels.product(rows, source, weight, table, problem.places, blocks, transposed=transposed)
+        (wide_weight,) = wide(weight)
+        problem.near(got_product, products.product(wide_rows, places, wide_weight, problem.ends, transposed=transposed))
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize("gathered", ["grad", "rows"])
+@pytest.mark.parametrize(("sizes", "dim", "hidden"), CASES)
+def test_gradients_of_weights(sizes: tuple[int, ...], dim: int, hidden: int, gathered: str, blocks: Blocks) -> None:
+    problem = Problem(sizes, dim, hidden)
+    grad, _ = problem.side(hidden, gathered == "grad", seed=4)
+    rows, _ = problem.side(dim, gathered == "rows", seed=5)
+    got = kernels.weight_gradient(grad, rows, problem.source, gathered, problem.ends, blocks)
+    places = problem.source[: problem.rows]
+    problem.near(got, products.weight_gradient(grad.double(), rows.double(), places, gathered, problem.ends))
+    assert not got[torch.tensor(sizes) == 0].any()
