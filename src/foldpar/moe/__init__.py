@@ -2,12 +2,14 @@
 
     layer           FoldedMoE: router, experts and what surrounds them
     folded_experts  the routed part alone, for a router of somebody else
-    experts         GroupedExperts: this rank's share of the experts; ``storage`` says how their weights lie
+    experts         GroupedExperts: this rank's share of the experts (``ExpertShare``, which ``FoldedExperts`` are too);
+                    ``storage`` says how their weights lie
     lanes           what the lanes of a TP group hold, and what follows for gradients; ``lane_ends`` converts
     lane_checks     what a layer takes on trust, compared in its first step
     counters        what travelled, and how evenly; ``stand_ins``: a rank without data
     routing/        which expert gets which token: routers, selection, capacity, losses, balance, randomness
-    transport/      the journey of rows: in messages, or read one-sided from other GPUs
+    transport/      the journey of rows: in messages, or read one-sided from other GPUs; ``whole`` is it for a compiler
+    operators       a function of tensors as one operator, whatever sizes are inside
     kernels/        products over groups of rows, permutations, activations
 
 A token's way: ``layer`` -> ``routing.router`` -> ``transport.journey`` -> ``kernels.grouped`` -> ``transport.journey``.
