@@ -201,11 +201,21 @@ def local_parts(*tensors: Tensor | None, partial_over: str | None = None) -> tup
     places = [place for place, tensor in enumerate(tensors) if tensor is not None and is_dtensor(tensor)]
     if not places:
         return tensors
+    if torch.compiler.is_compiling():  # which looks into to_local
+        return tuple(
+            tensor if tensor is None or not is_dtensor(tensor) else _traced_part(tensor, partial_over)
+            for tensor in tensors
+        )
     parts: list[Tensor | None] = list(tensors)
     own = cast(Any, _LocalParts).apply(partial_over, *(tensors[place] for place in places))
     for place, part in zip(places, own, strict=True):
         parts[place] = part
     return tuple(parts)
+
+
+def _traced_part(tensor: DTensor, partial_over: str | None) -> Tensor:
+    placements = _placements_of_gradient(tensor.device_mesh, tensor.placements, partial_over)
+    return tensor.to_local(grad_placements=placements)
 
 
 class _LocalParts(Function):
@@ -230,15 +240,22 @@ class _LocalParts(Function):
 
 def _of_gradient(spec: Any, partial_over: str | None) -> Any:
     """How a gradient lies: like its tensor, but for a dimension of several ranks over which it is a sum."""
-    if partial_over is None or partial_over not in (spec.mesh.mesh_dim_names or ()):
-        return spec
+    placements = _placements_of_gradient(spec.mesh, spec.placements, partial_over)
+    return spec if placements == spec.placements else type(spec)(spec.mesh, placements, tensor_meta=spec.tensor_meta)
+
+
+def _placements_of_gradient(
+    mesh: DeviceMesh, placements: tuple[Placement, ...], partial_over: str | None
+) -> tuple[Placement, ...]:
     from torch.distributed.tensor import Partial
 
-    dim = spec.mesh.mesh_dim_names.index(partial_over)
-    if spec.mesh.size(dim) == 1 or not spec.placements[dim].is_replicate():
-        return spec
-    placements = (*spec.placements[:dim], Partial(), *spec.placements[dim + 1 :])
-    return type(spec)(spec.mesh, placements, tensor_meta=spec.tensor_meta)
+    names = mesh.mesh_dim_names or ()
+    if partial_over is None or partial_over not in names:
+        return placements
+    dim = names.index(partial_over)
+    if mesh.size(dim) == 1 or not placements[dim].is_replicate():
+        return placements
+    return (*placements[:dim], Partial(), *placements[dim + 1 :])
 
 
 def is_sharding(placement: Placement) -> bool:

@@ -215,6 +215,11 @@ class ExpertShare(nn.Module):
             )
         return self.product(self.local_weights(), rows, rows_per_expert, weights, sizes)
 
+    @classmethod
+    def computes_its_own_way(cls) -> bool:
+        """Whether a subclass computes something else than :attr:`product`, or what is around it."""
+        return cls.compute is not ExpertShare.compute or (cls.takes_rows and cls.forward is not GroupedExperts.forward)
+
     @property
     def product(self) -> ExpertProduct:
         """What is computed, whatever the weights."""

@@ -25,9 +25,12 @@ from foldpar.moe.routing.router import Routing, without_tokens
 from foldpar.moe.transport.journey import Journey
 from foldpar.moe.transport.messages import Partition
 from foldpar.moe.transport.one_sided import OneSided
+from foldpar.moe.transport.whole import WholeJourney, uncompiled, why_uncompiled
 from foldpar.parameters import is_sharded_over
 
 __all__ = ["FoldedExperts", "check_device_and_dtype", "rows_for"]
+
+_WHAT_ENTERS = "What enters the experts"
 
 
 class FoldedExperts(ExpertShare):
@@ -83,6 +86,9 @@ class FoldedExperts(ExpertShare):
         self.lane_state = LaneState(groups, lanes, partition=partition)
         self.checks = LaneChecks(self.lane_state, check)
         self.journey = Journey(self.lane_state, self, counters=counters, one_sided=one_sided)
+        self._whole = WholeJourney(
+            self.journey, self.product, self.checks, self, _WHAT_ENTERS, ("hidden_states", "top_k_weights")
+        )
 
     def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
         """:meth:`routed`, called directly or by way of ``call``."""
@@ -91,29 +97,35 @@ class FoldedExperts(ExpertShare):
             return routed
         return self.call(self.routed, *arguments, **keywords)
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="The shapes of FoldedExperts follow the routing, so tracing it would compile anew for other routings."
-    )
     def routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[tokens, dim]`` to ``[tokens, dim]``: the weighted sum of each token's experts.
 
         ``top_k_index`` is ``[tokens, top_k]``, global expert ids, and ``top_k_weights`` goes with it.
         """
         self._check_inputs(hidden_states, top_k_index, top_k_weights)
-        state, checked = self.lane_state, self.checks.due(hidden_states)
+        if not torch.compiler.is_compiling():
+            return self._in_steps(hidden_states, top_k_index, top_k_weights)
+        if (why := why_uncompiled(self.journey, self)) is not None:
+            return uncompiled(why, self._in_steps, hidden_states, top_k_index, top_k_weights)
+        own = self._whole.own
+        routing = self._routing(own(top_k_index), own(_wide(top_k_weights, hidden_states)))
+        y = self._whole(self, own(hidden_states), routing, hidden_states, top_k_weights, tokens=hidden_states.shape[0])
+        return y.to(hidden_states.dtype)
+
+    def _in_steps(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        checked = self.checks.due(hidden_states)
         if checked:
-            self.checks.entering(
-                self, "What enters the experts", {"hidden_states": hidden_states, "top_k_weights": top_k_weights}
-            )
-        rows, ids = self.journey.ends.own(hidden_states), state.own(top_k_index)
-        # Weights of a narrower dtype than the rows lose digits where parts of their gradient are added up.
-        weights = self.journey.ends.own(top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype)))
-        routing = without_tokens(Routing(ids, weights)) if self.without_data else Routing(ids, weights)
+            self.checks.entering(self, _WHAT_ENTERS, {"hidden_states": hidden_states, "top_k_weights": top_k_weights})
+        rows, ids = self.journey.ends.own(hidden_states), self.lane_state.own(top_k_index)
+        routing = self._routing(ids, self.journey.ends.own(_wide(top_k_weights, hidden_states)))
         if checked:
             self.checks.routing(routing)
         y = self.journey(self.compute, rows, routing, tokens=hidden_states.shape[0])
         self.checks.leaving(y)
         return y.to(hidden_states.dtype)
+
+    def _routing(self, ids: Tensor, weights: Tensor) -> Routing:
+        return without_tokens(Routing(ids, weights)) if self.without_data else Routing(ids, weights)
 
     @property
     def counters(self) -> LayerCounters | None:
@@ -143,6 +155,11 @@ class FoldedExperts(ExpertShare):
                 f"of hidden_states, and are {list(top_k_index.shape)} and {list(top_k_weights.shape)}."
             )
         check_device_and_dtype(hidden_states, self)
+
+
+def _wide(weights: Tensor, rows: Tensor) -> Tensor:
+    """Weights of a narrower dtype than the rows lose digits where parts of their gradient are added up."""
+    return weights.to(torch.promote_types(weights.dtype, rows.dtype))
 
 
 def rows_for(experts: object) -> tuple[torch.dtype | None, torch.device]:

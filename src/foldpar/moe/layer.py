@@ -34,8 +34,11 @@ from foldpar.moe.routing.router import Router, Routing, check_routing, takes_pad
 from foldpar.moe.transport.journey import Experts, Journey
 from foldpar.moe.transport.messages import Partition
 from foldpar.moe.transport.one_sided import OneSided
+from foldpar.moe.transport.whole import LIMITED, RANDOM, WholeJourney, uncompiled, why_uncompiled
 from foldpar.parameters import families_seen_from, mark_children
 from foldpar.wording import not_dividing, some
+
+_WHAT_ENTERS = "What enters a FoldedMoE"
 
 
 class FoldedMoE(nn.Module):
@@ -126,6 +129,10 @@ class FoldedMoE(nn.Module):
         self.without_data = False
         """All tokens are padding; set by :func:`foldpar.lockstep`."""
         self.journey = Journey(self.lane_state, experts, counters=counters, one_sided=one_sided)
+        self._whole = None
+        if isinstance(experts, ExpertShare):
+            entering = ("x", "ids", "padding")
+            self._whole = WholeJourney(self.journey, experts.product, self.checks, self, _WHAT_ENTERS, entering)
         self.router, self.experts, self.shared = router, experts, shared
         families = self.lane_state.families
         mark_children(self, {"router": families.router, "experts": families.experts, "shared": families.shared})
@@ -169,18 +176,35 @@ class FoldedMoE(nn.Module):
         y = y if self.shared is None else y + self.shared(x)
         return (y, routing) if return_routing else y
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="The shapes of a FoldedMoE follow its routing, so tracing it would compile anew for other routings."
-    )
     def _routed(self, x: Tensor, ids: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Routing]:
         """The routed experts' part of the output, and the routing."""
         expect("FoldedMoE", ids=(ids, (Tensor, type(None))), padding=(padding, (Tensor, type(None))))
+        if not torch.compiler.is_compiling():
+            return self._in_steps(x, ids, padding)
+        why = self._why_uncompiled()
+        return self._as_operators(x, ids, padding) if why is None else uncompiled(why, self._in_steps, x, ids, padding)
+
+    def _why_uncompiled(self) -> str | None:
+        if self.capacity is not None:
+            return LIMITED
+        return RANDOM if getattr(self.router, "is_random", False) else why_uncompiled(self.journey, self.experts)
+
+    def _as_operators(self, x: Tensor, ids: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Routing]:
+        """What :meth:`_in_steps` does where a compiler traces it."""
+        assert self._whole is not None and isinstance(self.experts, ExpertShare)
+        tokens = x.reshape(-1, x.shape[-1])
+        own = self._whole.own(tokens)
+        routing = self._route(own, x, ids, padding, self._whole.own)
+        y = self._whole(self.experts, own, routing, x, ids, padding, tokens=tokens.shape[0])
+        return y.view(x.shape), routing
+
+    def _in_steps(self, x: Tensor, ids: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Routing]:
         tokens = x.reshape(-1, x.shape[-1])
         checked = self.checks.due(tokens)
         if checked:
-            self.checks.entering(self, "What enters a FoldedMoE", {"x": x, "ids": ids, "padding": padding})
+            self.checks.entering(self, _WHAT_ENTERS, {"x": x, "ids": ids, "padding": padding})
         own = self.journey.ends.own(tokens)
-        routing = self._route(own, x, ids, padding)
+        routing = self._route(own, x, ids, padding, self.lane_state.own)
         if checked:
             self.checks.routing(routing)
         y = self.journey(self._compute, own, routing, tokens=tokens.shape[0])
@@ -231,15 +255,25 @@ class FoldedMoE(nn.Module):
             for (part, family), own_names in names.items()
         ]
 
-    def _route(self, own: Tensor, x: Tensor, ids: Tensor | None, padding: Tensor | None) -> Routing:
-        """Let the router decide about this lane's rows, in its region of random numbers and within the capacity."""
+    def _route(
+        self,
+        own: Tensor,
+        x: Tensor,
+        ids: Tensor | None,
+        padding: Tensor | None,
+        own_of: Callable[[Tensor], Tensor],
+    ) -> Routing:
+        """Let the router decide about this lane's rows, in its region of random numbers and within the capacity.
+
+        ``own_of`` gives the rows of what goes with all tokens.
+        """
         state, given = self.lane_state, {}
         if ids is not None:
             _goes_with("ids", ids.shape[:-1], x)
-            given["ids"] = state.own(ids.reshape(-1, ids.shape[-1]))
+            given["ids"] = own_of(ids.reshape(-1, ids.shape[-1]))
         if padding is not None:
             _goes_with("padding", padding.shape, x)
-            given["padding"] = state.own(padding.reshape(-1))
+            given["padding"] = own_of(padding.reshape(-1))
         if self.without_data and takes_padding(self.router):  # it counts what it decides
             given["padding"] = torch.ones(own.shape[0], dtype=torch.bool, device=own.device)
         region: AbstractContextManager[None] = nullcontext()
