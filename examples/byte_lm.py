@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,11 +35,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self.heads_of(projection(x)) for projection in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(rearrange(y, "batch heads length head_dim -> batch length (heads head_dim)"))
 
     def heads_of(self, x: Tensor) -> Tensor:
         """``[batch, length, width]`` to ``[batch, heads, length, head_dim]``."""
-        return x.unflatten(-1, (x.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
+        apart = "batch length (heads head_dim) -> batch heads length head_dim"
+        return rearrange(x, apart, head_dim=self.head_dim)
 
 
 class FeedForward(nn.Module):
@@ -92,7 +95,7 @@ class MoE(nn.Module):
         self.shared = FeedForward(config.dim, config.shared_hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = rearrange(x, "batch length dim -> (batch length) dim")
         return self.experts(tokens, *self.router(tokens)).view_as(x) + self.shared(x)
 
 

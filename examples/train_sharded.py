@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from byte_lm import ByteLM, Config
+from einops import rearrange
 from torch import Tensor
 from torch.distributed.tensor.parallel import loss_parallel
 from train_folded_lm import SourceText, fold, mean_loss
@@ -69,7 +70,8 @@ def batches_of_step(
     The generator is made from the number of the step, so there is no state of it to save, or to lose.
     """
     drawn = torch.randint(len(text), (options.batch,), generator=torch.Generator().manual_seed(step))
-    own = drawn.view(groups.dp_cp.size, options.micro_batches, -1)[groups.dp_cp.index]
+    by_rank = "(ranks micro_batches sequences) -> ranks micro_batches sequences"
+    own = rearrange(drawn, by_rank, ranks=groups.dp_cp.size, micro_batches=options.micro_batches)[groups.dp_cp.index]
     return [text.windows[windows.to(text.windows.device)] for windows in own]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,12 @@ def test_the_metadata_says_where_the_project_lives() -> None:
     urls = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["urls"]
     assert set(urls) == {"Homepage", "Documentation", "Changelog", "Issues"}
     assert all(url.startswith("https://") for url in urls.values())
+
+
+def test_what_is_required_is_used() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    required = re.findall(r'"([\w-]+)', re.search(r"^dependencies = \[(.*)\]", project, re.M)[1])
+    assert required == ["torch", "einops", "typing-extensions"]
+    code = "".join(path.read_text() for path in Path(foldpar.__file__).parent.rglob("*.py"))
+    for name in required:
+        assert re.search(rf"^\s*(from|import) {name.replace('-', '_')}\b", code, re.M), name

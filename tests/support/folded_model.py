@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -80,8 +81,8 @@ class FeedForward(nn.Module):
         self.down = nn.Parameter(torch.randn(DIM, 2 * heads) / 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.up).unflatten(1, (len(self.up) // 2, 2)) * self.gain
-        return F.linear(hidden.flatten(1).tanh(), self.down)
+        hidden = rearrange(F.linear(x, self.up), "tokens (heads pair) -> tokens heads pair", pair=2) * self.gain
+        return F.linear(rearrange(hidden, "tokens heads pair -> tokens (heads pair)").tanh(), self.down)
 
 
 class Experts(nn.Module):

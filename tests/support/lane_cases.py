@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import own
@@ -113,7 +114,8 @@ def dense_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, scores:
     for expert in range(EXPERTS):
         chosen = ids == expert if mask is None else (ids == expert) & mask
         token, choice = chosen.nonzero(as_tuple=True)
-        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, -1)
+        columns = F.linear(x[token], gate_up[expert])
+        gate, up = rearrange(columns, "rows (gate_up units) -> gate_up rows units", gate_up=2)
         y = y.index_add(0, token, F.linear(F.silu(gate) * up, down[expert]) * scores[token, choice, None])
     return y
 
@@ -182,7 +184,8 @@ def _share(full: Tensor, name: str, groups: foldpar.FoldedGroups) -> Tensor:
     units = slice(groups.etp.index * hidden, (groups.etp.index + 1) * hidden)
     if name == "down_proj":
         return mine[..., units]
-    return torch.cat([half[:, units] for half in mine.chunk(2, dim=1)], dim=1)
+    apart = rearrange(mine, "experts (gate_up units) dim -> experts gate_up units dim", gate_up=2)
+    return rearrange(apart[:, :, units], "experts gate_up units dim -> experts (gate_up units) dim")
 
 
 def assert_near(what: str, got: Tensor, want: Tensor) -> None:

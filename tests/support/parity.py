@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
@@ -221,8 +222,8 @@ def share_of(name: str, full: Tensor, parameter: Tensor, groups: foldpar.FoldedG
         units = slice(groups.etp.index * hidden, (groups.etp.index + 1) * hidden)
         if name.endswith("down_proj"):
             return mine[:, :, units]
-        gate, up = mine.chunk(2, dim=1)
-        return torch.cat([gate[:, units], up[:, units]], dim=1)
+        apart = rearrange(mine, "experts (gate_up units) dim -> experts gate_up units dim", gate_up=2)
+        return rearrange(apart[:, :, units], "experts gate_up units dim -> experts (gate_up units) dim")
     if isinstance(parameter, DTensor):
         return foldpar_distribute(full, parameter)
     return _columns(full, groups) if full.shape != parameter.shape else full
@@ -271,7 +272,7 @@ def _note(errors: dict[str, Any], name: str, got: Tensor, want: Tensor, resoluti
     A weight of 1 that moves by 0.01 in float32 cannot tell its update better than to 6e-6, in one process or in many.
     """
     if got.dim() == want.dim() + 1:  # gate and up of experts that are sliced over etp lie apart
-        got = got.flatten(1, 2)
+        got = rearrange(got, "experts gate_up units ... -> experts (gate_up units) ...")
     assert got.shape == want.shape, f"{name}: {tuple(got.shape)} is not {tuple(want.shape)}"
     parts = (got - want, want, torch.as_tensor(resolution))
     errors[name] = tuple(float(part.double().square().sum()) for part in parts)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +22,8 @@ from foldpar.comm.dtensors import is_dtensor, local_tensor
 from foldpar.moe.kernels import activations
 
 VOCABULARY, DIM, HIDDEN, EXPERTS, TOP_K, LENGTH = 12, 8, 4, 8, 2, 6
+GATE_UP = "experts gate_up units ... -> experts (gate_up units) ..."
+"""Where experts are sliced over etp, gate and up lie apart."""
 
 
 class Router(nn.Module):
@@ -45,14 +48,15 @@ class MoE(nn.Module):
         self.shared = FeedForward() if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, DIM)
+        tokens = rearrange(x, "... dim -> (...) dim")
         weights, ids = F.linear(tokens, self.router.weight).softmax(-1).topk(TOP_K)
         weights = weights / weights.sum(-1, keepdim=True)
         y, of = tokens * 0.0, self.experts
         for expert in range(EXPERTS):
             token, choice = (ids == expert).nonzero(as_tuple=True)
             biases = (None, None) if of.down_bias is None else (of.gate_up_bias[expert], of.down_bias[expert])
-            gate, up = F.linear(tokens[token], of.gate_up_proj[expert], biases[0]).chunk(2, -1)
+            columns = F.linear(tokens[token], of.gate_up_proj[expert], biases[0])
+            gate, up = rearrange(columns, "rows (gate_up units) -> gate_up rows units", gate_up=2)
             output = F.linear(F.silu(gate) * up, of.down_proj[expert], biases[1])
             y = y.index_add(0, token, (output * weights[token, choice, None]).to(y.dtype))
         y = y.view_as(x)
@@ -122,7 +126,7 @@ def own(tensor: Tensor | None, like: Tensor | None = None) -> Tensor:
     assert tensor is not None
     part = local_tensor(tensor)
     if like is not None and part.dim() == like.dim() + 1:  # gate and up lie apart
-        return part.flatten(1, 2)
+        return rearrange(part, GATE_UP)
     return part
 
 
@@ -134,7 +138,7 @@ def name_of(value: object) -> str:
 def gathered(tensor: Tensor) -> Tensor:
     """Whole, gate and up as one dimension."""
     whole = tensor.detach().full_tensor() if is_dtensor(tensor) else tensor.detach()
-    return whole.flatten(1, 2) if whole.dim() == 4 else whole
+    return rearrange(whole, GATE_UP) if whole.dim() == 4 else whole
 
 
 def plain_model(seed: int = 0, **options: Any) -> Model:

@@ -119,9 +119,14 @@ def parameters_to_reduce(model: nn.Module, groups: FoldedGroups) -> list[Resolve
     sharded = [entry.name for entry in resolved if "tp" in entry.family.shard_axes]
     if groups.layout.tp > 1 and sharded:
         for name, module in model.named_modules():
-            if groups_of(module) is not None and getattr(module, "lane_grads", None) == "post-hoc":
+            if groups_of(module) is not None and _is_post_hoc(module):
                 raise FamilyError(_post_hoc_meets_shards(name or "The model", sharded[0]))
     return [entry for entry in resolved if entry.parameter.requires_grad]
+
+
+def _is_post_hoc(module: nn.Module) -> bool:
+    """Known by the lane state that layers have; no layer is reached from here."""
+    return getattr(getattr(module, "lane_state", None), "lane_grads", None) == "post-hoc"
 
 
 def _post_hoc_meets_shards(layer: str, parameter: str) -> str:

@@ -6,8 +6,8 @@
     names         which tensor of a file is which part of a parameter
     materialise   memory for what is on the meta device
     files         the safetensors format; ``weight_files``: whole tensors put together a buffer at a time
-    registration  foldpar inside transformers' own models and ``Trainer``: ``kernels``, its expert products, and
-                  ``expert_parallel``, its journey of rows
+    registration  foldpar inside transformers' own models and ``Trainer``
+    kernels       its expert products there; ``expert_parallel``: its journey of rows
 
 Laws: no rank holds more than its share and a buffer; every bit arrives as it is.
 """

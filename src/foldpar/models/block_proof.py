@@ -17,6 +17,7 @@ from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from foldpar.comm import FoldedGroups
@@ -255,7 +256,7 @@ def _sizes(device: torch.device) -> Tensor:
 
 def _calls(block: nn.Module, folded: nn.Module, dim: int, device: torch.device) -> Iterator[_Call]:
     rows = _rows(dim, device)
-    for x in (rows.view(2, _ROWS // 2, dim), rows):
+    for x in (rearrange(rows, "(batch length) dim -> batch length dim", batch=2), rows):
         yield _Call(block, folded, x)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from einops import rearrange
 from torch import Tensor
 
 __all__ = ["ExpertStorage"]
@@ -56,10 +56,11 @@ class ExpertStorage:
 
     def own_gate_up(self, stored: Tensor, *, parts: int, units: slice) -> Tensor:
         """The given hidden units of a ``gate_up`` weight ``[E, ., .]`` or bias ``[E, .]``, gate and up alike."""
-        place = self.pair_dimension(dims=stored.dim())
-        apart = stored.unflatten(place, (-1, parts) if self.interleaved else (parts, -1))
-        own = apart.narrow(place if self.interleaved else place + 1, units.start, units.stop - units.start)
-        return torch.flatten(own, place, place + 1)
+        dim = " dim" if stored.dim() == 3 else ""
+        columns = "(units parts)" if self.interleaved else "(parts units)"
+        whole = f"experts{dim} {columns}" if self.transposed else f"experts {columns}{dim}"
+        by_unit = f"units experts parts{dim}"
+        return rearrange(rearrange(stored, f"{whole} -> {by_unit}", parts=parts)[units], f"{by_unit} -> {whole}")
 
     def own_down(self, stored: Tensor, *, units: slice) -> Tensor:
         """The given hidden units of ``down_proj``."""
@@ -68,8 +69,10 @@ class ExpertStorage:
     def from_concatenated(self, gate_up: Tensor, *, parts: int) -> Tensor:
         """Bring ``[E, parts * I, H]`` or ``[E, parts * I]``, gate above up, into this storage."""
         if self.interleaved:
-            gate_up = gate_up.unflatten(1, (parts, -1)).transpose(1, 2).flatten(1, 2)
-        return gate_up.transpose(1, 2) if gate_up.dim() == 3 and self.transposed else gate_up
+            gate_up = rearrange(gate_up, "experts (parts units) ... -> experts (units parts) ...", parts=parts)
+        if gate_up.dim() == 3 and self.transposed:
+            gate_up = rearrange(gate_up, "experts columns dim -> experts dim columns")
+        return gate_up
 
     def for_product(self, weight: Tensor) -> Tensor:
         """A view ``[E, out, in]`` of a weight, as products take it."""

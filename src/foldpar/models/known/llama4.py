@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from foldpar.models.known.adapter import MoEAdapter
@@ -25,12 +26,17 @@ class FoldedLlama4Moe(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """``[batch, length, dim]`` to ``[tokens, dim]`` and the router's logits."""
-        tokens = hidden_states.reshape(-1, self.hidden_dim)
+        tokens = rearrange(hidden_states, "... dim -> (...) dim")
         scores, logits = self.router(tokens)
         ids = logits.detach().topk(self.top_k, dim=1).indices
-        scaled = (tokens[:, None] * scores.gather(1, ids)[:, :, None]).flatten(0, 1)
-        routed = self.experts(scaled, ids.reshape(-1, 1), torch.ones_like(scaled[:, :1]))
-        return self.shared_expert(tokens) + routed.view(-1, self.top_k, self.hidden_dim).sum(1), logits
+        scaled = rearrange(
+            tokens[:, None] * scores.gather(1, ids)[:, :, None], "tokens choices dim -> (tokens choices) dim"
+        )
+        routed = self.experts(
+            scaled, rearrange(ids, "tokens choices -> (tokens choices) 1"), torch.ones_like(scaled[:, :1])
+        )
+        summed = reduce(routed, "(tokens choices) dim -> tokens dim", "sum", choices=self.top_k)
+        return self.shared_expert(tokens) + summed, logits
 
 
 ADAPTERS = (
