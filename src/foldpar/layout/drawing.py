@@ -51,7 +51,7 @@ def svg(layout: FoldedLayout, *, rank: int | None = None, gpus_per_node: int | N
             than can be seen.
     """
     _check(layout, rank, gpus_per_node)
-    panels, right, bottom = [], _LEFT, 0
+    panels, right, bottom = [], float(_LEFT), 0.0
     places: dict[tuple[str, int], tuple[float, float]] = {}
     widest = max(prod(layout.size(axis) for axis in by_column) for _, by_column in _VIEWS.values())
     cell = max(18, min(34 if layout.world <= 64 else 24 if layout.world <= 256 else 18, 800 // widest))

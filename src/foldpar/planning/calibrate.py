@@ -90,7 +90,11 @@ def measure(name: str, groups: FoldedGroups | None = None, *, quick: bool = Fals
     if groups is not None and groups.layout.world > 1:
         points = _links(groups.dp, QUICK_MESSAGES if quick else MESSAGES, device)
         which = "node" if groups.layout.world <= per_node else "network"
-        machine = replace(machine, **{which: fit_link(points)}, measured={**machine.measured, which: points})
+        link, measured = fit_link(points), {**machine.measured, which: points}
+        if which == "node":
+            machine = replace(machine, node=link, measured=measured)
+        else:
+            machine = replace(machine, network=link, measured=measured)
         sources[which] = f"{here}: all-to-all over {groups.layout.world} ranks"
     return replace(machine, sources=sources)
 
@@ -118,7 +122,7 @@ def _seconds(run: Callable[[], object], device: torch.device, least: float = 0.0
     """The median of several runs, each long enough to be measured."""
     run()
     _wait(device)
-    began, times = time.perf_counter(), []
+    began, times = time.perf_counter(), list[float]()
     while len(times) < 3 or (time.perf_counter() - began < least and len(times) < 50):
         start = time.perf_counter()
         run()

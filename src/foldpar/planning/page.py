@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 from foldpar.planning.memory import Memory
@@ -22,7 +23,7 @@ _PARTS = {
 }
 _WIDTH = 900
 _STYLE = """
-body { font-family: system-ui, sans-serif; margin: 20px auto; max-width: 1180px; padding: 0 16px; color: #111; }
+body { font-family: system-ui, sans-serif; margin: 20px auto; max-width: 1320px; padding: 0 16px; color: #111; }
 table { border-collapse: collapse; font-size: 13px; } .wide { overflow-x: auto; }
 th, td { padding: 4px 9px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 tr:first-of-type td { font-weight: 600; } pre { background: #f5f6f8; padding: 12px; overflow-x: auto; }
@@ -51,12 +52,13 @@ def page(plan: Plan) -> str:
     sections.append(f"<p>{escape(sureness(plan))}</p>")
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>foldpar plan: {escape(plan.shape.name)}'
-        f'</title>\n<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head>\n'
+        f'</title>\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{_STYLE}</style></head>\n"
         f"<body>{''.join(sections)}</body></html>\n"
     )
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
