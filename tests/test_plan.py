@@ -252,8 +252,8 @@ def test_the_published_folds_are_among_the_best(shape, gpus, published, place):
 
     Megatron-Core shards the optimizer (stage 1), has sequence parallelism, one order, messages, and fused kernels with
     little work for the host; it recomputes nothing there. For Qwen2 shorter pipelines are predicted to be faster, which
-    its interleaved schedule, whose bubble is smaller, would not be; of pipelines of four stages the published fold is
-    the first here too.
+    its interleaved schedule, whose bubble is smaller, would not be; with two lanes and four stages the published fold
+    is the first here too.
     """
     machine = replace(H100, host=replace(H100.host, attention=5e-4, dense=1e-4, moe=5e-4, messages=2e-4, parameter=0.0))
     found = plan(
@@ -262,7 +262,8 @@ def test_the_published_folds_are_among_the_best(shape, gpus, published, place):
     )  # fmt: skip
     degrees = [{name: getattr(row.layout, name) for name in published} for row in found.rows]
     assert published in degrees[:place]
-    assert published == next(each for each in degrees if each["pp"] == published["pp"])
+    alike = [each for each in degrees if (each["tp"], each["pp"]) == (published["tp"], published["pp"])]
+    assert published == alike[0]
 
 
 @pytest.mark.long
