@@ -107,6 +107,7 @@ _NAMES = {
         "fold_model",
         "plan_fold",
     ),
+    "planning": ("plan",),
     "sharding": (
         "LocalParameter",
         "RankMemory",

@@ -82,6 +82,7 @@ from foldpar.parameters import mark_placement as mark_placement
 from foldpar.parameters import parameter_families as parameter_families
 from foldpar.parameters import parameter_groups as parameter_groups
 from foldpar.parameters import parameter_placements as parameter_placements
+from foldpar.planning import plan as plan
 from foldpar.sharding import LocalParameter as LocalParameter
 from foldpar.sharding import RankMemory as RankMemory
 from foldpar.sharding import accumulate as accumulate

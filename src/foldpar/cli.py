@@ -1,4 +1,4 @@
-"""The command line: ``python -m foldpar show --world 8 --tp 2 --ep 4``."""
+"""The command line: ``foldpar show --world 8 --tp 2 --ep 4``, ``foldpar plan MODEL --gpus 64``, ``calibrate``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from foldpar import __version__
-from foldpar.errors import LayoutError
+from foldpar.errors import FoldingError
 from foldpar.layout import ORDERS, solve_layout
 from foldpar.layout import picture as show
 
@@ -26,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     try:
-        print(_show(chosen))
+        print(chosen.run(chosen))
         sys.stdout.flush()
-    except LayoutError as error:
+    except (FoldingError, OSError) as error:
         parser.error(str(error))
     except BrokenPipeError:  # the reader, ``head`` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,9 +40,65 @@ def _show(chosen: argparse.Namespace) -> str:
     layout = solve_layout(
         chosen.world, tp=chosen.tp, ep=chosen.ep, etp=chosen.etp, pp=chosen.pp, cp=chosen.cp, order=chosen.order
     )
+    for file, draw in ((chosen.svg, "svg"), (chosen.html, "html")):
+        if file is not None:
+            from foldpar.layout import drawing
+
+            drawn = getattr(drawing, draw)(layout, rank=chosen.rank, gpus_per_node=chosen.gpus_per_node)
+            Path(file).write_text(drawn, encoding="utf-8")
     if chosen.json:
         return json.dumps(show.data(layout, rank=chosen.rank, gpus_per_node=chosen.gpus_per_node))
     return show.text(layout, rank=chosen.rank, gpus_per_node=chosen.gpus_per_node)
+
+
+def _plan(chosen: argparse.Namespace) -> str:
+    from foldpar.planning import ModelShape, plan, read_model
+
+    numbers = {name: getattr(chosen, name) for name in _NUMBERS if getattr(chosen, name) is not None}
+    if chosen.dense_layers is not None:
+        numbers["dense_layers"] = tuple(range(chosen.dense_layers))
+    if chosen.model is not None and numbers:
+        raise _usage(
+            f"--{next(iter(numbers)).replace('_', '-')} is a number of a model without a file; MODEL has its own"
+        )
+    if chosen.model is None and (missing := [name for name in _NEEDED if name not in numbers]):
+        raise _usage(
+            f"say MODEL, a folder or file with a config.json, or its numbers; "
+            f"{', '.join(f'--{name}' for name in missing)} missing"
+        )
+    found = plan(
+        read_model(chosen.model) if chosen.model is not None else ModelShape(**numbers),
+        gpu=chosen.machine or chosen.gpu,
+        **{name: getattr(chosen, name) for name in _PLAN if getattr(chosen, name) is not None},
+    )
+    if chosen.html is not None:
+        from foldpar.planning.page import page
+
+        Path(chosen.html).write_text(page(found), encoding="utf-8")
+    return found.to_json() if chosen.json else str(found)
+
+
+def _calibrate(chosen: argparse.Namespace) -> str:
+    from foldpar.planning.calibrate import calibrate
+
+    return calibrate(chosen.file, name=chosen.name, quick=chosen.quick)
+
+
+class _UsageError(FoldingError, ValueError):
+    """Words that do not go together."""
+
+
+def _usage(text: str) -> _UsageError:
+    return _UsageError(f"{text}. See foldpar plan --help.")
+
+
+_NUMBERS = (
+    "hidden", "layers", "heads", "kv_heads", "head_dim", "vocab", "intermediate", "experts", "top_k", "expert_hidden",
+    "shared_hidden",
+)  # fmt: skip
+_NEEDED = ("hidden", "layers", "heads", "vocab")
+_SIZES = ("gpus", "gpus_per_node", "tokens", "batch", "tp", "cp", "pp", "ep", "etp", "micro", "best")
+_PLAN = (*_SIZES, "stage", "precision", "lanes", "load", "order", "recompute", "transport")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,4 +121,43 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rank", type=int, metavar="R", help="show whom this rank talks to on each axis")
     command.add_argument("--gpus-per-node", type=int, metavar="N", help="mark the groups that leave a node")
     command.add_argument("--json", action="store_true", help="print data instead of a picture")
+    command.add_argument("--svg", metavar="FILE", help="also write a drawing of both views")
+    command.add_argument("--html", metavar="FILE", help="also write a page: click a rank to see its groups")
+    command.set_defaults(run=_show)
+    _add_plan(commands.add_parser("plan", help="which fold for a model on so many GPUs", description=_PLAN_HELP))
+    command = commands.add_parser("calibrate", help="measure this machine", description=_CALIBRATE_HELP)
+    command.add_argument("file", metavar="FILE", help="the JSON file to write, for plan --machine")
+    command.add_argument("--name", help="what to call the machine (default: the file's name)")
+    command.add_argument("--quick", action="store_true", help="small sizes only: seconds, and rough")
+    command.set_defaults(run=_calibrate)
     return parser
+
+
+_PLAN_HELP = "Which layout, order, stage and recomputation to train a model with: bytes and milliseconds, predicted."
+_CALIBRATE_HELP = "Measure rates and links of this machine into a file; under torchrun, links between the ranks too."
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", nargs="?", metavar="MODEL", help="a folder or file with a transformers config.json")
+    command.add_argument("--gpus", type=int, required=True, metavar="N", help="how many GPUs there are")
+    command.add_argument("--gpu", default="h100", metavar="NAME", help="a machine that is known: h100 or h200")
+    command.add_argument("--machine", metavar="FILE", help="what foldpar calibrate wrote")
+    command.add_argument("--gpus-per-node", type=int, metavar="N", help="where it is not the machine's own")
+    command.add_argument("--tokens", type=int, metavar="N", help="tokens of a sequence (default: 4096)")
+    command.add_argument("--batch", type=int, metavar="N", help="sequences of a step, all GPUs together (default: 512)")
+    command.add_argument("--precision", metavar="P", help="mixed, bfloat16 or float32 (default: mixed)")
+    command.add_argument("--lanes", metavar="L", help="replicated, or sharded: sequence parallelism")
+    command.add_argument("--load", type=float, metavar="X", help="rows of the slowest rank, times the balanced number")
+    for name in ("tp", "cp", "pp", "ep", "etp", "stage", "micro"):
+        command.add_argument(f"--{name}", type=int, metavar="N", help=f"only this {name}")
+    command.add_argument("--order", help=f"only this order: {' or '.join(ORDERS)}")
+    command.add_argument("--recompute", help="only this: none, experts or full")
+    command.add_argument("--transport", help="only this way of rows: messages or one-sided")
+    command.add_argument("--best", type=int, metavar="N", help="how many layouts to keep (default: 20)")
+    command.add_argument("--json", action="store_true", help="print data, all of it")
+    command.add_argument("--html", metavar="FILE", help="write a page: the table, bytes of a rank, memory against time")
+    numbers = command.add_argument_group("a model without a file")
+    for name in _NUMBERS:
+        numbers.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
+    numbers.add_argument("--dense-layers", type=int, metavar="N", help="so many layers in front have no experts")
+    command.set_defaults(run=_plan)

@@ -126,6 +126,7 @@ def test_the_exported_names_are_these():
         "parameter_families",
         "parameter_groups",
         "parameter_placements",
+        "plan",
         "plan_dispatch",
         "plan_fold",
         "planned_parameters",
@@ -208,6 +209,8 @@ def test_an_unknown_name_is_an_attribute_error():
         "from foldpar.cli import main; main('show --world 8 --tp 2 --ep 4 --rank 3 --gpus-per-node 4'.split())",
         "from foldpar.cli import main; main('show --world 8 --tp 2 --ep 4 --json'.split())",
         "import foldpar.factors, foldpar.families, foldpar.layout",
+        "from foldpar.cli import main; main('plan --gpus 4 --hidden 64 --layers 2 --heads 4 --vocab 64 "
+        "--intermediate 64 --tokens 64 --batch 8 --json'.split())",
     ],
 )
 def test_what_needs_no_torch_loads_none(use):

@@ -5,6 +5,7 @@ for the routed experts as ETP x EP x EDP. Sizes are chosen, ``dp`` and ``edp`` d
 
     layout           FoldedLayout, solve_layout: rank tables, coordinates, groups, in two orders
     picture          a layout for people and for programs
+    drawing          a layout as SVG, and as a page to click in; loaded when it is asked for
     config           FoldingConfig: sizes that do not know the world yet; loaded when it is asked for
     foreign_configs  what other libraries call the same sizes
 

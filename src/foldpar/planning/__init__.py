@@ -8,6 +8,9 @@
     formulas     every formula, in bytes and FLOPs, with its source
     folds        all folds of a world, the ways of rows, and the first rule that a candidate breaks
     memory       the bytes of a rank: what is held, what a step adds, and when the sum is largest
+    timing       the seconds of a step, and what they consist of
+    planner      plan: the walk over all candidates, and Plan, what comes of it
+    report       a plan in words: verdict, table, the lines that set it up
 
 Laws: what is proposed is refused neither by ``solve_layout`` nor by ``plan_fold`` nor by ``shard_model``; the weights
 of a shape are those of ``plan_fold``, name by name; held bytes fall with the stage, and those of all ranks add up to
@@ -20,7 +23,9 @@ from foldpar.planning.folds import LeftOut, Workload
 from foldpar.planning.machine import HostCost, Link, Machine, read_machine
 from foldpar.planning.memory import Memory
 from foldpar.planning.model_files import read_model
+from foldpar.planning.planner import Plan, PlanError, PlanRow, plan
 from foldpar.planning.shape import LatentAttention, ModelShape, Weight
+from foldpar.planning.timing import Seconds
 
 __all__ = [
     "HostCost",
@@ -30,8 +35,13 @@ __all__ = [
     "Machine",
     "Memory",
     "ModelShape",
+    "Plan",
+    "PlanError",
+    "PlanRow",
+    "Seconds",
     "Weight",
     "Workload",
+    "plan",
     "read_machine",
     "read_model",
 ]

@@ -75,13 +75,18 @@ class PipelineStage:
 
 
 def pipeline_stages(shape: ModelShape, pp: int) -> tuple[PipelineStage, ...]:
-    """The stages of a pipeline that cuts the layers as evenly as it can, those alike once, the first first."""
-    found: dict[PipelineStage, None] = {}
+    """The stages that can be the slowest or largest of a pipeline that cuts the layers as evenly as it can.
+
+    The first, the last, and of those between the first with most layers and the first with most experts.
+    """
+    found = []
     for stage in range(pp):
         layers = range(shape.layers * stage // pp, shape.layers * (stage + 1) // pp)
         moe = sum(shape.is_moe(layer) for layer in layers)
-        found[PipelineStage(len(layers) - moe, moe, stage == 0, stage == pp - 1, pp - stage)] = None
-    return tuple(found)
+        found.append(PipelineStage(len(layers) - moe, moe, stage == 0, stage == pp - 1, pp - stage))
+    largest = max(found, key=lambda each: each.dense + each.moe)
+    widest = max(found, key=lambda each: each.moe)
+    return tuple(dict.fromkeys((found[0], largest, widest, found[-1])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +147,12 @@ class MemoryModel:
         tokens = micro * work.tokens / layout.cp
         stored, item = work.stored, work.item
         held = self.held(layout, pipeline)
+        unit_dense, unit_expert, root, extra = self._units(layout, pipeline, stage > 0)
         shards_dense = stage > 0 and (layout.dp * layout.cp > 1 or work.precision == "mixed")
         shards_expert = stage > 0 and (layout.edp > 1 or work.precision == "mixed")
         own = (held.dense_shard if shards_dense else held.dense) + (held.expert_shard if shards_expert else held.expert)
         whole = (held.dense if shards_dense else 0) + (held.expert if shards_expert else 0)
         parameters, optimizer = stored * own, stored * own * work.optimizer_states
-        unit_dense, unit_expert, root = self._units(layout, pipeline)
         of_unit = (unit_dense if shards_dense else 0) + (unit_expert if shards_expert else 0)
         of_root = root if shards_dense else 0
         summed = 4 if work.precision == "mixed" else stored  # dtype in which shards are summed
@@ -165,10 +170,15 @@ class MemoryModel:
         gradients = stored * own
 
         in_flight = min(pipeline.behind, micro_batches)
-        layer = {moe: self.layer(layout, moe, tokens, transport, load) for moe in (False, True)}
-        count = {False: pipeline.dense, True: pipeline.moe}
-        kept = {moe: _kept(layer[moe], recompute, moe) for moe in (False, True)}
-        of_one = sum(count[moe] * kept[moe] for moe in count)
+        of_one = working = exchanged = persistent = kept_of_one = 0.0
+        for moe, count in ((False, pipeline.dense), (True, pipeline.moe)):
+            if count:
+                layer = self.layer(layout, moe, tokens, transport, load)
+                kept = _kept(layer, recompute, moe)
+                of_one += count * kept
+                kept_of_one = max(kept_of_one, kept)
+                working = max(working, layer.working + layer.all_of_it - kept)
+                exchanged, persistent = max(exchanged, layer.exchanged), persistent + layer.persistent
         lanes = layout.tp if work.lanes == "sharded" else 1
         stream = tokens / lanes * shape.hidden
         activations = in_flight * of_one + (stream * item if pipeline.first else 0)
@@ -176,13 +186,6 @@ class MemoryModel:
         if pipeline.last:
             activations += tokens / lanes * formulas.norm_kept(shape.hidden, item)
             logits = tokens * formulas.head_peak(shape.vocab, item)
-        kinds = [moe for moe in count if count[moe]]
-        working = max(
-            layer[moe].working + (layer[moe].all_of_it - kept[moe] if kept[moe] < layer[moe].all_of_it else 0)
-            for moe in kinds
-        )
-        exchanged = max(layer[moe].exchanged for moe in kinds)
-        persistent = layer[True].persistent if count[True] else 0.0
         bucket = float(min(BUCKET, stored * own)) if layout.world > 1 else 0.0
         head_gradient = float(stored * root) if pipeline.last and stage == 0 else 0.0
 
@@ -194,9 +197,9 @@ class MemoryModel:
             "loss": base + earlier + gathered + activations + logits,
             "backward": base + max(earlier, head_gradient) + gathered + activations + working + exchanged
             + (whole_gradients if stage > 1 or not several else 0),
-            "end of backward": base + gradients + gathered + whole_gradients + max(kept[moe] for moe in kinds)
+            "end of backward": base + gradients + gathered + whole_gradients + kept_of_one
             + working + exchanged,
-            "optimizer": base + gradients + max(bucket, self._optimizer_extra(layout, pipeline, stage)),
+            "optimizer": base + gradients + max(bucket, extra),
         }  # fmt: skip
         moment = max(moments, key=lambda name: moments[name])
         return Memory(
@@ -208,18 +211,18 @@ class MemoryModel:
 
     def held(self, layout: FoldedLayout, pipeline: PipelineStage) -> _Held:
         """Numbers on the rank with the largest shards, in the chunks of FSDP2: ``ceil(rows / ranks)`` rows each."""
+        key = ("held", pipeline, layout.tp, layout.dp * layout.cp, layout.ep, layout.etp, layout.edp)
+        return self._once(key, lambda: self._of_pipeline(layout, pipeline))
+
+    def _of_pipeline(self, layout: FoldedLayout, pipeline: PipelineStage) -> _Held:
         total = [0, 0, 0, 0]
-        parts = [
-            (self._layer_weights(layout, moe), times) for moe, times in ((False, pipeline.dense), (True, pipeline.moe))
-        ]
-        parts.append((self._outer_weights(layout, pipeline), 1))
-        for sizes, times in parts:
+        kinds = ((False, pipeline.dense), (True, pipeline.moe))
+        parts = [(self._layer_weights(layout, moe), times) for moe, times in kinds if times]
+        for sizes, times in [*parts, (self._outer_weights(layout, pipeline), 1)]:
             total = [one + times * other for one, other in zip(total, sizes, strict=True)]
         return _Held(*total)
 
     def _layer_weights(self, layout: FoldedLayout, moe: bool) -> tuple[int, int, int, int]:
-        if moe and not self.shape.experts:
-            return (0, 0, 0, 0)
         key = ("layer", moe, layout.tp, layout.dp * layout.cp, layout.ep, layout.etp, layout.edp)
         return self._once(key, lambda: _sizes(self.shape.layer_weights(moe), layout))
 
@@ -228,21 +231,24 @@ class MemoryModel:
         outer = partial(self.shape.outer_weights, first=pipeline.first, last=pipeline.last)
         return self._once(key, lambda: _sizes(outer(), layout))
 
-    def _units(self, layout: FoldedLayout, pipeline: PipelineStage) -> tuple[int, int, int]:
-        """Whole numbers of the largest block without its experts, of its experts, and of what is in no block."""
-        kinds = [moe for moe, times in ((False, pipeline.dense), (True, pipeline.moe)) if times]
-        layers = [self._layer_weights(layout, moe) for moe in kinds]
-        dense, expert = max(((each[0], each[1]) for each in layers), key=sum)
-        return dense, expert, self._outer_weights(layout, pipeline)[0]
+    def _units(self, layout: FoldedLayout, pipeline: PipelineStage, sharded: bool) -> tuple[int, int, int, float]:
+        """Whole numbers of the largest block without its experts, of its experts, and of what is in no block; and the
+        bytes of Adam's temporaries: of all plain tensors at once (foreach, on GPUs), or of one tensor at a time."""
 
-    def _optimizer_extra(self, layout: FoldedLayout, pipeline: PipelineStage, stage: int) -> float:
-        """Adam's temporaries: of all plain tensors at once (foreach), or of one DTensor at a time."""
-        held = self.held(layout, pipeline)
-        if layout.world == 1 and stage == 0:
-            return float(self.work.stored * (held.dense + held.expert))
-        weights = [*self.shape.layer_weights(True)] if pipeline.moe else [*self.shape.layer_weights(False)]
-        weights += self.shape.outer_weights(first=pipeline.first, last=pipeline.last)
-        return 2.0 * self.work.stored * max(_shard(weight, layout, stage > 0) for weight in weights)
+        def make() -> tuple[int, int, int, float]:
+            kinds = [moe for moe, times in ((False, pipeline.dense), (True, pipeline.moe)) if times]
+            layers = [self._layer_weights(layout, moe) for moe in kinds]
+            dense, expert = max(((each[0], each[1]) for each in layers), key=sum)
+            held = self.held(layout, pipeline)
+            extra = float(self.work.stored * (held.dense + held.expert))
+            if layout.world > 1 or sharded or self.device == "cpu":
+                weights = [*self.shape.outer_weights(first=pipeline.first, last=pipeline.last)]
+                weights += [weight for moe in kinds for weight in self.shape.layer_weights(moe)]
+                extra = 2.0 * self.work.stored * max(_shard(weight, layout, sharded) for weight in weights)
+            return dense, expert, self._outer_weights(layout, pipeline)[0], extra
+
+        key = ("units", pipeline, sharded, layout.tp, layout.dp * layout.cp, layout.ep, layout.etp, layout.edp)
+        return self._once(key, make)
 
     # -- One layer ----------------------------------------------------------------------------------------------------
 
@@ -298,6 +304,8 @@ class MemoryModel:
             gate = hidden if shape.shared_gate else 0
             kept += tokens * formulas.feed_forward_kept(shape.shared_hidden // layout.tp, item, gated_output=gate)
         working = rows * item * (4 * units + 2 * hidden) + 2 * stream * hidden * item
+        if self.device == "cpu" and item == 2:  # the activation's backward is in float32, where GPUs have one kernel
+            working += 16 * rows * units
         payload = hidden * item + 4 * shape.top_k
         exchanged = (own * met + arriving) * payload if layout.ep > 1 and transport == "messages" else 0.0
         if layout.etp > 1:

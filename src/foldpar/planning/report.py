@@ -1,0 +1,184 @@
+"""A plan in words: one line of verdict, a ranked table, what the winner consists of, and the lines that set it up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from foldpar.planning.memory import SLACK, Memory
+
+if TYPE_CHECKING:
+    from foldpar.planning.planner import Plan, PlanRow
+
+__all__ = ["commands", "describe", "sureness", "table_of", "text", "verdict"]
+
+_NAMES = {
+    "none": "nothing", "experts": "MoE blocks", "full": "whole layers",
+}  # fmt: skip
+HEADS = (
+    "", "tp", "cp", "pp", "dp", "ep", "etp", "edp", "order", "stage", "recomputed", "rows", "micro", "GB", "at 1.5x",
+    "at 3x", "ms", "tokens/s", "MFU", "bound by",
+)  # fmt: skip
+
+
+def describe(row: PlanRow) -> str:
+    """A candidate in one line."""
+    layout = row.layout
+    degrees = [f"{name}={getattr(layout, name)}" for name in ("tp", "cp", "pp", "ep", "etp")]
+    shown = [each for each in degrees if not each.endswith("=1")]
+    order = f" {layout.order}" if layout.tp > 1 and layout.ep * layout.etp > 1 else ""
+    again = "" if row.recompute == "none" else f", {_NAMES[row.recompute]} computed again"
+    way = ", one-sided" if row.transport == "one-sided" else ""
+    return f"{' '.join(shown) or 'data parallelism alone'}{order}, stage {row.stage}{again}{way}"
+
+
+def verdict(plan: Plan) -> str:
+    """One line."""
+    shape = plan.shape
+    used = "" if not shape.experts else f", {shape.active_parameters / 1e9:.1f} B of them used by a token"
+    what = f"{shape.name} ({shape.parameters / 1e9:.1f} B parameters{used}) on {plan.gpus} x {plan.machine.name}"
+    if not plan.rows:
+        least = plan.smallest
+        if least is None:
+            return f"{what}: no layout is possible; see what is left out, and why."
+        return (
+            f"{what} does not fit: the least is {least.memory.peak / 1e9:.1f} GB on a GPU, with {describe(least)} and "
+            f"micro-batches of {least.micro}, and {plan.machine.usable / 1e9:.1f} GB can be used. More GPUs, a smaller "
+            f"batch of shorter sequences, or precision 'bfloat16' would make it less."
+        )
+    best = plan.rows[0]
+    return (
+        f"{what}: {describe(best)}, {best.micro_batches} micro-batches of {best.micro}: "
+        f"{best.memory.peak / 1e9:.1f} of {plan.machine.usable / 1e9:.1f} GB, {best.seconds.total * 1e3:,.0f} ms a "
+        f"step, {best.tokens_per_second:,.0f} tokens/s, MFU {best.mfu:.1%}, bound by {best.seconds.bound}."
+    )
+
+
+def table_of(plan: Plan, rows: tuple[PlanRow, ...]) -> list[tuple[str, ...]]:
+    """Cells of the ranked table, without its heads."""
+    lines = []
+    for place, row in enumerate(rows, 1):
+        layout, loads = row.layout, plan.at_loads(row)
+        fits = [
+            "no room" if row.transport == "one-sided" and load > SLACK else _checked(memory.peak, plan.machine.usable)
+            for load, memory in loads.items()
+        ]
+        lines.append((
+            str(place), *(str(getattr(layout, name)) for name in ("tp", "cp", "pp", "dp", "ep", "etp", "edp")),
+            layout.order if layout.tp > 1 else "-", str(row.stage), _NAMES[row.recompute], row.transport,
+            str(row.micro), *fits, f"{row.seconds.total * 1e3:,.0f}", f"{row.tokens_per_second:,.0f}", f"{row.mfu:.1%}",
+            row.seconds.bound,
+        ))  # fmt: skip
+    return lines
+
+
+def _checked(peak: float, usable: float) -> str:
+    return f"{peak / 1e9:.1f}{'' if peak <= usable else '!'}"
+
+
+def text(plan: Plan, shown: int = 10) -> str:
+    """All of it, for people."""
+    sections = [verdict(plan)]
+    if plan.rows:
+        best = plan.rows[0]
+        sections.append(_aligned([HEADS, *table_of(plan, plan.rows[:shown])]))
+        sections.append("bytes of the first (GB)\n" + _aligned(_bytes(plan.at_loads(best))))
+        parts = [(name.replace("_", " "), f"{value:,.1f}") for name, value in best.seconds.to_dict().items() if value]
+        sections.append("milliseconds of the first\n" + _aligned(parts))
+    sections.append("left out, by the first rule that is broken\n" + _aligned(
+        [(f"{each.count:,} x", each.rule, f"({each.example})") for each in plan.left_out]
+    ))  # fmt: skip
+    if plan.changes:
+        sections.append("what would change it\n" + "\n".join(f"  {each}" for each in plan.changes))
+    if plan.rows:
+        sections.append("to set it up\n" + commands(plan, plan.rows[0]))
+    return "\n\n".join([*sections, sureness(plan)])
+
+
+def _bytes(loads: dict[float, Memory]) -> list[tuple[str, ...]]:
+    heads = ("", *("balanced" if load == 1 else f"{load:g}x load" for load in loads))
+    names = [each.name for each in fields(Memory)]
+    rows = [(name, *(_gigabytes(getattr(memory, name)) for memory in loads.values())) for name in names]
+    return [heads, *rows]
+
+
+def _gigabytes(value: object) -> str:
+    return f"{value / 1e9:.2f}" if isinstance(value, (int, float)) else str(value)
+
+
+def commands(plan: Plan, row: PlanRow) -> str:
+    """``solve_layout``, fold, recompute, ``shard_model`` and ``torchrun`` for one candidate."""
+    layout, shape, per_node = row.layout, plan.shape, plan.machine.gpus_per_node
+    degrees = "".join(
+        f", {name}={getattr(layout, name)}" for name in ("tp", "cp", "pp", "ep", "etp") if getattr(layout, name) > 1
+    )
+    order = f', order="{layout.order}"' if layout.tp > 1 and layout.ep * layout.etp > 1 else ""
+    lines = [f"layout = foldpar.solve_layout({layout.world}{degrees}{order})"]
+    lines.append('groups = foldpar.create_groups(layout, separate=("dp_cp", "edp"))')
+    if shape.experts:
+        lines.append("foldpar.fold_model(model, groups)")
+    else:
+        lines.append("foldpar.mark_parameters(model, foldpar.families.REPLICATED)  # nothing to fold without experts")
+    if plan.work.lanes == "sharded":
+        lines[-1] = 'model = ...  # your own blocks: foldpar.FoldedMoE(..., lanes="sharded")'
+    lines += _rows_of(row)
+    lines += _recomputation(row)
+    if row.stage:
+        precision = ""
+        if plan.work.precision == "mixed":
+            precision = ", mixed_precision=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)"
+        lines.append(f"foldpar.shard_model(model, groups, stage={row.stage}{precision})")
+    lines.append(f"# {row.micro_batches} micro-batches of {row.micro} x {plan.work.tokens} tokens on each data rank")
+    if layout.pp > 1:
+        lines.append(f"# pp = {layout.pp}: a schedule of your own, such as torch.distributed.pipelining's")
+    if layout.cp > 1:
+        lines.append(f"# cp = {layout.cp}: attention over context-parallel ranks is your own")
+    if layout.tp > 1 and not shape.experts:
+        lines.append(f"# tp = {layout.tp}: of a model without experts it is torch's parallelize_module")
+    nodes = -(-layout.world // per_node)
+    each = layout.world if nodes == 1 else per_node
+    lines.append(f"# torchrun {'--standalone' if nodes == 1 else f'--nnodes {nodes}'} --nproc-per-node {each} train.py")
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _rows_of(row: PlanRow) -> list[str]:
+    if row.transport == "messages":
+        return []
+    return [
+        "for module in model.modules():",
+        "    if isinstance(module, foldpar.FoldedExperts):",
+        "        module.journey.one_sided = foldpar.OneSided(max_tokens=...)  # of a lane and forward",
+    ]
+
+
+def _recomputation(row: PlanRow) -> list[str]:
+    if row.recompute == "full":
+        return ["model.gradient_checkpointing_enable()"]
+    if row.recompute == "experts":
+        return [
+            "for layer in model.model.layers:",
+            "    layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)",
+        ]
+    return []
+
+
+def sureness(plan: Plan) -> str:
+    """How sure the numbers are, and from what."""
+    kinds: dict[str, list[str]] = {"measured": [], "published": [], "assumed": []}
+    for name, source in plan.machine.sources.items():
+        kind = next((each for each in kinds if source.startswith(each)), "published")
+        kinds[kind].append(name.replace("_", " "))
+    told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+    return (
+        f"How sure: bytes follow from the code of foldpar and transformers line by line (benchmarks/NOTES.md has what "
+        f"was compared). Milliseconds are a model: within a factor, better for comparing folds than as numbers. Of "
+        f"{plan.machine.gpu}, {told or 'nothing says where the numbers come from'}."
+    )
+
+
+def _aligned(table: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)] if table else []
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+    )

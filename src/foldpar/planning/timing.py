@@ -1,0 +1,424 @@
+"""Seconds of one step, and what they consist of: what the device computes, what links carry, what the host launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from math import prod
+from typing import Any, Literal, TypeVar
+
+from foldpar.layout import Axis, FoldedLayout
+from foldpar.planning import formulas
+from foldpar.planning.folds import Recompute, Transport, Workload, node_span
+from foldpar.planning.machine import Link, Machine
+from foldpar.planning.memory import PipelineStage, pipeline_stages
+from foldpar.planning.shape import ModelShape
+
+__all__ = ["Seconds", "TimeModel"]
+
+T = TypeVar("T")
+Bound = Literal["tensor cores and memory", "links", "host", "pipeline bubble"]
+
+NORM_PASSES = 250
+"""Bytes that norms and residuals of one layer move for each number of the stream, forward and backward.
+
+Counted in transformers' RMSNorm, which works in float32: 36 forward and twice that backward for each of two norms, and
+six passes for two residual sums.
+"""
+ROW_PASSES, UNIT_PASSES = 16, 9
+"""How often an expert's row, and its hidden units, are read or written beside the products (benchmarks/NOTES.md)."""
+LOGIT_PASSES = 40
+"""Bytes that the loss moves for each logit, forward and backward."""
+ADAM_PASSES = 16
+"""How often Adam, without a fused kernel, reads or writes a number of a parameter's size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Seconds of one step on the slowest rank; ``total`` is their sum.
+
+    Attributes:
+        attention: attention with its projections, norms and residual sums.
+        experts: grouped products, router, and passes over the rows.
+        dense: dense layers, shared experts, embedding, head and loss.
+        exchange_node, exchange_network: rows between the ranks of an EP (and ETP) group, by link.
+        tp: what crosses the lanes, and keys and values over context parallelism.
+        gradients: sums of gradients over data ranks, as far as nothing hides them.
+        gathers: gathers of sharded parameters, as far as nothing hides them.
+        bubble: waiting of a pipeline, and what its stages send each other.
+        optimizer: reading and writing all states.
+        host: launching, as far as the device waits for it.
+    """
+
+    attention: float
+    experts: float
+    dense: float
+    exchange_node: float
+    exchange_network: float
+    tp: float
+    gradients: float
+    gathers: float
+    bubble: float
+    optimizer: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        """Of the whole step."""
+        return (
+            self.attention + self.experts + self.dense + self.exchange_node + self.exchange_network + self.tp
+            + self.gradients + self.gathers + self.bubble + self.optimizer + self.host
+        )  # fmt: skip
+
+    @property
+    def bound(self) -> Bound:
+        """What the largest part of the step waits for."""
+        device = self.attention + self.experts + self.dense + self.optimizer
+        links = self.exchange_node + self.exchange_network + self.tp + self.gradients + self.gathers
+        parts: dict[Bound, float] = {
+            "tensor cores and memory": device, "links": links, "host": self.host, "pipeline bubble": self.bubble,
+        }  # fmt: skip
+        return max(parts, key=lambda name: parts[name])
+
+    def to_dict(self) -> dict[str, float]:
+        """Milliseconds by name, and ``total``."""
+        return {**{each.name: 1e3 * getattr(self, each.name) for each in fields(self)}, "total": 1e3 * self.total}
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Seconds of one layer in one micro-batch, forward and backward."""
+
+    attention: float
+    experts: float
+    dense: float
+    node: float
+    network: float
+    tp: float
+    host: float
+
+    @property
+    def device(self) -> float:
+        return self.attention + self.experts + self.dense + self.node + self.network + self.tp
+
+
+class TimeModel:
+    """The seconds of every fold of a model on a machine; keeps what several folds have in common."""
+
+    def __init__(self, shape: ModelShape, work: Workload, machine: Machine) -> None:
+        self.shape, self.work, self.machine = shape, work, machine
+        self._kept: dict[object, Any] = {}
+        moe = len(shape.moe_layers)
+        self._kinds = [kind for kind, count in ((False, shape.layers - moe), (True, moe)) if count]
+        self._weights_of_layer = {kind: len(shape.layer_weights(kind)) for kind in self._kinds}
+
+    def least(self, layout: FoldedLayout) -> float:
+        """No choice of stage, recomputation, rows' way or micro-batch makes a step of this layout shorter than this.
+
+        The largest micro-batch, nothing computed again, no shards, and the bubble of the smallest micro-batch.
+        """
+        whole = self.work.batch // layout.dp
+        tokens = whole * self.work.tokens / layout.cp
+        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp))
+        layers = {moe: self._layer(layout, moe, tokens, "none", "one-sided", self.work.load) for moe in self._kinds}
+        busy = max(
+            each.dense * self._lasts(layers.get(False)) + each.moe * self._lasts(layers.get(True)) for each in stages
+        )
+        return busy * (1 + formulas.pipeline_bubble(layout.pp, whole))
+
+    def of(
+        self,
+        layout: FoldedLayout,
+        *,
+        stage: int,
+        recompute: Recompute,
+        transport: Transport,
+        micro: int,
+        load: float | None = None,
+    ) -> Seconds:
+        """Of a step with ``micro`` sequences in a forward, on the slowest pipeline stage."""
+        load = self.work.load if load is None else load
+        micro_batches = self.work.batch // layout.dp // micro
+        tokens = micro * self.work.tokens / layout.cp
+        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp))
+        layers = {moe: self._layer(layout, moe, tokens, recompute, transport, load) for moe in self._kinds}
+        head = self._head(layout, tokens)
+        slowest = max(
+            stages,
+            key=lambda each: each.dense * self._lasts(layers.get(False)) + each.moe * self._lasts(layers.get(True))
+            + each.last * head.device,
+        )  # fmt: skip
+        return self._of_stage(layout, slowest, layers, head, stage, micro_batches, tokens)
+
+    @staticmethod
+    def _lasts(layer: _Layer | None) -> float:
+        return max(layer.device, layer.host) if layer is not None else 0.0
+
+    def _of_stage(
+        self,
+        layout: FoldedLayout,
+        pipeline: PipelineStage,
+        layers: dict[bool, _Layer],
+        head: _Layer,
+        stage: int,
+        micro_batches: int,
+        tokens: float,
+    ) -> Seconds:
+        count = {False: pipeline.dense, True: pipeline.moe}
+        attention = experts = dense = node = network = lanes = waits = 0.0
+        for layer, times in [*((layer, count[moe]) for moe, layer in layers.items()), (head, int(pipeline.last))]:
+            times *= micro_batches
+            attention, experts, dense = (
+                attention + times * layer.attention, experts + times * layer.experts, dense + times * layer.dense,
+            )  # fmt: skip
+            node, network, lanes = node + times * layer.node, network + times * layer.network, lanes + times * layer.tp
+            waits += times * max(0.0, layer.host - layer.device)
+        busy = attention + experts + dense + node + network + lanes + waits
+        gathers, gradients, launches = self._shards(layout, pipeline, stage, micro_batches)
+        hidden = self.machine.overlap * busy if stage else 0.0
+        seen = max(0.0, gathers + gradients - hidden) / (gathers + gradients) if gathers + gradients else 0.0
+        bubble = formulas.pipeline_bubble(layout.pp, micro_batches) * busy
+        if layout.pp > 1:
+            sent = tokens * self.shape.hidden * self.work.item
+            bubble += 2 * micro_batches * self._link(layout, "pp").seconds(sent)
+        optimizer, launching = self._optimizer(layout, pipeline, stage)
+        return Seconds(
+            attention=attention, experts=experts, dense=dense, exchange_node=node, exchange_network=network, tp=lanes,
+            gradients=gradients * seen, gathers=gathers * seen, bubble=bubble, optimizer=optimizer,
+            host=waits + launches + max(0.0, launching - optimizer),
+        )  # fmt: skip
+
+    def tokens_per_second(self, seconds: Seconds) -> float:
+        """Of all ranks together."""
+        return self.work.tokens * self.work.batch / seconds.total
+
+    def mfu(self, seconds: Seconds, gpus: int) -> float:
+        """The model's FLOPs, without recomputation, as a part of what the makers promise.
+
+        Six for each number that a token is multiplied with, and causal attention three times.
+
+        Source: PaLM (Chowdhery et al. 2022), appendix B.
+        """
+        shape = self.shape
+        looked_up = 0 if shape.tied else shape.vocab * shape.hidden
+        attention = formulas.attention_flops(1, self.work.tokens, shape.query_width, shape.value_width)
+        flops = 6 * (shape.active_parameters - looked_up) + 3 * shape.layers * attention
+        return flops * self.tokens_per_second(seconds) / (gpus * self.machine.peak_flops)
+
+    # -- One layer ----------------------------------------------------------------------------------------------------
+
+    def _layer(
+        self, layout: FoldedLayout, moe: bool, tokens: float, recompute: Recompute, transport: Transport, load: float
+    ) -> _Layer:
+        key = ("layer", moe, layout.tp, layout.cp, layout.ep, layout.etp, tokens, recompute, transport, load,
+               self._span(layout, "ep"), self._span(layout, "tp"), self._span(layout, "etp"),
+               self._span(layout, "cp"))  # fmt: skip
+        return self._once(key, lambda: self._of_layer(layout, moe, tokens, recompute, transport, load))
+
+    def _of_layer(
+        self, layout: FoldedLayout, moe: bool, tokens: float, recompute: Recompute, transport: Transport, load: float
+    ) -> _Layer:
+        again = {"none": (0, 0), "experts": (0, 1), "full": (1, 1)}[recompute]
+        stream = tokens / layout.tp if self.work.lanes == "sharded" else tokens
+        attention = self._attention(layout, tokens, stream, again[0])
+        host = self.machine.host
+        waits = host.attention * (1 + again[0] / 3)
+        tp = self._lanes(layout, tokens, moe, again)
+        if not moe:
+            dense = self._matrices(layout, False, "dense", tokens, again[0])
+            return _Layer(attention, 0.0, dense, 0.0, 0.0, tp, waits + host.dense * (1 + again[0] / 3))
+        experts = self._experts(layout, tokens, again[1], load)
+        dense = self._matrices(layout, True, "shared", tokens, again[1])
+        node, network = self._exchange(layout, tokens, again[1], transport, load)
+        block = host.moe + (0.0 if layout.ep == 1 else host.messages if transport == "messages" else host.one_sided)
+        waits += (block + (host.dense if self.shape.shared_hidden else 0.0)) * (1 + again[1] / 3)
+        return _Layer(attention, experts, dense, node, network, tp, waits)
+
+    def _attention(self, layout: FoldedLayout, tokens: float, stream: float, again: int) -> float:
+        shape, machine, item = self.shape, self.machine, self.work.item
+        queries, values = shape.query_width / layout.tp, shape.value_width / layout.tp
+        flops = formulas.attention_flops(tokens, self.work.tokens, int(queries), int(values))
+        scores = flops * (3.5 + again) / machine.attention_flops  # backward: 2.5 times, FlashAttention-2
+        if shape.sinks:  # every pair is written and read
+            pairs = tokens * self.work.tokens * shape.heads / layout.tp
+            scores = pairs * item * (12 + 5 * again) / machine.memory_bandwidth
+        heads = (queries + shape.key_value_width / layout.tp) * tokens
+        moved = stream * shape.hidden * NORM_PASSES + heads * item * 30 + (heads * 110 if shape.qk_norm else 0)
+        elementwise = moved * (1 + again / 3) / machine.memory_bandwidth
+        return self._matrices(layout, False, "attention", tokens, again) + scores + elementwise
+
+    def _matrices(self, layout: FoldedLayout, moe: bool, part: str, tokens: float, again: int) -> float:
+        """Products with all matrices of a part, three times (and as often as it is computed again)."""
+        key = ("matrices", moe, part, layout.tp)
+        shapes = self._once(key, lambda: [
+            weight.local_shape(layout)
+            for weight in self.shape.layer_weights(moe)
+            if weight.part == part and len(weight.shape) == 2
+        ])  # fmt: skip
+        units = sum(shape[0] for shape in shapes) if part != "attention" else 0
+        elementwise = tokens * units * self.work.item * 6 * (1 + again / 3) / self.machine.memory_bandwidth
+        return elementwise + sum((3 + again) * self._product(tokens, shape) for shape in shapes)
+
+    def _product(self, rows: float, shape: tuple[int, ...]) -> float:
+        outer, inner = shape
+        moved = self.work.item * (outer * inner + rows * (outer + inner))
+        flops = formulas.matrix_flops(rows, inner, outer)
+        return formulas.product_seconds(flops, moved, self._rate(), self.machine.memory_bandwidth)
+
+    def _rate(self) -> float:
+        return self.machine.product_flops / (2 if self.work.item == 4 else 1)
+
+    def _experts(self, layout: FoldedLayout, tokens: float, again: int, load: float) -> float:
+        shape, machine, item = self.shape, self.machine, self.work.item
+        own, local = tokens / layout.tp, shape.experts // layout.ep
+        units = shape.expert_hidden // layout.etp
+        rows = formulas.routed_rows(own, shape.top_k, layout.etp, load, layout.ep, local)
+        flops = formulas.matrix_flops(rows, shape.hidden, 3 * units)
+        weights = 3 * local * shape.hidden * units
+        moved = item * (weights + rows * (2 * shape.hidden + 3 * units))
+        rate = machine.grouped_flops / (2 if item == 4 else 1)
+        products = (3 + again) * formulas.product_seconds(flops, moved, rate, machine.memory_bandwidth)
+        passes = rows * item * (ROW_PASSES * shape.hidden + UNIT_PASSES * units) + tokens * shape.experts * 40
+        return products + passes * (1 + again / 3) / machine.memory_bandwidth
+
+    def _exchange(
+        self, layout: FoldedLayout, tokens: float, again: int, transport: Transport, load: float
+    ) -> tuple[float, float]:
+        """Seconds on the link inside the node and on that between nodes; both run at once, the longer one counts."""
+        shape, machine = self.shape, self.machine
+        own = tokens / layout.tp
+        payload = shape.hidden * self.work.item + 4 * shape.top_k
+        met = formulas.distinct_ranks(shape.experts, shape.top_k, layout.ep)
+        times = 4 + 2 * again
+        node = network = 0.0
+        if layout.ep > 1:
+            inside = self._span(layout, "ep")
+            rows = min(load * own * met, own * layout.ep)
+            latency = times if transport == "messages" else times / 2
+            node = machine.node.seconds(times * rows * payload * (inside - 1) / layout.ep, latency)
+            network = machine.network.seconds(times * rows * payload * (layout.ep - inside) / layout.ep, latency)
+            node, network = (node, 0.0) if node >= network else (0.0, network)
+        if layout.etp > 1:
+            gathered = min(load * own * met, own * layout.ep) * layout.etp * payload
+            link = self._link(layout, "etp")
+            crossing = link.seconds(times * formulas.collective_bytes("all_gather", layout.etp, gathered), times)
+            if self._span(layout, "etp") < layout.etp:
+                network += crossing
+            else:
+                node += crossing
+        return node, network
+
+    def _lanes(self, layout: FoldedLayout, tokens: float, moe: bool, again: tuple[int, int]) -> float:
+        """What crosses the lanes: an all-reduce behind each sharded region, and one for each projection that it has;
+        and the keys and values of the other context-parallel ranks, with their gradients."""
+        shape, sharded = self.shape, self.work.lanes == "sharded"
+        keys = shape.key_value_width if shape.latent is None else shape.query_width
+        around = 0.0
+        if layout.cp > 1:
+            total = 2 * layout.cp * tokens * keys / layout.tp * self.work.item * (3 + again[0])
+            sent = formulas.collective_bytes("all_gather", layout.cp, total)
+            around = self._link(layout, "cp").seconds(sent, (layout.cp - 1) * (3 + again[0]))
+        if layout.tp == 1:
+            return around
+        back = 1 if sharded else 2 if shape.latent is not None else 3
+        reduces = 1 + back + again[0]
+        if not moe or shape.shared_hidden:
+            reduces += 1 + (1 if sharded else 2) + again[0]
+        size = tokens * shape.hidden * self.work.item
+        sent = reduces * formulas.collective_bytes("all_reduce", layout.tp, size)
+        times = reduces
+        if moe and not sharded:  # the ends of the experts: rows are gathered forward, their gradients backward
+            sent += (2 + again[1]) * formulas.collective_bytes("all_gather", layout.tp, size)
+            times += 2 + again[1]
+        return around + self._link(layout, "tp").seconds(sent, times)
+
+    def _head(self, layout: FoldedLayout, tokens: float) -> _Layer:
+        """Embedding, last norm, head and loss."""
+
+        def make() -> _Layer:
+            shape = self.shape
+            cut = layout.tp if shape.vocab % layout.tp == 0 and not shape.head_whole else 1
+            products = 3 * self._product(tokens, (shape.vocab // cut, shape.hidden))
+            moved = tokens * (shape.vocab * LOGIT_PASSES + shape.hidden * NORM_PASSES / 2)
+            tp = 0.0
+            if cut > 1:
+                logits = tokens * shape.vocab * self.work.item
+                stream = tokens * shape.hidden * self.work.item
+                sent = formulas.collective_bytes("all_gather", cut, logits)
+                sent += 2 * formulas.collective_bytes("all_reduce", cut, stream)
+                tp = self._link(layout, "tp").seconds(sent, 3)
+            dense = products + moved / self.machine.memory_bandwidth
+            return _Layer(0.0, 0.0, dense, 0.0, 0.0, tp, self.machine.host.dense)
+
+        return self._once(("head", layout.tp, tokens, self._span(layout, "tp")), make)
+
+    # -- Links, shards, optimizer -------------------------------------------------------------------------------------
+
+    def _span(self, layout: FoldedLayout, axis: Axis) -> int:
+        if layout.size(axis) == 1:
+            return 1
+        view, size, stride = layout.span(axis)
+        order = (layout.order, layout.tp, layout.stage_size) if view == "expert" else ()
+        key = ("span", axis, size, stride, order, layout.world)
+        return self._once(key, lambda: node_span(layout, axis, self.machine.gpus_per_node))
+
+    def _link(self, layout: FoldedLayout, axis: Axis) -> Link:
+        """That of a collective over an axis; between nodes every member of a node brings its own port."""
+        inside = self._span(layout, axis)
+        if inside == layout.size(axis):
+            return self.machine.node
+        network = self.machine.network
+        return Link(network.latency, min(network.bandwidth * inside, self.machine.node.bandwidth))
+
+    def _shards(
+        self, layout: FoldedLayout, pipeline: PipelineStage, stage: int, micro_batches: int
+    ) -> tuple[float, float, float]:
+        """Seconds of gathers, of sums of gradients, and of launching them."""
+        item, stored = self.work.item, self.work.stored
+        summed = 4 if self.work.precision == "mixed" else stored
+        gathers = gradients = 0.0
+        collectives = 0
+        sums_per_step = micro_batches if stage >= 2 else 1
+        gathers_per_step = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage]
+        axes: tuple[tuple[Axis, bool], ...] = (("dp_cp", False), ("edp", True))
+        for axis, expert in axes:
+            size, numel = layout.size(axis), self._numel(layout, pipeline)[expert]
+            if size == 1 or not numel:
+                continue
+            units = pipeline.moe if expert else pipeline.dense + pipeline.moe + 1
+            link = self._link(layout, axis)
+            kind = "reduce_scatter" if stage else "all_reduce"
+            sent = formulas.collective_bytes(kind, size, summed * numel) * sums_per_step
+            gradients += link.seconds(sent, units * sums_per_step)
+            sent = formulas.collective_bytes("all_gather", size, item * numel) * gathers_per_step
+            gathers += link.seconds(sent, units * gathers_per_step)
+            collectives += units * (sums_per_step + gathers_per_step)
+        return gathers, gradients, collectives * self.machine.host.collective
+
+    def _numel(self, layout: FoldedLayout, pipeline: PipelineStage) -> tuple[int, int]:
+        def make() -> tuple[int, int]:
+            total = [0, 0]
+            outer = self.shape.outer_weights(first=pipeline.first, last=pipeline.last)
+            kinds = [(weight, 1) for weight in outer]
+            for moe, times in ((False, pipeline.dense), (True, pipeline.moe)):
+                kinds += [(weight, times) for weight in self.shape.layer_weights(moe)] if times else []
+            for weight, times in kinds:
+                total[weight.expert] += times * prod(weight.local_shape(layout))
+            return total[0], total[1]
+
+        return self._once(("numel", layout.tp, layout.ep, layout.etp, pipeline), make)
+
+    def _optimizer(self, layout: FoldedLayout, pipeline: PipelineStage, stage: int) -> tuple[float, float]:
+        """Seconds of the device and of the host."""
+        dense, expert = self._numel(layout, pipeline)
+        own = (dense / (layout.dp * layout.cp) + expert / layout.edp) if stage else dense + expert
+        seconds = own * self.work.stored * ADAM_PASSES / self.machine.memory_bandwidth
+        each = self._weights_of_layer
+        count = pipeline.dense * each.get(False, 0) + pipeline.moe * each.get(True, 0) + 3
+        return seconds, count * self.machine.host.parameter * (layout.world > 1)
+
+    def _once(self, key: object, make: Callable[[], T]) -> T:
+        found: T | None = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = make()
+        return found

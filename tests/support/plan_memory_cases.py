@@ -1,0 +1,132 @@
+"""A training step whose bytes are counted, and what a plan says of the same step; on CPU ranks or on GPUs."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.checkpoint import checkpoint
+
+import foldpar
+from foldpar.planning import Memory, Workload, read_model
+from foldpar.planning.memory import MemoryModel
+
+_BUILDING = threading.Lock()
+"""Ranks that are threads draw from one generator of random numbers."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a fold, a stage, a recomputation and a batch."""
+
+    model: str
+    config: dict[str, Any] = field(hash=False)
+    world: int = 1
+    degrees: dict[str, int] = field(default_factory=dict, hash=False)
+    stage: int = 0
+    recompute: str = "none"
+    precision: str = "float32"
+    micro: int = 4
+    micro_batches: int = 1
+    tokens: int = 256
+
+    def __str__(self) -> str:
+        degrees = "".join(f" {name}{size}" for name, size in self.degrees.items())
+        return (
+            f"{self.model} {self.precision} world {self.world}{degrees} stage {self.stage} recompute {self.recompute} "
+            f"{self.micro_batches} x {self.micro} x {self.tokens}"
+        )
+
+    @property
+    def layout(self) -> foldpar.FoldedLayout:
+        return foldpar.solve_layout(self.world, **self.degrees)
+
+    def build(self, device: str) -> nn.Module:
+        """The model of transformers with random weights, in the dtype that it is stored in."""
+        import transformers
+
+        config = transformers.AutoConfig.for_model(self.model, **self.config)
+        config._attn_implementation = "sdpa"
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        with _BUILDING, torch.device(device):
+            torch.manual_seed(0)
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+    def predicted(self, device: str) -> Memory:
+        """What the planner says."""
+        import transformers
+
+        shape = read_model(transformers.AutoConfig.for_model(self.model, **self.config).to_dict())
+        batch = self.micro * self.micro_batches * self.layout.dp
+        work = Workload(tokens=self.tokens, batch=batch, precision=self.precision)  # type: ignore[arg-type]
+        return MemoryModel(shape, work, device).of(
+            self.layout, stage=self.stage, recompute=self.recompute, transport="messages", micro=self.micro,
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    def measured(
+        self,
+        groups: foldpar.FoldedGroups,
+        device: str,
+        peak_of: Callable[[Callable[[], None]], int],
+        around: Callable[[], AbstractContextManager[object]] | None = None,
+    ) -> int:
+        """The peak of the second step, as ``peak_of`` counts it; beside it what is held before, on CPUs."""
+        model = self.build(device)
+        foldpar.fold_model(model, groups, check=False)
+        route_evenly(model, groups.dp.index)
+        if self.recompute == "full":
+            model.gradient_checkpointing_enable()
+        if self.recompute == "experts":
+            for layer in model.model.layers:
+                layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)
+        if self.stage:
+            mixed = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+            precision = mixed if self.precision == "mixed" else None
+            foldpar.shard_model(model, groups, stage=self.stage, mixed_precision=precision)
+        optimizer = torch.optim.AdamW(foldpar.parameter_groups(model), lr=1e-4)
+        ids = torch.arange(self.micro * self.tokens, device=device).view(self.micro, -1) % self.config["vocab_size"]
+
+        def step() -> None:
+            with foldpar.accumulate(model):
+                for _ in range(self.micro_batches - 1):
+                    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            foldpar.reduce_gradients(model, groups)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        gc.collect()
+        held = 0 if device == "cuda" else bytes_of(model.parameters()) + bytes_of(
+            value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        )  # fmt: skip
+        return held + peak_of(step)
+
+
+def bytes_of(tensors: Any) -> int:
+    """Of their storages, each once."""
+    local = [getattr(each, "_local_tensor", each) for each in tensors]
+    return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in local}.values())
+
+
+def route_evenly(model: nn.Module, seed: int) -> None:
+    """Replace what routers choose by independent experts, as the formulas assume; lanes draw alike."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def choose(module: nn.Module, inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        logits, weights, index = output
+        generator = generators.setdefault(index.device, torch.Generator(index.device).manual_seed(seed))
+        scores = torch.rand(index.shape[0], logits.shape[-1], generator=generator, device=index.device)
+        return logits, weights, scores.topk(index.shape[-1]).indices
+
+    for module in model.modules():
+        if type(module).__name__ in ("Qwen3MoeTopKRouter", "Qwen2MoeTopKRouter", "MixtralTopKRouter"):
+            module.register_forward_hook(choose)  # type: ignore[arg-type]
