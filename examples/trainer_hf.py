@@ -1,12 +1,13 @@
 """Fine-tune a Hugging Face MoE model with transformers' own ``Trainer``, with foldpar's exchange of rows inside it.
 
-    torchrun --nproc-per-node 4 examples/trainer_hf.py --tp 2 --ep 4
-    torchrun --nproc-per-node 4 examples/trainer_hf.py --tp 2 --ep 4 --implementation all_to_all
+    torchrun --nproc-per-node 4 examples/trainer_hf.py --ep 2
+    torchrun --nproc-per-node 4 examples/trainer_hf.py --ep 2 --implementation all_to_all
 
 Two lines are foldpar's: the call of ``register_with_transformers``, and its name in the ``DistributedConfig``. The rest
 is a ``Trainer`` as ever. Model and text are those of ``finetune_hf.py``: Qwen3-MoE shaped with fresh weights, and the
 Python standard library's source, of which each line is to be continued from its first half (the rest has no labels).
 
+``--tp`` needs GPUs: on the CPU, accelerate has no tensor parallelism for the ``Trainer``.
 ``--resume`` goes on from the last checkpoint in ``--output``. It ends with a line of JSON: losses and gradient norms as
 the ``Trainer`` logged them, tokens per second, peak memory of the rank that needed the most.
 """
@@ -165,7 +166,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", default=None, help="the folder for checkpoints; by default one that is removed")
     options = parser.parse_args()
     if "RANK" not in os.environ:
-        parser.error("start it with torchrun: torchrun --nproc-per-node 4 examples/trainer_hf.py --tp 2 --ep 4")
+        parser.error("start it with torchrun: torchrun --nproc-per-node 4 examples/trainer_hf.py --ep 2")
+    if options.tp > 1 and not torch.cuda.is_available():
+        parser.error("--tp needs GPUs: on the CPU, accelerate has no tensor parallelism for the Trainer")
     if (options.stop or options.resume) and options.output is None:
         parser.error("--stop and --resume need --output, the folder of the checkpoints")
     return options

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import foldpar
 from foldpar.comm.dtensors import is_dtensor, local_tensor
 from foldpar.models.fold import fold_model
+from foldpar.moe import is_gated
 from foldpar.testing import run_ranks
 from foldpar.testing.shares import placed
 
@@ -107,6 +108,7 @@ def train_folded(model: nn.Module, case: Case, reference: Trace) -> dict[str, tu
     """On one rank: squared differences and squared norms by tensor."""
     with foldpar.create_groups(case.layout) as groups:
         fold_model(model, groups, partition=case.partition, check=case.check)
+        wanted_gradients = [_by_folded_names(model, each) for each in reference.gradients]
         found: dict[str, tuple[float, float]] = {}
         for step in range(case.steps):
             model.zero_grad()
@@ -120,15 +122,23 @@ def train_folded(model: nn.Module, case: Case, reference: Trace) -> dict[str, tu
                 _note(found, f"{name} at step {step}", value, wanted[name])
             seen = set()
             for name, parameter in model.named_parameters():
-                if name not in reference.gradients[step]:
+                if name not in wanted_gradients[step]:
                     assert parameter.grad is None or not local_tensor(parameter.grad).any(), name
                     continue
                 seen.add(name)
-                want = share(name, reference.gradients[step][name], model, parameter, groups)
+                want = share(name, wanted_gradients[step][name], model, parameter, groups)
                 _note(found, f"gradient of {name} at step {step}", local_tensor(parameter.grad), want)
-            assert seen == set(reference.gradients[step])
+            assert seen == set(wanted_gradients[step])
             _sgd(model, case.rate)
         return found
+
+
+def _by_folded_names(model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first product of experts is called ``gate_up_proj`` when folded, also where it has no gate."""
+    own = dict(model.named_parameters())
+    return {
+        name if name in own else name.replace(".up_proj", ".gate_up_proj"): each for name, each in gradients.items()
+    }
 
 
 def share(name: str, whole: Tensor, model: nn.Module, parameter: Tensor, groups: foldpar.FoldedGroups) -> Tensor:
@@ -153,7 +163,9 @@ def share_of_experts(name: str, whole: Tensor, experts: foldpar.GroupedExperts) 
         return mine
     if name == "down_proj":
         return mine[:, units] if storage.transposed else mine[..., units]
-    if storage.interleaved:
+    if not is_gated(experts.activation):
+        columns = units
+    elif storage.interleaved:
         columns = [column for unit in units for column in (2 * unit, 2 * unit + 1)]
     else:
         columns = units + [experts.hidden_dim + unit for unit in units]
@@ -196,12 +208,13 @@ def _on_a_rank(model: nn.Module | None, case: Case, reference: Trace) -> dict[st
 
 @contextmanager
 def float64_stays() -> Iterator[None]:
-    """Let ``x.float()`` and ``x.to(torch.float32)`` keep a float64 tensor, as models in float64 would have it.
+    """Let ``x.float()``, ``x.to(torch.float32)`` and ``x.type(torch.float32)`` keep a float64 tensor, as models in
+    float64 would have it.
 
     Rotary embeddings and norms of some families compute in float32 whatever they are given, and where they add up
     gradients of tokens or heads, adding in another order changes the last digits.
     """
-    narrow, convert = torch.Tensor.float, torch.Tensor.to
+    narrow, convert, convert_type = torch.Tensor.float, torch.Tensor.to, torch.Tensor.type
 
     def keep(self: Tensor, *args: Any, **options: Any) -> Tensor:
         return self if self.dtype == torch.float64 else narrow(self, *args, **options)
@@ -210,7 +223,15 @@ def float64_stays() -> Iterator[None]:
         narrows = self.dtype == torch.float64 and torch.float32 in (*args[:1], options.get("dtype"))
         return self if narrows else convert(self, *args, **options)
 
-    with mock.patch.object(torch.Tensor, "float", keep), mock.patch.object(torch.Tensor, "to", keep_to):
+    def keep_type(self: Tensor, *args: Any, **options: Any) -> Any:
+        narrows = self.dtype == torch.float64 and args[:1] == (torch.float32,)
+        return self if narrows else convert_type(self, *args, **options)
+
+    with (
+        mock.patch.object(torch.Tensor, "float", keep),
+        mock.patch.object(torch.Tensor, "to", keep_to),
+        mock.patch.object(torch.Tensor, "type", keep_type),
+    ):
         yield
 
 

@@ -21,6 +21,7 @@ from foldpar.moe.experts import GroupedExperts
 from foldpar.moe.lane_checks import LaneChecks
 from foldpar.moe.lane_ends import lane_ends
 from foldpar.moe.lanes import Lanes, LaneState
+from foldpar.moe.recomputation import in_backward, unseen_by_modes
 from foldpar.moe.routing.router import Routing, without_tokens
 from foldpar.moe.transport.journey import Journey
 from foldpar.moe.transport.messages import Partition
@@ -80,6 +81,10 @@ class FoldedExperts(GroupedExperts):
         self.call = call
         self.without_data = False
         """All tokens are padding; set by :func:`foldpar.lockstep`."""
+        self.decisions: Tensor | None = None
+        """Assignments per expert in training since the last :func:`foldpar.update_correction_bias`, int64."""
+        self.counts_decisions = False
+        """Count them; set by :func:`foldpar.fold_model` where a block has a correction bias."""
         self.lane_state = LaneState(groups, lanes, partition=partition)
         self.checks = LaneChecks(self.lane_state, check)
         self._ends = lane_ends(groups.tp, lanes, "replicated", partition)
@@ -112,9 +117,19 @@ class FoldedExperts(GroupedExperts):
         routing = without_tokens(Routing(ids, weights)) if self.without_data else Routing(ids, weights)
         if checked:
             self.checks.routing(routing)
+        if self.counts_decisions and self.training and not in_backward():
+            self._count(routing)
         y = self.journey(self, rows, routing, tokens=hidden_states.shape[0], compute=self.compute)
         self.checks.leaving(y)
         return y.to(hidden_states.dtype)
+
+    def _count(self, routing: Routing) -> None:
+        ids = routing.ids.detach().long()
+        ones = torch.ones_like(ids) if routing.mask is None else routing.mask.long()
+        with unseen_by_modes():
+            if self.decisions is None or self.decisions.device != ids.device:
+                self.decisions = torch.zeros(self.num_experts, dtype=torch.int64, device=ids.device)
+            self.decisions.scatter_add_(0, ids.clamp(0, self.num_experts - 1).flatten(), ones.flatten())
 
     @property
     def counters(self) -> LayerCounters | None:

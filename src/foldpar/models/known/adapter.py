@@ -174,7 +174,8 @@ class MoEAdapter:
         """The experts' activation, given or looked up."""
         interleaved = self.storage.interleaved
         if self.activation is None:
-            return activation_of(experts, where, interleaved=interleaved)
+            gated = getattr(experts, "has_gate", True) is not False  # what transformers' interface says
+            return activation_of(experts, where, gated=gated, interleaved=interleaved)
         found: object = self.activation
         if callable(found):
             try:
