@@ -108,7 +108,6 @@ def train_folded(model: nn.Module, case: Case, reference: Trace) -> dict[str, tu
     """On one rank: squared differences and squared norms by tensor."""
     with foldpar.create_groups(case.layout) as groups:
         fold_model(model, groups, partition=case.partition, check=case.check)
-        wanted_gradients = [_by_folded_names(model, each) for each in reference.gradients]
         found: dict[str, tuple[float, float]] = {}
         for step in range(case.steps):
             model.zero_grad()
@@ -122,23 +121,15 @@ def train_folded(model: nn.Module, case: Case, reference: Trace) -> dict[str, tu
                 _note(found, f"{name} at step {step}", value, wanted[name])
             seen = set()
             for name, parameter in model.named_parameters():
-                if name not in wanted_gradients[step]:
+                if name not in reference.gradients[step]:
                     assert parameter.grad is None or not local_tensor(parameter.grad).any(), name
                     continue
                 seen.add(name)
-                want = share(name, wanted_gradients[step][name], model, parameter, groups)
+                want = share(name, reference.gradients[step][name], model, parameter, groups)
                 _note(found, f"gradient of {name} at step {step}", local_tensor(parameter.grad), want)
-            assert seen == set(wanted_gradients[step])
+            assert seen == set(reference.gradients[step])
             _sgd(model, case.rate)
         return found
-
-
-def _by_folded_names(model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The first product of experts is called ``gate_up_proj`` when folded, also where it has no gate."""
-    own = dict(model.named_parameters())
-    return {
-        name if name in own else name.replace(".up_proj", ".gate_up_proj"): each for name, each in gradients.items()
-    }
 
 
 def share(name: str, whole: Tensor, model: nn.Module, parameter: Tensor, groups: foldpar.FoldedGroups) -> Tensor:

@@ -493,7 +493,7 @@ def _expert_rows(block: Block, layout: FoldedLayout) -> Iterator[FoldPlanRow]:
     parts = 2 if is_gated(block.activation) else 1
     experts, units, storage = num_experts // layout.ep, hidden // layout.etp, adapter.storage
     shapes = {
-        "gate_up_proj": (weights.gate_up, storage.gate_up_shape(experts, dim, parts * units)),
+        storage.gate_up: (weights.gate_up, storage.gate_up_shape(experts, dim, parts * units)),
         "down_proj": (weights.down, storage.down_shape(experts, dim, units)),
         storage.gate_up_bias: (weights.gate_up_bias, (experts, parts * units)),
         storage.down_bias: (weights.down_bias, (experts, dim)),

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from foldpar.models.known.adapter import ExpertWeights, MoEAdapter
+from foldpar.models.known.adapter import MoEAdapter
 from foldpar.moe import ExpertStorage
 
-__all__ = ["ByInterface", "adapter_by_interface", "plain_weights"]
+__all__ = ["ByInterface", "adapter_by_interface"]
 
 _INTERFACE = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "config")
 
@@ -40,20 +40,13 @@ def _adapter(
     block: str, experts: str, gated: bool, biased: bool, norm_behind: bool, transposed: bool, interleaved: bool
 ) -> ByInterface:
     """One object for equal blocks, which are then of one kind."""
-    biases = ("gate_up_proj_bias", "down_proj_bias") if biased else ("gate_up_bias", "down_bias")
+    first = "gate_up_proj" if gated else "up_proj"
+    biases = (f"{first}_bias", "down_proj_bias") if biased else ("gate_up_bias", "down_bias")
     return ByInterface(
         block,
         experts=experts,
-        storage=ExpertStorage(transposed, interleaved, *biases),
-        weights=None if gated else plain_weights,
+        storage=ExpertStorage(transposed, interleaved, *biases, first),
         refused="each expert has a norm behind it, which foldpar's grouped products do not compute."
         if norm_behind
         else None,
     )
-
-
-def plain_weights(experts: nn.Module) -> ExpertWeights:
-    """Of experts without a gate, whose first product is called ``up_proj``."""
-    module: Any = experts
-    biases = (module.up_proj_bias, module.down_proj_bias) if module.has_bias else (None, None)
-    return ExpertWeights(module.up_proj, module.down_proj, *biases)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from foldpar.models.known.adapter import MoEAdapter
-from foldpar.models.known.interface import plain_weights
+from foldpar.moe import ExpertStorage
 
-ADAPTERS = (MoEAdapter("NemotronHMoE", weights=plain_weights),)
+ADAPTERS = (MoEAdapter("NemotronHMoE", storage=ExpertStorage(gate_up="up_proj")),)
