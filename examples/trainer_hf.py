@@ -1,14 +1,15 @@
 """Fine-tune a Hugging Face MoE model with transformers' own ``Trainer``, with foldpar's exchange of rows inside it.
 
-    torchrun --nproc-per-node 4 examples/trainer_hf.py --tp 2 --ep 4
-    torchrun --nproc-per-node 4 examples/trainer_hf.py --tp 2 --ep 4 --implementation all_to_all
+    torchrun --nproc-per-node 4 examples/trainer_hf.py --ep 2
+    torchrun --nproc-per-node 4 examples/trainer_hf.py --ep 2 --implementation all_to_all
 
 Two lines are foldpar's: the call of ``register_with_transformers``, and its name in the ``DistributedConfig``. The rest
 is a ``Trainer`` as ever. Model and text are those of ``finetune_hf.py``: Qwen3-MoE shaped with fresh weights, and the
 Python standard library's source, of which each line is to be continued from its first half (the rest has no labels).
 
-``--resume`` goes on from the last checkpoint in ``--output``. It ends with a line of JSON: losses and gradient norms as
-the ``Trainer`` logged them, tokens per second, peak memory of the rank that needed the most.
+``--tp`` needs GPUs: on the CPU, accelerate has no tensor parallelism for the ``Trainer``. Nothing is saved on the way,
+since transformers resumes no model that it spread when loading. It ends with a line of JSON: losses and gradient norms
+as the ``Trainer`` logged them, tokens per second, peak memory of the rank that needed the most.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def trained(options: argparse.Namespace, folder: str, output: str) -> dict[str, 
         load(folder, options),
         TrainingArguments(
             output,
-            max_steps=options.stop or options.steps,
+            max_steps=options.steps,
             per_device_train_batch_size=options.batch,
             gradient_accumulation_steps=options.accumulate,
             max_grad_norm=options.clip,
@@ -114,8 +115,7 @@ def trained(options: argparse.Namespace, folder: str, output: str) -> dict[str, 
             gradient_checkpointing=options.checkpointing,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=1,
-            save_strategy="steps" if options.stop else "no",
-            save_steps=max(options.stop, 1),
+            save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             seed=0,
@@ -123,7 +123,7 @@ def trained(options: argparse.Namespace, folder: str, output: str) -> dict[str, 
         train_dataset=Halves(windows, options.length, PRESETS[options.preset]["vocab_size"]),
         callbacks=[clock],
     )
-    trainer.train(resume_from_checkpoint=options.resume or None)
+    trainer.train()
     logged = [each for each in trainer.state.log_history if "loss" in each]
     tokens = clock.steps * options.batch * options.accumulate * data_ranks * options.length
     return {
@@ -154,20 +154,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1, help="lanes that share each dense weight")
     parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts out among them")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--stop", type=int, default=0, help="end after so many of the steps, with a checkpoint")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     parser.add_argument("--batch", type=int, default=2, help="sequences per micro-batch and data rank")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches per step")
     parser.add_argument("--length", type=int, default=64, help="tokens per sequence")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16; weights stay float32")
-    parser.add_argument("--output", default=None, help="the folder for checkpoints; by default one that is removed")
     options = parser.parse_args()
     if "RANK" not in os.environ:
-        parser.error("start it with torchrun: torchrun --nproc-per-node 4 examples/trainer_hf.py --tp 2 --ep 4")
-    if (options.stop or options.resume) and options.output is None:
-        parser.error("--stop and --resume need --output, the folder of the checkpoints")
+        parser.error("start it with torchrun: torchrun --nproc-per-node 4 examples/trainer_hf.py --ep 2")
+    if options.tp > 1 and not torch.cuda.is_available():
+        parser.error("--tp needs GPUs: on the CPU, accelerate has no tensor parallelism for the Trainer")
     return options
 
 
@@ -179,7 +176,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as own_folder:
         shared: list[Any] = [own_folder]
         dist.broadcast_object_list(shared, src=0)
-        result = trained(options, start_folder(options, shared[0]), options.output or shared[0])
+        result = trained(options, start_folder(options, shared[0]), shared[0])
         if dist.get_rank() == 0:
             print(json.dumps(result), flush=True)
         dist.barrier()

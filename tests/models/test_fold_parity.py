@@ -14,6 +14,15 @@ import foldpar.moe.lane_ends
 from foldpar import families
 
 FOLDABLE = [family for family in FAMILIES if family != "jetmoe"]
+ROUNDING_GROWS = (
+    "qwen3_next",
+    "qwen3_5_moe",
+    "lfm2_moe",
+    "deepseek_v4",
+    "kimi_linear",
+    "nemotron_h",
+    "granitemoehybrid",
+)
 FOUR_HEADS = {"num_key_value_heads": 4, "linear_num_key_heads": 4}
 
 
@@ -67,7 +76,7 @@ def _matrix() -> list[Case]:
             # One step in float32 where rounding grows from step to step: in one process, weights of Qwen3-Next that
             # differ by 1e-7 have gradients that differ by 2e-5, and by 5e-3 a step later. LFM2 reaches 2e-5 at the
             # third step; in float64 all three are exact at every step.
-            Case(family, dtype=torch.float32, steps=1 if family in ("qwen3_next", "qwen3_5_moe", "lfm2_moe") else 3),
+            Case(family, dtype=torch.float32, steps=1 if family in ROUNDING_GROWS else 3),
         ]
     return cases
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import foldpar
 from foldpar.comm.dtensors import is_dtensor, local_tensor
 from foldpar.models.fold import fold_model
-from foldpar.moe import ExpertShare
+from foldpar.moe import ExpertShare, is_gated
 from foldpar.testing import run_ranks
 from foldpar.testing.shares import placed
 
@@ -154,7 +154,9 @@ def share_of_experts(name: str, whole: Tensor, experts: ExpertShare) -> Tensor:
         return mine
     if name == "down_proj":
         return mine[:, units] if storage.transposed else mine[..., units]
-    if storage.interleaved:
+    if not is_gated(experts.activation):
+        columns = units
+    elif storage.interleaved:
         columns = [column for unit in units for column in (2 * unit, 2 * unit + 1)]
     else:
         columns = units + [experts.hidden_dim + unit for unit in units]
@@ -197,12 +199,13 @@ def _on_a_rank(model: nn.Module | None, case: Case, reference: Trace) -> dict[st
 
 @contextmanager
 def float64_stays() -> Iterator[None]:
-    """Let ``x.float()`` and ``x.to(torch.float32)`` keep a float64 tensor, as models in float64 would have it.
+    """Let ``x.float()``, ``x.to(torch.float32)`` and ``x.type(torch.float32)`` keep a float64 tensor, as models in
+    float64 would have it.
 
     Rotary embeddings and norms of some families compute in float32 whatever they are given, and where they add up
     gradients of tokens or heads, adding in another order changes the last digits.
     """
-    narrow, convert = torch.Tensor.float, torch.Tensor.to
+    narrow, convert, convert_type = torch.Tensor.float, torch.Tensor.to, torch.Tensor.type
 
     def keep(self: Tensor, *args: Any, **options: Any) -> Tensor:
         return self if self.dtype == torch.float64 else narrow(self, *args, **options)
@@ -211,7 +214,15 @@ def float64_stays() -> Iterator[None]:
         narrows = self.dtype == torch.float64 and torch.float32 in (*args[:1], options.get("dtype"))
         return self if narrows else convert(self, *args, **options)
 
-    with mock.patch.object(torch.Tensor, "float", keep), mock.patch.object(torch.Tensor, "to", keep_to):
+    def keep_type(self: Tensor, *args: Any, **options: Any) -> Any:
+        narrows = self.dtype == torch.float64 and args[:1] == (torch.float32,)
+        return self if narrows else convert_type(self, *args, **options)
+
+    with (
+        mock.patch.object(torch.Tensor, "float", keep),
+        mock.patch.object(torch.Tensor, "to", keep_to),
+        mock.patch.object(torch.Tensor, "type", keep_type),
+    ):
         yield
 
 

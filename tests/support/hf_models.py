@@ -51,13 +51,19 @@ class Family:
     options: dict[str, Any]
     model: str | None = None
     """The model's class, where it is not ``AutoModelForCausalLM``'s choice."""
+    around: dict[str, Any] | None = None
+    """Of a model of several parts: the other options of its configuration, in which this is the ``text_config``."""
 
     def make(self, **overrides: Any) -> nn.Module:
         """The model with eager attention and experts, in the default dtype and on the default device."""
         options = {**_COMMON, **self.options, **overrides}
-        config = getattr(transformers, self.config)(**{key: value for key, value in options.items() if value != "drop"})
-        config._attn_implementation = "eager"
-        config._experts_implementation = "eager"
+        options = {key: value for key, value in options.items() if value != "drop"}
+        if self.around is not None:
+            options = {**self.around, "text_config": options}
+        config = getattr(transformers, self.config)(**options)
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            part._attn_implementation = "eager"
+            part._experts_implementation = "eager"
         if self.model is not None:
             return getattr(transformers, self.model)._from_config(config)
         return transformers.AutoModelForCausalLM.from_config(config)
@@ -73,6 +79,30 @@ _DEEPSEEK = {
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
 }
+
+_INDEXER = {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
+_VISION = {
+    "depth": 1,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_heads": 2,
+    "patch_size": 2,
+    "out_hidden_size": 16,
+    "num_position_embeddings": 4,
+    "deepstack_visual_indexes": [0],
+}
+_AUDIO = {
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 8,
+    "d_model": 8,
+    "output_dim": 16,
+    "num_mel_bins": 8,
+    "max_source_positions": 8,
+    "downsample_hidden_size": 8,
+}
+_ONE_DENSE = ["dense", "sparse"]
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
 
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
@@ -220,11 +250,105 @@ FAMILIES: dict[str, Family] = {
             "sliding_window_pattern": 2,
         },
     ),
+    "qwen3_vl_moe": Family(
+        "Qwen3VLMoeConfig",
+        {**_MOE, **_LOGITS, "intermediate_size": 8, "rope_parameters": _SECTIONS},
+        model="Qwen3VLMoeForConditionalGeneration",
+        around={"vision_config": _VISION},
+    ),
+    "qwen3_omni_moe": Family(
+        "Qwen3OmniMoeThinkerConfig",
+        {**_MOE, **_LOGITS, "intermediate_size": 8, "rope_parameters": _SECTIONS},
+        model="Qwen3OmniMoeThinkerForConditionalGeneration",
+        around={"vision_config": _VISION, "audio_config": _AUDIO},
+    ),
+    "glm4_moe_lite": Family(
+        "Glm4MoeLiteConfig", {**_LATENT, **_DEEPSEEK, "n_group": 1, "topk_group": 1, "mlp_layer_types": _ONE_DENSE}
+    ),
+    "glm_moe_dsa": Family("GlmMoeDsaConfig", {**_LATENT, **_DEEPSEEK, **_INDEXER, "n_group": 1, "topk_group": 1}),
+    "deepseek_v32": Family("DeepseekV32Config", {**_LATENT, **_DEEPSEEK, **_INDEXER, "n_group": 2, "topk_group": 1}),
+    "deepseek_v4": Family(
+        "DeepseekV4Config",
+        {
+            **_LOGITS,
+            **_INDEXER,
+            "moe_intermediate_size": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "q_lora_rank": 8,
+            "o_lora_rank": 8,
+            "o_groups": 2,
+            "hc_mult": 2,
+            "hc_sinkhorn_iters": 3,
+            "sliding_window": 4,
+            "partial_rotary_factor": 0.5,
+            "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+            "mlp_layer_types": ["hash_moe", "moe"],
+            "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+    "kimi_linear": Family(
+        "KimiLinearConfig",
+        {
+            **_LATENT,
+            **_DEEPSEEK,
+            "q_lora_rank": "drop",
+            "num_local_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "linear_head_dim": 4,
+            "linear_num_heads": 2,
+            "linear_conv_kernel_dim": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": _ONE_DENSE,
+        },
+    ),
+    "nemotron_h": Family(
+        "NemotronHConfig",
+        {
+            "intermediate_size": 8,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+            "num_hidden_layers": "drop",
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 4,
+            "n_groups": 2,
+            "conv_kernel": 2,
+            "chunk_size": 4,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 8,
+            "moe_shared_expert_intermediate_size": 8,
+            "num_experts_per_tok": 2,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybridConfig",
+        {
+            **_LOGITS,
+            "intermediate_size": 8,
+            "shared_intermediate_size": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 4,
+            "mamba_d_conv": 2,
+            "mamba_chunk_size": 4,
+        },
+    ),
     "jetmoe": Family("JetMoeConfig", {"intermediate_size": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
 
-BRIEFLY = ("flex_olmo", "minimax", "lfm2_moe", "granitemoeshared", "solar_open", "exaone_moe")
+BRIEFLY = (
+    *("flex_olmo", "minimax", "lfm2_moe", "granitemoeshared", "solar_open", "exaone_moe"),
+    *("qwen3_vl_moe", "qwen3_omni_moe", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "granitemoehybrid"),
+)
 """Families that resemble another one, and are tested in the long run only."""
 
 
@@ -248,3 +372,5 @@ def randomise(model: nn.Module, seed: int) -> None:
         for name, buffer in model.named_buffers():
             if "correction_bias" in name:
                 buffer.copy_(torch.randn(buffer.shape, generator=draw) * 0.1)
+            if "tid2eid" in name:  # experts by token, different ones
+                buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape) * 3 // 2 % 4)

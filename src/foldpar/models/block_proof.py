@@ -158,7 +158,7 @@ def _folded(case: _Case, weights: ExpertWeights, groups: FoldedGroups) -> Folded
         device="meta",
     ).eval()
     tensors = {
-        "gate_up_proj": weights.gate_up,
+        adapter.storage.gate_up: weights.gate_up,
         "down_proj": weights.down,
         adapter.storage.gate_up_bias: weights.gate_up_bias,
         adapter.storage.down_bias: weights.down_bias,
@@ -214,7 +214,7 @@ def _cuts(case: _Case) -> Mapping[int, Callable[[Tensor], Tensor]]:
     storage, parts = case.adapter.storage, 2 if is_gated(case.activation) else 1
     units = slice(0, _UNITS)
     cut: dict[str, Callable[[Tensor], Tensor]] = {
-        "gate_up_proj": lambda stored: storage.own_gate_up(stored, parts=parts, units=units),
+        storage.gate_up: lambda stored: storage.own_gate_up(stored, parts=parts, units=units),
         storage.gate_up_bias: lambda stored: storage.own_gate_up(stored, parts=parts, units=units),
         "down_proj": lambda stored: storage.own_down(stored, units=units),
     }

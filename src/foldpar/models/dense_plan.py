@@ -103,9 +103,10 @@ def plan_dense(
     parameters = {
         f"{name}.{own}" if name else own: each for name, module in modules.items() for own, each in _own(module)
     }
-    styles = _styles(model, [*modules, *parameters], plan, extra, tuple(skip))
-    if tp == 1:
+    if tp == 1:  # the model's own styles mean nothing then, known or not
+        _styles(model, [*modules, *parameters], {}, extra, tuple(skip))
         return DensePlan({}, frozenset(), (), {})
+    styles = _styles(model, [*modules, *parameters], plan, extra, tuple(skip))
     steps, on_own_heads, left = {}, set(), {}
     for name, style in styles.items():
         kind = _KIND_OF_STYLE[style]

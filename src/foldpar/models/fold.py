@@ -17,7 +17,7 @@ from foldpar.models.meta_copy import HOOKS
 from foldpar.models.plan import Block, FoldPlan, survey
 from foldpar.models.refusals import refuse_what_needs_all_ranks
 from foldpar.models.tensor_parallel import shard_dense
-from foldpar.moe import FoldedExperts, ModelChecks, Partition
+from foldpar.moe import FoldedExperts, ModelChecks, Partition, correction_bias_in
 from foldpar.parameters import (
     keep_dtypes,
     mark_parameters,
@@ -134,6 +134,7 @@ def _fold(
     if not isinstance(experts, FoldedExperts) and id(experts) not in shared.experts:
         shared.experts[id(experts)] = _folded(block, groups, partition, check, shared)
     folded = experts if isinstance(experts, FoldedExperts) else shared.experts[id(experts)]
+    folded.counts_decisions = correction_bias_in(block.module) is not None
     for router in block.routers:
         mark_parameters(model.get_submodule(router), folded.lane_state.families.router_in_front)
     if adapter.around is None:

@@ -26,7 +26,7 @@ from foldpar.families import (
 )
 from foldpar.layout import FoldedLayout
 from foldpar.models.dense_plan import DensePlan, DenseStep, ending_in, model_plan, plan_dense
-from foldpar.models.known import DEFAULT_ADAPTERS, ExpertWeights, MoEAdapter
+from foldpar.models.known import DEFAULT_ADAPTERS, ByInterface, ExpertWeights, MoEAdapter, adapter_by_interface
 from foldpar.models.meta_copy import on_meta
 from foldpar.moe import Activation, ExpertShare, FoldedMoE, is_gated
 from foldpar.wording import divisors, listed
@@ -170,6 +170,8 @@ def survey(model: nn.Module, layout: FoldedLayout, adapters: Iterable[MoEAdapter
     for adapter in own:
         _check_names(model, layout, adapter, [block for block in blocks if block.adapter is adapter])
     _check_ties(model, blocks)
+    if layout.tp > 1:
+        _check_dense_is_known(blocks, layout.tp)
     kept = [block for block in blocks if block.adapter.replace is None]
     adapters_used = list({id(block.adapter): block.adapter for block in blocks}.values())
     extra: dict[str, str] = {}
@@ -289,6 +291,7 @@ def _find_blocks(model: nn.Module, adapters: tuple[MoEAdapter, ...]) -> Iterator
             continue
         classes = {cls.__name__ for cls in type(module).__mro__}
         adapter = next((adapter for adapter in adapters if classes & set(adapter.blocks)), None)
+        adapter = adapter or adapter_by_interface(module)
         if adapter is not None:
             known.append(name)
             blocks.append(_block(name, module, adapter))
@@ -309,6 +312,19 @@ def _find_blocks(model: nn.Module, adapters: tuple[MoEAdapter, ...]) -> Iterator
             f"adapters=(MoEAdapter('MyMoEBlock'),)."
         )
     yield from blocks
+
+
+def _check_dense_is_known(blocks: tuple[Block, ...], tp: int) -> None:
+    """What surrounds a block that is known by its experts alone is the model's, and nobody has looked at it."""
+    for block in blocks:
+        if isinstance(block.adapter, ByInterface):
+            kind = type(block.module).__name__
+            raise ModelError(
+                f"{block.name} ({kind}) is known by its experts alone, which follow transformers' interface, and "
+                f"tp = {tp}: whether the dense layers around it may be cut by the model's tensor-parallel plan, nobody "
+                f"has proven. With tp = 1 it can be folded as it is, over ep and etp. If you have compared its "
+                f"gradients with one process, say so with adapters=(MoEAdapter({kind!r}, ...),)."
+            )
 
 
 def _block(name: str, module: nn.Module, adapter: MoEAdapter) -> Block:
@@ -478,7 +494,7 @@ def _expert_rows(block: Block, layout: FoldedLayout) -> Iterator[FoldPlanRow]:
     parts = 2 if is_gated(block.activation) else 1
     experts, units, storage = num_experts // layout.ep, hidden // layout.etp, adapter.storage
     shapes = {
-        "gate_up_proj": (weights.gate_up, storage.gate_up_shape(experts, dim, parts * units)),
+        storage.gate_up: (weights.gate_up, storage.gate_up_shape(experts, dim, parts * units)),
         "down_proj": (weights.down, storage.down_shape(experts, dim, units)),
         storage.gate_up_bias: (weights.gate_up_bias, (experts, parts * units)),
         storage.down_bias: (weights.down_bias, (experts, dim)),

@@ -39,7 +39,7 @@ from foldpar.moe.lanes import LaneState
 from foldpar.moe.layer import FoldedMoE
 from foldpar.moe.routing.balanced_router import BalancedRouter
 from foldpar.moe.routing.capacity import Capacity, limit_capacity
-from foldpar.moe.routing.correction_bias import update_correction_bias
+from foldpar.moe.routing.correction_bias import correction_bias_in, update_correction_bias
 from foldpar.moe.routing.losses import load_balancing_loss, router_z_loss
 from foldpar.moe.routing.randomness import random_region, region_generator
 from foldpar.moe.routing.router import Router, Routing, TopKRouter
@@ -76,6 +76,7 @@ __all__ = [
     "TopKRouter",
     "collect",
     "combine",
+    "correction_bias_in",
     "dispatch",
     "grouped_feed_forward",
     "in_autocast_dtype",

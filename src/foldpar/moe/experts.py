@@ -72,7 +72,7 @@ class ExpertShare(nn.Module):
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         columns = self._parts * self.local_hidden
         shapes = {
-            "gate_up_proj": self.storage.gate_up_shape(self.local_experts, dim, columns),
+            self.storage.gate_up: self.storage.gate_up_shape(self.local_experts, dim, columns),
             "down_proj": self.storage.down_shape(self.local_experts, dim, self.local_hidden),
             self.storage.gate_up_bias: (self.local_experts, columns) if bias else None,
             self.storage.down_bias: (self.local_experts, dim) if bias else None,
@@ -88,7 +88,7 @@ class ExpertShare(nn.Module):
     @property
     def expert_parameters(self) -> frozenset[str]:
         """The names of the experts' own parameters; what else is in here came later."""
-        return frozenset(("gate_up_proj", "down_proj", self.storage.gate_up_bias, self.storage.down_bias))
+        return frozenset(self.storage.names)
 
     @property
     def pairs(self) -> dict[str, int]:
@@ -96,7 +96,7 @@ class ExpertShare(nn.Module):
         if self._parts == 1 or self.storage.interleaved or self.groups.etp.size == 1:
             return {}
         dimension = self.storage.pair_dimension
-        return {"gate_up_proj": dimension(dims=3), self.storage.gate_up_bias: dimension(dims=2)}
+        return {self.storage.gate_up: dimension(dims=3), self.storage.gate_up_bias: dimension(dims=2)}
 
     @property
     def biases(self) -> tuple[nn.Parameter, nn.Parameter] | None:
@@ -108,7 +108,7 @@ class ExpertShare(nn.Module):
     def reset_parameters(self, seed: int | None = None) -> None:
         """Draw every expert as ``nn.Linear`` would, from a generator keyed by ``seed`` and the global expert id."""
         seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
-        if self.gate_up_proj.is_meta:
+        if self.get_parameter(self.storage.gate_up).is_meta:
             return
         gate_up_own, down_own, *biases_own = (None if each is None else each.detach() for each in self.local_weights())
         assert gate_up_own is not None and down_own is not None
@@ -179,7 +179,7 @@ class ExpertShare(nn.Module):
         options.update(activation=activation, bias=gate_up_bias is not None, storage=storage, seed=0, device="meta")
         experts = cls(num_experts, dim, hidden_dim, groups, **options)
         wholes = {
-            "gate_up_proj": gate_up_proj,
+            experts.storage.gate_up: gate_up_proj,
             "down_proj": down_proj,
             storage.gate_up_bias: gate_up_bias,
             storage.down_bias: down_bias,
@@ -287,12 +287,12 @@ class ExpertShare(nn.Module):
             return None
         if name == "down_proj":
             return 1 if self.storage.transposed else 2
-        units = self.storage.pair_dimension(dims=3 if name == "gate_up_proj" else 2)
+        units = self.storage.pair_dimension(dims=3 if name == self.storage.gate_up else 2)
         return units + 1 if name in self.pairs else units
 
     def local_weights(self) -> tuple[Tensor | None, ...]:
         """This rank's shares, in the usual shape: ``gate_up_proj``, ``down_proj`` and the biases or ``None``."""
-        names = ("gate_up_proj", "down_proj", self.storage.gate_up_bias, self.storage.down_bias)
+        names = self.storage.names
         pairs = self.pairs
         parts = local_parts(*(getattr(self, name) for name in names), partial_over="etp")
         if parts[1] is not None and parts[1].shape[0] != self.local_experts:

@@ -21,11 +21,12 @@ from foldpar.moe.experts import ExpertShare
 from foldpar.moe.kernels.grouped import in_autocast_dtype
 from foldpar.moe.lane_checks import LaneChecks
 from foldpar.moe.lanes import Lanes, LaneState
+from foldpar.moe.recomputation import in_backward, unseen_by_modes
 from foldpar.moe.routing.router import Routing, without_tokens
 from foldpar.moe.transport.journey import Journey
 from foldpar.moe.transport.messages import Partition
 from foldpar.moe.transport.one_sided import OneSided
-from foldpar.moe.transport.whole import WholeJourney, uncompiled, why_uncompiled
+from foldpar.moe.transport.whole import BALANCED, WholeJourney, uncompiled, why_uncompiled
 from foldpar.parameters import is_sharded_over
 
 __all__ = ["FoldedExperts", "check_device_and_dtype", "rows_for"]
@@ -83,6 +84,10 @@ class FoldedExperts(ExpertShare):
         self.call = call
         self.without_data = False
         """All tokens are padding; set by :func:`foldpar.lockstep`."""
+        self.decisions: Tensor | None = None
+        """Assignments per expert in training since the last :func:`foldpar.update_correction_bias`, int64."""
+        self.counts_decisions = False
+        """Count them; set by :func:`foldpar.fold_model` where a block has a correction bias."""
         self.lane_state = LaneState(groups, lanes, partition=partition)
         self.checks = LaneChecks(self.lane_state, check)
         self.journey = Journey(self.lane_state, self, counters=counters, one_sided=one_sided)
@@ -105,7 +110,8 @@ class FoldedExperts(ExpertShare):
         self._check_inputs(hidden_states, top_k_index, top_k_weights)
         if not torch.compiler.is_compiling():
             return self._in_steps(hidden_states, top_k_index, top_k_weights)
-        if (why := why_uncompiled(self.journey, self)) is not None:
+        why = BALANCED if self.counts_decisions else why_uncompiled(self.journey, self)
+        if why is not None:
             return uncompiled(why, self._in_steps, hidden_states, top_k_index, top_k_weights)
         own = self._whole.own
         routing = self._routing(own(top_k_index), own(_wide(top_k_weights, hidden_states)))
@@ -120,12 +126,22 @@ class FoldedExperts(ExpertShare):
         routing = self._routing(ids, self.journey.ends.own(_wide(top_k_weights, hidden_states)))
         if checked:
             self.checks.routing(routing)
+        if self.counts_decisions and self.training and not in_backward():
+            self._count(routing)
         y = self.journey(self.compute, rows, routing, tokens=hidden_states.shape[0])
         self.checks.leaving(y)
         return y.to(hidden_states.dtype)
 
     def _routing(self, ids: Tensor, weights: Tensor) -> Routing:
         return without_tokens(Routing(ids, weights)) if self.without_data else Routing(ids, weights)
+
+    def _count(self, routing: Routing) -> None:
+        ids = routing.ids.detach().long()
+        ones = torch.ones_like(ids) if routing.mask is None else routing.mask.long()
+        with unseen_by_modes():
+            if self.decisions is None or self.decisions.device != ids.device:
+                self.decisions = torch.zeros(self.num_experts, dtype=torch.int64, device=ids.device)
+            self.decisions.scatter_add_(0, ids.clamp(0, self.num_experts - 1).flatten(), ones.flatten())
 
     @property
     def counters(self) -> LayerCounters | None:

@@ -12,7 +12,7 @@ __all__ = ["ExpertStorage"]
 
 @dataclass(frozen=True, slots=True)
 class ExpertStorage:
-    """The layout of ``gate_up_proj`` and ``down_proj``, and the names of their biases.
+    """The layout of ``gate_up_proj`` and ``down_proj``, the name of the first, and the names of their biases.
 
     With ``E`` experts, width ``H``, hidden width ``I`` and ``parts`` columns for each hidden unit (2 if gated, else 1):
 
@@ -38,6 +38,12 @@ class ExpertStorage:
     interleaved: bool = False
     gate_up_bias: str = "gate_up_bias"
     down_bias: str = "down_bias"
+    gate_up: str = "gate_up_proj"
+
+    @property
+    def names(self) -> tuple[str, str, str, str]:
+        """Of the two weights and the two biases."""
+        return self.gate_up, "down_proj", self.gate_up_bias, self.down_bias
 
     def pair_dimension(self, *, dims: int) -> int:
         """Which dimension of a ``gate_up`` weight (3 dims) or bias (2) one for the pair of gate and up would be.

@@ -10,7 +10,6 @@ from os import PathLike
 from typing import Any, get_args
 
 from foldpar.errors import FoldingError
-from foldpar.integers import as_integer, divisors, listed
 from foldpar.layout import ORDERS, FoldedLayout, Order
 from foldpar.planning.folds import (
     LeftOut,
@@ -29,6 +28,7 @@ from foldpar.planning.memory import LOADS, Memory, MemoryModel
 from foldpar.planning.model_files import read_model
 from foldpar.planning.shape import ModelShape
 from foldpar.planning.timing import Seconds, TimeModel
+from foldpar.wording import as_integer, divisors, listed
 
 __all__ = ["Plan", "PlanError", "PlanRow", "plan"]
 

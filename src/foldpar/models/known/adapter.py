@@ -43,12 +43,12 @@ class MoEAdapter:
         block: the name of the block's class, or several; subclasses count.
         experts: the child that holds the experts, a dotted path inside the block.
         routers: children of the block that route, those of them that a block has. They see all tokens on every lane.
-        storage: how the experts' weights are laid out, and what the biases are called.
+        storage: how the experts' weights are laid out, and what the first one and the biases are called.
         activation: an activation of :class:`foldpar.GroupedExperts`, or a function of the experts' module. ``None``
             looks at the module's ``act_fn``, or a gate of its own: one that is known by its code becomes foldpar's,
             and any other is kept as it is, a :class:`~foldpar.OwnActivation`.
         weights: ``experts -> ExpertWeights``, where a module stores them under other names or in several tensors. The
-            folded parameters are then called ``gate_up_proj`` and ``down_proj``.
+            folded parameters are then called as ``storage`` says, ``gate_up_proj`` and ``down_proj``.
         call: ``(folded, *arguments) -> output``: the convention in which the block calls its experts, where that is
             another one; ``folded`` is a function of ``(hidden_states, top_k_index, top_k_weights)``.
         around: ``(block, folded experts) -> module`` in place of the whole block, where its forward cannot stay. It
@@ -120,7 +120,7 @@ class MoEAdapter:
         if self.weights is not None:
             return self._made_weights(self.weights, experts, where)
         parameters = dict(experts.named_parameters(recurse=False))
-        names = ("gate_up_proj", "down_proj", self.storage.gate_up_bias, self.storage.down_bias)
+        names = self.storage.names
         if missing := [name for name in names[:2] if name not in parameters]:
             raise ModelError(
                 f"{where} ({type(experts).__name__}) has no parameter {' and no '.join(missing)}; its own parameters "
@@ -174,7 +174,8 @@ class MoEAdapter:
         """The experts' activation, given or looked up."""
         interleaved = self.storage.interleaved
         if self.activation is None:
-            return activation_of(experts, where, interleaved=interleaved)
+            gated = getattr(experts, "has_gate", True) is not False  # what transformers' interface says
+            return activation_of(experts, where, gated=gated, interleaved=interleaved)
         found: object = self.activation
         if callable(found):
             try:

@@ -10,8 +10,11 @@ ADAPTERS = (
     MoEAdapter(("MiniMaxSparseMoeBlock", "MiniMaxM2SparseMoeBlock", "Lfm2MoeSparseMoeBlock")),
     MoEAdapter("Qwen2MoeSparseMoeBlock", tp_plan=feed_forward("mlp.shared_expert")),
     MoEAdapter(("Qwen3NextSparseMoeBlock", "Qwen3_5MoeSparseMoeBlock")),
+    MoEAdapter(("Qwen3VLMoeTextSparseMoeBlock", "Qwen3OmniMoeThinkerTextSparseMoeBlock")),
     MoEAdapter("Ernie4_5_MoeSparseMoeBlock"),
-    MoEAdapter(("PhimoeSparseMoeBlock", "GraniteMoeMoE", "GraniteMoeSharedMoE"), tp_plan=ATTENTION),
+    MoEAdapter(
+        ("PhimoeSparseMoeBlock", "GraniteMoeMoE", "GraniteMoeSharedMoE", "GraniteMoeHybridMoE"), tp_plan=ATTENTION
+    ),
     MoEAdapter(
         "HunYuanMoEV1Moe",
         tp_plan={**ATTENTION, **feed_forward("mlp.shared_mlp")},

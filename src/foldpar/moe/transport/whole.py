@@ -30,6 +30,7 @@ FOREIGN = (
 OVERRIDDEN = "its experts override how they are computed, which an operator would not see"
 HOOKED = "hooks hang on the call of its experts (those of shard_model, for example), which an operator would not make"
 COUNTED = "its counters count on the host: leave counters away"
+BALANCED = "its decisions are counted for a correction bias, which a recomputation must not repeat"
 LIMITED = "its capacity is limited by what the lanes tell each other: leave capacity away"
 RANDOM = "its router draws random numbers in a region of its own: leave jitter away"
 
@@ -147,5 +148,5 @@ def _call(method: Callable[..., _Result], *arguments: Any) -> _Result:
 
 _UNCOMPILED: dict[str, Callable[..., Any]] = {
     why: torch.compiler.disable(_call, reason=f"The routed part of a folded layer is not compiled: {why}.")
-    for why in (FOREIGN, OVERRIDDEN, HOOKED, COUNTED, LIMITED, RANDOM)
+    for why in (FOREIGN, OVERRIDDEN, HOOKED, COUNTED, BALANCED, LIMITED, RANDOM)
 }

@@ -1,0 +1,49 @@
+"""The table of transformers' model types is what the library does with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+import transformers
+from hf_models import FAMILIES
+from pages import DOCS, ROOT
+
+PAGE = DOCS["models"]
+ROWS = {row.split(" | ")[0].strip("|` "): row for row in PAGE.splitlines() if row.startswith("| `")}
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("models_of_docs", ROOT / "docs" / "models.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_family_that_is_compared_says_so() -> None:
+    """Types of several parts, such as vision and text, have a row for each."""
+    for family in FAMILIES:
+        if family != "jetmoe":
+            assert any("| compared |" in row for name, row in ROWS.items() if name.startswith(family)), family
+    assert "| refused | " in ROWS["jetmoe"]
+
+
+@pytest.mark.skipif(
+    f"transformers {transformers.__version__} whose" not in PAGE, reason="the table is of another version"
+)
+@pytest.mark.parametrize("model_type", ["mixtral", "flint"])
+def test_some_rows_are_up_to_date(model_type: str) -> None:
+    models = script()
+    assert f"| {' | '.join(models.row(model_type, models.compared()))} |" == ROWS[model_type]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(
+    f"transformers {transformers.__version__} whose" not in PAGE, reason="the table is of another version"
+)
+def test_all_rows_are_up_to_date() -> None:
+    assert script().page() == PAGE
