@@ -25,6 +25,7 @@ from foldpar.families import (
 )
 from foldpar.integers import divisors, listed
 from foldpar.layout import FoldedLayout
+from foldpar.models.adapted import adapters_aside, base_of
 from foldpar.models.dense_plan import DensePlan, DenseStep, ending_in, model_plan, plan_dense
 from foldpar.models.known import DEFAULT_ADAPTERS, ExpertWeights, MoEAdapter
 from foldpar.models.meta_copy import on_meta
@@ -123,7 +124,9 @@ def plan_fold(model: nn.Module, layout: FoldedLayout, *, adapters: Iterable[MoEA
             their hidden width, or ``tp`` heads or widths; the text names the valid choices.
     """
     expect("plan_fold", model=(model, nn.Module), layout=(layout, FoldedLayout))
-    return survey(model, layout, adapters).plan
+    model = base_of(model)
+    with adapters_aside(model):
+        return survey(model, layout, adapters).plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
