@@ -12,6 +12,7 @@ Laws: a checkpoint is whole or is not there; what is loaded equals what was save
 
 from __future__ import annotations
 
+from foldpar.checkpoint.optimizers import check_optimizer
 from foldpar.checkpoint.save_and_load import (
     CheckpointInfo,
     PendingSave,
@@ -23,6 +24,7 @@ from foldpar.checkpoint.save_and_load import (
 __all__ = [
     "CheckpointInfo",
     "PendingSave",
+    "check_optimizer",
     "latest_checkpoint",
     "load_checkpoint",
     "save_checkpoint",

@@ -42,7 +42,8 @@ from foldpar.checkpoint.files import (
     wrong_sums,
 )
 from foldpar.checkpoint.manifest import Manifest, OptimizerRecord
-from foldpar.checkpoint.matching import Match, left_over, match_model, match_optimizer
+from foldpar.checkpoint.matching import Match, left_over, match_model, match_optimizers
+from foldpar.checkpoint.optimizers import Optimizers, as_optimizers
 from foldpar.checkpoint.pending import PendingSave, settle
 from foldpar.checkpoint.schedulers import (
     Scheduler,
@@ -75,7 +76,7 @@ _SHOWN = 8
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers | None,
     groups: FoldedGroups,
     *,
     step: int | None = ...,
@@ -90,7 +91,7 @@ def save_checkpoint(
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers | None,
     groups: FoldedGroups,
     *,
     step: int | None = ...,
@@ -104,7 +105,7 @@ def save_checkpoint(
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers | None,
     groups: FoldedGroups,
     *,
     step: int | None = None,
@@ -131,7 +132,8 @@ def save_checkpoint(
     Args:
         path: where all ranks can write. What is there must not be a complete checkpoint.
         optimizer: any ``torch.optim.Optimizer`` whose states have the shapes of their parameters or are single
-            numbers; ``None`` saves the model alone.
+            numbers (:func:`foldpar.check_optimizer` tells after the first step); or several, as a list or a mapping,
+            where each parameter belongs to one of them. ``None`` saves the model alone.
         step: the number of the step.
         extra: plain Python values, the same on all ranks, such as the place in the data: numbers, strings, bytes,
             ``None``, and lists, tuples, sets and dictionaries of them. They come back equal and of the same types.
@@ -207,7 +209,7 @@ class CheckpointInfo:
 def load_checkpoint(
     path: str | os.PathLike[str] | None,
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers | None,
     groups: FoldedGroups,
     *,
     schedulers: Scheduler | Sequence[Scheduler] = (),
@@ -229,7 +231,7 @@ def load_checkpoint(
 
     Args:
         path: ``None``, which ``latest_checkpoint`` gives where there is none, loads nothing: training starts at step 0.
-        optimizer: ``None`` loads the model alone.
+        optimizer: one or several, as in saving, in any order. ``None`` loads the model alone.
         schedulers: those whose states were saved, as many and of the same classes, in the same order.
         random_state: put the random states back, in the layout that they were saved in. ``False`` for a model that is
             loaded beside the one in training, such as an average, and should not rewind the generators.
@@ -254,7 +256,8 @@ def load_checkpoint(
     ranks = Ranks.of(groups, f"Loading {path or 'nothing'}")
     given = {"path": path, "cast": cast, "verify": verify, "staged": staged, "random_state": random_state}
     of_schedulers = ranks.together(partial(as_schedulers, schedulers))
-    _check_same_arguments(ranks, optimizer=optimizer is not None, **given)
+    optimizers = ranks.together(partial(as_optimizers, optimizer))
+    _check_same_arguments(ranks, optimizer=len(optimizers), **given)
     if path is None:
         return CheckpointInfo(None, 0, None, groups.layout, "nothing loaded", None, __version__, str(torch.__version__))
     manifest = ranks.together(partial(_open, path, ranks))
@@ -262,15 +265,14 @@ def load_checkpoint(
     if verify:
         _verify(ranks, path, manifest)
     with torch.no_grad():
-        match = ranks.together(partial(_match, manifest, model, optimizer, groups, of_schedulers, cast, staged))
-        _raise_problems(ranks, path, manifest, match, groups, optimizer is not None)
+        match = ranks.together(partial(_match, manifest, model, optimizers, groups, of_schedulers, cast, staged))
+        _raise_problems(ranks, path, manifest, match, groups, bool(optimizers))
         same_layout = manifest.layout == groups.layout
         restored = same_layout and random_state
         value = _read(ranks, path, manifest, match, groups.rank if restored else None, staged)
         for target, fresh in match.copies:
             target.copy_(fresh)
-    if optimizer is not None:
-        _install(optimizer, match)
+    _install(optimizers, match)
     ranks.together(partial(install_schedulers, of_schedulers, match.schedulers))
     if value is not None:
         ranks.together(partial(restore_random_state, value))
@@ -307,7 +309,7 @@ class _Part:
 
 def _describe(
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers | None,
     groups: FoldedGroups,
     path: Path,
     step: int | None,
@@ -330,11 +332,12 @@ def _describe(
         raise CheckpointError(f"step = {step!r} is not an integer. Other things to remember go into extra.")
     encoded = encode(extra, "extra")
     state = model_state(model, groups)
-    of_optimizer = None if optimizer is None else optimizer_state(optimizer, state, groups)
+    optimizers = as_optimizers(optimizer)
+    of_optimizer = optimizer_state(optimizers, state, groups) if optimizers else None
     entries = [*state.entries.values(), *(of_optimizer.entries if of_optimizer is not None else ())]
     blocks = [block for entry in entries for block in entry.blocks(piece_bytes)]
     values = {f"random.{groups.rank}": random_state()}
-    of_schedulers = scheduler_states(as_schedulers(schedulers), optimizer, state)
+    of_schedulers = scheduler_states(as_schedulers(schedulers), optimizers, state)
     return _Part(groups.coordinate.pp, state, of_optimizer, entries, blocks, values, encoded, of_schedulers)
 
 
@@ -471,6 +474,7 @@ def _joined(records: Sequence[OptimizerRecord]) -> OptimizerRecord | None:
         records[0].kind,
         {name: options for record in records for name, options in record.options.items()},
         {name: state for record in records for name, state in record.state.items()},
+        {name: kind for record in records for name, kind in record.kinds.items()},
     )
 
 
@@ -551,7 +555,7 @@ def _verify(ranks: Ranks, path: Path, manifest: Manifest) -> None:
 def _match(
     manifest: Manifest,
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizers: Sequence[Optimizer],
     groups: FoldedGroups,
     schedulers: Sequence[Scheduler],
     cast: bool,
@@ -559,9 +563,9 @@ def _match(
 ) -> Match:
     state, match = model_state(model, groups), Match()
     match_model(match, manifest, state, cast=cast, staged=staged)
-    if optimizer is not None:
-        match_optimizer(match, manifest, state, optimizer, staged=staged)
-    match.schedulers = match_schedulers(manifest.schedulers, schedulers, optimizer, state, match.problems)
+    if optimizers:
+        match_optimizers(match, manifest, state, optimizers, staged=staged)
+    match.schedulers = match_schedulers(manifest.schedulers, schedulers, optimizers, state, match.problems)
     return match
 
 
@@ -610,8 +614,12 @@ def _read(ranks: Ranks, path: Path, manifest: Manifest, match: Match, random_ran
     return None if key is None or values is None else values[key]
 
 
-def _install(optimizer: Optimizer, match: Match) -> None:
+def _install(optimizers: Sequence[Optimizer], match: Match) -> None:
+    owners = {
+        each: optimizer for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]
+    }
     for parameter, states in match.states.items():
+        optimizer = owners[parameter]
         if states:
             optimizer.state[parameter] = states
         else:
