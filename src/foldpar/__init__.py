@@ -119,6 +119,7 @@ _NAMES = {
     "checkpoint": (
         "CheckpointInfo",
         "PendingSave",
+        "check_optimizer",
         "latest_checkpoint",
         "load_checkpoint",
         "save_checkpoint",

@@ -1,6 +1,7 @@
 from foldpar import families as families
 from foldpar.checkpoint import CheckpointInfo as CheckpointInfo
 from foldpar.checkpoint import PendingSave as PendingSave
+from foldpar.checkpoint import check_optimizer as check_optimizer
 from foldpar.checkpoint import latest_checkpoint as latest_checkpoint
 from foldpar.checkpoint import load_checkpoint as load_checkpoint
 from foldpar.checkpoint import save_checkpoint as save_checkpoint

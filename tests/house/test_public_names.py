@@ -106,6 +106,7 @@ def test_the_exported_names_are_these():
         "all_reduce",
         "all_to_all_rows",
         "assert_same_on_group",
+        "check_optimizer",
         "check_replicas",
         "clip_grad_norm_",
         "combine",

@@ -686,6 +686,7 @@ def test_the_code_of_the_migration_page_uses_names_that_exist():
         "load_checkpoint",
         "accumulate",
         "families",
+        "hf",
         *foldpar.__all__,
     }
     used = {

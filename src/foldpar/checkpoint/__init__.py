@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from foldpar.checkpoint.files import latest_checkpoint
 from foldpar.checkpoint.load import CheckpointInfo, load_checkpoint
+from foldpar.checkpoint.optimizers import check_optimizer
 from foldpar.checkpoint.pending import PendingSave
 from foldpar.checkpoint.save import save_checkpoint
 
 __all__ = [
     "CheckpointInfo",
     "PendingSave",
+    "check_optimizer",
     "latest_checkpoint",
     "load_checkpoint",
     "save_checkpoint",

@@ -18,7 +18,8 @@ from foldpar.checkpoint.agreement import check_same_arguments
 from foldpar.checkpoint.dcp import StoredTensors
 from foldpar.checkpoint.files import check_sizes, damaged_sums, read_manifest, wrong_sums
 from foldpar.checkpoint.manifest import Manifest
-from foldpar.checkpoint.matching import Match, left_over, match_model, match_optimizer
+from foldpar.checkpoint.matching import Match, left_over, match_model, match_optimizers
+from foldpar.checkpoint.optimizers import Optimizers, as_optimizers
 from foldpar.checkpoint.schedulers import Scheduler, as_schedulers, install_schedulers, match_schedulers
 from foldpar.checkpoint.state import model_state, restore_random_state
 from foldpar.checkpoint.values import decode
@@ -53,7 +54,7 @@ class CheckpointInfo:
 def load_checkpoint(
     path: str | os.PathLike[str] | None,
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers | None,
     groups: FoldedGroups,
     *,
     schedulers: Scheduler | Sequence[Scheduler] = (),
@@ -75,7 +76,7 @@ def load_checkpoint(
 
     Args:
         path: ``None``, which ``latest_checkpoint`` gives where there is none, loads nothing: training starts at step 0.
-        optimizer: ``None`` loads the model alone.
+        optimizer: one or several, as in saving, in any order. ``None`` loads the model alone.
         schedulers: those whose states were saved, as many and of the same classes, in the same order.
         random_state: put the random states back, in the layout that they were saved in. ``False`` for a model that is
             loaded beside the one in training, such as an average, and should not rewind the generators.
@@ -100,7 +101,8 @@ def load_checkpoint(
     ranks = Ranks.of(groups, f"Loading {path or 'nothing'}")
     given = {"path": path, "cast": cast, "verify": verify, "staged": staged, "random_state": random_state}
     of_schedulers = ranks.together(partial(as_schedulers, schedulers))
-    check_same_arguments(ranks, optimizer=optimizer is not None, **given)
+    optimizers = ranks.together(partial(as_optimizers, optimizer))
+    check_same_arguments(ranks, optimizer=len(optimizers), **given)
     if path is None:
         return CheckpointInfo(None, 0, None, groups.layout, "nothing loaded", None, __version__, str(torch.__version__))
     manifest = ranks.together(partial(_open, path, ranks))
@@ -108,15 +110,14 @@ def load_checkpoint(
     if verify:
         _verify(ranks, path, manifest)
     with torch.no_grad():
-        match = ranks.together(partial(_match, manifest, model, optimizer, groups, of_schedulers, cast, staged))
-        _raise_problems(ranks, path, manifest, match, groups, optimizer is not None)
+        match = ranks.together(partial(_match, manifest, model, optimizers, groups, of_schedulers, cast, staged))
+        _raise_problems(ranks, path, manifest, match, groups, bool(optimizers))
         same_layout = manifest.layout == groups.layout
         restored = same_layout and random_state
         value = _read(ranks, path, manifest, match, groups.rank if restored else None, staged)
         for target, fresh in match.copies:
             target.copy_(fresh)
-    if optimizer is not None:
-        _install(optimizer, match)
+    _install(optimizers, match)
     ranks.together(partial(install_schedulers, of_schedulers, match.schedulers))
     if value is not None:
         ranks.together(partial(restore_random_state, value))
@@ -151,7 +152,7 @@ def _verify(ranks: Ranks, path: Path, manifest: Manifest) -> None:
 def _match(
     manifest: Manifest,
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizers: Sequence[Optimizer],
     groups: FoldedGroups,
     schedulers: Sequence[Scheduler],
     cast: bool,
@@ -159,9 +160,9 @@ def _match(
 ) -> Match:
     state, match = model_state(model, groups), Match()
     match_model(match, manifest, state, cast=cast, staged=staged)
-    if optimizer is not None:
-        match_optimizer(match, manifest, state, optimizer, staged=staged)
-    match.schedulers = match_schedulers(manifest.schedulers, schedulers, optimizer, state, match.problems)
+    if optimizers:
+        match_optimizers(match, manifest, state, optimizers, staged=staged)
+    match.schedulers = match_schedulers(manifest.schedulers, schedulers, optimizers, state, match.problems)
     return match
 
 
@@ -208,8 +209,12 @@ def _read(ranks: Ranks, path: Path, manifest: Manifest, match: Match, random_ran
     return None if key is None or values is None else values[key]
 
 
-def _install(optimizer: Optimizer, match: Match) -> None:
+def _install(optimizers: Sequence[Optimizer], match: Match) -> None:
+    owners = {
+        each: optimizer for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]
+    }
     for parameter, states in match.states.items():
+        optimizer = owners[parameter]
         if states:
             optimizer.state[parameter] = states
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from typing import Any, Literal
 
@@ -53,11 +53,17 @@ class StateRecord:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerRecord:
-    """An optimizer by parameter name: its class, the options of every parameter, and its states."""
+    """Optimizers by parameter name: their classes, the options of every parameter, and its states."""
 
     kind: str
     options: Mapping[str, Mapping[str, Any]]
     state: Mapping[str, Mapping[str, StateRecord]]
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """Of several optimizers, the class of each parameter's; empty where there was one."""
+
+    def kind_of(self, name: str) -> str:
+        """The class of the optimizer of a parameter."""
+        return self.kinds.get(name, self.kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +161,7 @@ def _schedulers_of_stage(document: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"there are {len(kinds)} schedulers and {len(states)} states")
     return {
         "kinds": [_text_of(kind) for kind in kinds],
-        "groups": [[_text_of(name) for name in _list(group)] for group in groups],
+        "groups": _names_in(groups),
         "states": [_dict(state) for state in states],
     }
 
@@ -190,6 +196,7 @@ def _optimizer_record(document: Mapping[str, Any]) -> OptimizerRecord:
             name: {key: _state_record(record) for key, record in _dict(states).items()}
             for name, states in _dict(document["state"]).items()
         },
+        {name: _text_of(kind) for name, kind in _dict(document.get("kinds", {})).items()},
     )
 
 
@@ -198,6 +205,11 @@ def _state_record(record: Mapping[str, Any]) -> StateRecord:
     if kind not in ("parameter", "whole", "value"):
         raise ValueError(f"a state is of the kind {kind!r}")
     return StateRecord(kind, _shape(record["shape"]), _text_of(record["dtype"]), record["value"])
+
+
+def _names_in(value: Any) -> Any:
+    """Names in lists, of one optimizer's groups or of the groups of several."""
+    return [_names_in(each) for each in value] if isinstance(value, list) else _text_of(value)
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -241,12 +253,12 @@ def _optimizer_document(optimizer: OptimizerRecord) -> dict[str, Any]:
         "state": {
             name: {key: asdict(record) for key, record in states.items()} for name, states in optimizer.state.items()
         },
-    }
+    } | ({"kinds": dict(optimizer.kinds)} if optimizer.kinds else {})
 
 
 def _text(document: Mapping[str, Any], depth: int = 0) -> str:
     """JSON with a line for each tensor, file or option, as a person would write it."""
-    spread = {"parameters", "buffers", "optimizer", "files", "options_of", "state"}
+    spread = {"parameters", "buffers", "optimizer", "files", "options_of", "state", "kinds"}
     lines = []
     for name, value in document.items():
         text = _text(value, depth + 1) if name in spread and isinstance(value, dict) else json.dumps(value)

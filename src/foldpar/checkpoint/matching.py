@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -18,14 +18,14 @@ from foldpar.errors import CheckpointError
 from foldpar.parameters import Placement, Share
 from foldpar.wording import some
 
-__all__ = ["Match", "left_over", "match_model", "match_optimizer"]
+__all__ = ["Match", "left_over", "match_model", "match_optimizers"]
 
 _SMALL = 2**20  # bytes of a tensor that may be made before anything says that the files hold so much
 
 
 @dataclass(slots=True, eq=False)
 class Match:
-    """What goes where: filled by :func:`match_model` and :func:`match_optimizer`, then read."""
+    """What goes where: filled by :func:`match_model` and :func:`match_optimizers`, then read."""
 
     problems: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
@@ -78,23 +78,29 @@ def left_over(manifest: Manifest, used: set[str], used_by_optimizer: set[str] | 
     return problems
 
 
-def match_optimizer(match: Match, manifest: Manifest, state: ModelState, optimizer: Optimizer, *, staged: bool) -> None:
-    """Find options and states of every parameter that the optimizer holds, and make tensors to read states into."""
+def match_optimizers(
+    match: Match, manifest: Manifest, state: ModelState, optimizers: Sequence[Optimizer], *, staged: bool
+) -> None:
+    """Find options and states of every parameter that the optimizers hold, and make tensors to read states into."""
     record = manifest.optimizer
     if record is None:
         match.problems.append("the checkpoint holds no optimizer: load it with optimizer=None")
         return
-    if record.kind != type(optimizer).__qualname__:
+    kinds = list(dict.fromkeys(type(each).__qualname__ for each in optimizers))
+    if {*(record.kinds.values() or [record.kind])} != {*kinds}:
+        here = f"these are {', '.join(kinds)}, whose" if len(kinds) > 1 else f"this is {', '.join(kinds)}, whose"
         match.problems.append(
-            f"it was saved with the optimizer {record.kind}, and this is {type(optimizer).__qualname__}, whose states "
-            f"mean something else: load it with optimizer=None, and start the optimizer anew"
+            f"it was saved with the optimizer {record.kind}, and {here} states mean something else: load it with "
+            f"optimizer=None, and start the optimizer anew"
         )
         return
     canonical = _canonical(manifest)
     placements = {id(placement.parameter): placement for placement in state.placements}
     missing: list[str] = []
     limit = sum(file.size for file in manifest.files.values())
-    for number, group in enumerate(optimizer.param_groups):
+    groups = [(each, group) for each in optimizers for group in each.param_groups]
+    for number, (optimizer, group) in enumerate(groups):
+        kind = type(optimizer).__qualname__
         options: dict[str, Mapping[str, Any]] = {}
         for parameter in group["params"]:
             placement = placements.get(id(parameter))
@@ -106,6 +112,12 @@ def match_optimizer(match: Match, manifest: Manifest, state: ModelState, optimiz
             match.used_by_optimizer.update(names)
             if not names:
                 missing.append(placement.name)
+                continue
+            if record.kind_of(names[0]) != kind:
+                match.problems.append(
+                    f"{placement.name} was trained by {record.kind_of(names[0])}, and is given to {kind} here: give "
+                    f"each optimizer the parameters that it had"
+                )
                 continue
             options[placement.name] = record.options[names[0]]
             saved_dtype = manifest.parameters[names[0]].dtype

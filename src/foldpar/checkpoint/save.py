@@ -19,7 +19,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from foldpar import __version__
 from foldpar.checkpoint.agreement import check_same_arguments, check_same_model
@@ -37,6 +36,7 @@ from foldpar.checkpoint.files import (
     unfinished,
 )
 from foldpar.checkpoint.manifest import Manifest, OptimizerRecord
+from foldpar.checkpoint.optimizers import Optimizers, as_optimizers
 from foldpar.checkpoint.pending import PendingSave, settle
 from foldpar.checkpoint.schedulers import Scheduler, as_schedulers, scheduler_states
 from foldpar.checkpoint.state import (
@@ -59,7 +59,7 @@ __all__ = ["save_checkpoint"]
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers | None,
     groups: FoldedGroups,
     *,
     step: int | None = ...,
@@ -74,7 +74,7 @@ def save_checkpoint(
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers | None,
     groups: FoldedGroups,
     *,
     step: int | None = ...,
@@ -88,7 +88,7 @@ def save_checkpoint(
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers | None,
     groups: FoldedGroups,
     *,
     step: int | None = None,
@@ -115,7 +115,8 @@ def save_checkpoint(
     Args:
         path: where all ranks can write. What is there must not be a complete checkpoint.
         optimizer: any ``torch.optim.Optimizer`` whose states have the shapes of their parameters or are single
-            numbers; ``None`` saves the model alone.
+            numbers (:func:`foldpar.check_optimizer` tells after the first step); or several, as a list or a mapping,
+            where each parameter belongs to one of them. ``None`` saves the model alone.
         step: the number of the step.
         extra: plain Python values, the same on all ranks, such as the place in the data: numbers, strings, bytes,
             ``None``, and lists, tuples, sets and dictionaries of them. They come back equal and of the same types.
@@ -194,7 +195,7 @@ class _Part:
 
 def _describe(
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers | None,
     groups: FoldedGroups,
     path: Path,
     step: int | None,
@@ -217,11 +218,12 @@ def _describe(
         raise CheckpointError(f"step = {step!r} is not an integer. Other things to remember go into extra.")
     encoded = encode(extra, "extra")
     state = model_state(model, groups)
-    of_optimizer = None if optimizer is None else optimizer_state(optimizer, state, groups)
+    optimizers = as_optimizers(optimizer)
+    of_optimizer = optimizer_state(optimizers, state, groups) if optimizers else None
     entries = [*state.entries.values(), *(of_optimizer.entries if of_optimizer is not None else ())]
     blocks = [block for entry in entries for block in entry.blocks(piece_bytes)]
     values = {f"random.{groups.rank}": random_state()}
-    of_schedulers = scheduler_states(as_schedulers(schedulers), optimizer, state)
+    of_schedulers = scheduler_states(as_schedulers(schedulers), optimizers, state)
     return _Part(groups.coordinate.pp, state, of_optimizer, entries, blocks, values, encoded, of_schedulers)
 
 
@@ -306,6 +308,7 @@ def _joined(records: Sequence[OptimizerRecord]) -> OptimizerRecord | None:
         records[0].kind,
         {name: options for record in records for name, options in record.options.items()},
         {name: state for record in records for name, state in record.state.items()},
+        {name: kind for record in records for name, kind in record.kinds.items()},
     )
 
 

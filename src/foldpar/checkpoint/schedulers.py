@@ -44,19 +44,23 @@ def as_schedulers(given: Scheduler | Sequence[Scheduler]) -> tuple[Scheduler, ..
     return schedulers
 
 
-def scheduler_states(schedulers: Sequence[Scheduler], optimizer: Optimizer | None, state: ModelState) -> dict[str, Any]:
-    """A JSON document of their states, and of the parameters in each group of their optimizer.
+def scheduler_states(
+    schedulers: Sequence[Scheduler], optimizers: Sequence[Optimizer], state: ModelState
+) -> dict[str, Any]:
+    """A JSON document of their states, and of the parameters in each group of the optimizer of each.
 
     Raises:
-        CheckpointError: there is no optimizer, or a state holds what cannot be kept.
+        CheckpointError: there is no optimizer, or it cannot be told which one is a scheduler's, or a state holds what
+            cannot be kept.
     """
     if not schedulers:
         return {}
-    if optimizer is None:
+    if not optimizers:
         raise CheckpointError("schedulers are saved and loaded with their optimizer: without it they mean nothing.")
+    groups = [_groups(each, optimizers, state) for each in schedulers]
     return {
         "kinds": [type(each).__qualname__ for each in schedulers],
-        "groups": _groups(optimizer, state),
+        "groups": groups[0] if groups.count(groups[0]) == len(groups) else groups,
         "states": [
             encode(_plain(each.state_dict()), f"schedulers[{place}].state_dict()")
             for place, each in enumerate(schedulers)
@@ -67,7 +71,7 @@ def scheduler_states(schedulers: Sequence[Scheduler], optimizer: Optimizer | Non
 def match_schedulers(
     stages: Sequence[Mapping[str, Any]],
     schedulers: Sequence[Scheduler],
-    optimizer: Optimizer | None,
+    optimizers: Sequence[Optimizer],
     state: ModelState,
     problems: list[str],
 ) -> list[dict[str, Any]]:
@@ -78,7 +82,7 @@ def match_schedulers(
     """
     if not schedulers:
         return []
-    here = scheduler_states(schedulers, optimizer, state)
+    here = scheduler_states(schedulers, optimizers, state)
     if not stages:
         problems.append("the checkpoint holds no schedulers: load it without, and make them anew")
         return []
@@ -94,12 +98,22 @@ def match_schedulers(
             problems.extend(_of_another_kind(f"schedulers[{place}]", decode(stage["states"][place]), decode(fresh)))
     if len(problems) > found:
         return []
-    regroup = _Regroup.of(stages, here["groups"], problems)
-    own = next((stage for stage, _ in regroup.places.values()), 0)
-    return [
-        regroup.value(f"schedulers[{place}]", [decode(stage["states"][place]) for stage in stages], own, decode(fresh))
-        for place, fresh in enumerate(here["states"])
-    ]
+    states = []
+    for place, fresh in enumerate(here["states"]):
+        saved_groups = [_groups_of(stage, place) for stage in stages]
+        regroup = _Regroup.of(saved_groups, _groups_of(here, place), problems)
+        own = next((stage for stage, _ in regroup.places.values()), 0)
+        saved = [decode(stage["states"][place]) for stage in stages]
+        states.append(regroup.value(f"schedulers[{place}]", saved, own, decode(fresh)))
+    return states
+
+
+def _groups_of(document: Mapping[str, Any], place: int) -> list[list[str]]:
+    """Those of one scheduler's optimizer: written once where all have the same."""
+    groups: list[Any] = document["groups"]
+    several = any(isinstance(each, list) for group in groups for each in group)
+    found: list[list[str]] = groups[place] if several else groups
+    return found
 
 
 def install_schedulers(schedulers: Sequence[Scheduler], states: Sequence[dict[str, Any]]) -> None:
@@ -114,7 +128,16 @@ def install_schedulers(schedulers: Sequence[Scheduler], states: Sequence[dict[st
             ) from error
 
 
-def _groups(optimizer: Optimizer, state: ModelState) -> list[list[str]]:
+def _groups(scheduler: Scheduler, optimizers: Sequence[Optimizer], state: ModelState) -> list[list[str]]:
+    own = getattr(scheduler, "optimizer", None)
+    found = [each for each in optimizers if each is own] or (optimizers if len(optimizers) == 1 else [])
+    if not found:
+        raise CheckpointError(
+            f"A {type(scheduler).__name__} is of none of the {len(optimizers)} optimizers given (its attribute "
+            f"'optimizer' is {type(own).__name__}), so it cannot be told whose rates it keeps. Give the optimizers "
+            f"that schedulers were made with."
+        )
+    optimizer = found[0]
     names = {id(placement.parameter): placement.name for placement in state.placements}
     return [[names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
 
@@ -169,15 +192,15 @@ class _Regroup:
     problems: list[str]
 
     @classmethod
-    def of(cls, stages: Sequence[Mapping[str, Any]], groups: list[list[str]], problems: list[str]) -> _Regroup:
+    def of(cls, stages: Sequence[Sequence[Sequence[str]]], groups: list[list[str]], problems: list[str]) -> _Regroup:
         saved = {
             name: (number, place)
             for number, stage in enumerate(stages)
-            for place, group in enumerate(stage["groups"])
+            for place, group in enumerate(stage)
             for name in group
         }
         places = {name: saved[name] for group in groups for name in group if name in saved}
-        return cls(tuple(len(stage["groups"]) for stage in stages), places, groups, problems)
+        return cls(tuple(map(len, stages)), places, groups, problems)
 
     def value(self, where: str, saved: Sequence[Any], own: int, fresh: Any) -> Any:
         """A value of a state: a list with one element for each group is regrouped, all else stays."""

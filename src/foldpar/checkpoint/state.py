@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,17 +139,18 @@ class OptimizerState:
     record: OptimizerRecord
 
 
-def optimizer_state(optimizer: Optimizer, state: ModelState, groups: FoldedGroups) -> OptimizerState:
-    """Describe an optimizer by parameter names; nothing is copied or communicated.
+def optimizer_state(optimizers: Sequence[Optimizer], state: ModelState, groups: FoldedGroups) -> OptimizerState:
+    """Describe optimizers by parameter names; nothing is copied or communicated.
 
     Raises:
-        CheckpointError: it holds a parameter that the model has not, or a state or an option that cannot be placed.
+        CheckpointError: one holds a parameter that the model has not, or a state or an option that cannot be placed.
     """
     names = {id(placement.parameter): placement for placement in state.placements}
     entries: list[Entry] = []
     options: dict[str, dict[str, Any]] = {}
     states: dict[str, dict[str, StateRecord]] = {}
-    for group in optimizer.param_groups:
+    kinds: dict[str, str] = {}
+    for optimizer, group in ((each, group) for each in optimizers for group in each.param_groups):
         plain = {name: _plain_option(name, value) for name, value in group.items() if name not in KEPT_OPTIONS}
         for parameter in group["params"]:
             placement = names.get(id(parameter))
@@ -160,13 +161,15 @@ def optimizer_state(optimizer: Optimizer, state: ModelState, groups: FoldedGroup
                     f"from parameter_groups(model) or model.parameters()."
                 )
             options[placement.name] = plain
+            kinds[placement.name] = type(optimizer).__qualname__
             found = {
                 key: _state(placement, key, value, entries, groups)
                 for key, value in optimizer.state.get(parameter, {}).items()
             }
             if found:
                 states[placement.name] = found
-    return OptimizerState(tuple(entries), OptimizerRecord(type(optimizer).__qualname__, options, states))
+    kind = " + ".join(dict.fromkeys(type(each).__qualname__ for each in optimizers))
+    return OptimizerState(tuple(entries), OptimizerRecord(kind, options, states, kinds if len(optimizers) > 1 else {}))
 
 
 def _state(placement: Placement, key: str, value: Any, entries: list[Entry], groups: FoldedGroups) -> StateRecord:

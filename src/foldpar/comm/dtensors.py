@@ -6,7 +6,7 @@ DTensors are told by their attributes, so that models without any need not load 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -36,6 +36,7 @@ __all__ = [
     "is_sharding",
     "local_parts",
     "local_tensor",
+    "own_part",
     "partial_dimension",
     "placed_like",
     "refuse_foreign_scalers",
@@ -148,17 +149,28 @@ def data_was_assigned(parameter: Tensor) -> bool:
 
 @torch.no_grad()
 def _fill(parameter: DTensor, name: str, *args: Any, **options: Any) -> DTensor:
-    own, mesh = torch.empty(parameter.shape, dtype=parameter.dtype), parameter.device_mesh
-    getattr(own, name)(*args, **options)
-    # What FSDP2 cuts is what other dimensions, behind its own, have left.
-    for number, placement in reversed(list(enumerate(parameter.placements))):
-        if is_sharding(placement):
-            dim: int = placement.dim  # type: ignore[attr-defined]
-            size = -(-own.shape[dim] // mesh.size(number))
-            start = min(size * mesh.get_local_rank(number), own.shape[dim])
-            own = own.narrow(dim, start, min(size, own.shape[dim] - start))
-    parameter.to_local().copy_(own)
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+    getattr(whole, name)(*args, **options)
+    parameter.to_local().copy_(own_part(whole, parameter))
     return parameter
+
+
+def own_part(whole: Tensor, like: Tensor, *, cut_already: Container[str] = ()) -> Tensor:
+    """A view of this rank's part of a tensor that lies as ``like``; all of it where that is a plain tensor.
+
+    ``cut_already`` names the mesh dimensions over which the tensor is this rank's part as it is.
+    """
+    if not is_dtensor(like):
+        return whole
+    mesh, names = like.device_mesh, like.device_mesh.mesh_dim_names or ()
+    # What FSDP2 cuts is what other dimensions, behind its own, have left.
+    for number, placement in reversed(list(enumerate(like.placements))):
+        if is_sharding(placement) and not (names and names[number] in cut_already):
+            dim: int = placement.dim  # type: ignore[attr-defined]
+            size = -(-whole.shape[dim] // mesh.size(number))
+            start = min(size * mesh.get_local_rank(number), whole.shape[dim])
+            whole = whole.narrow(dim, start, min(size, whole.shape[dim] - start))
+    return whole
 
 
 class _RefuseForeignScaler:

@@ -11,6 +11,7 @@ from foldpar.arguments import expect
 from foldpar.comm import FoldedGroups, adopt
 from foldpar.errors import ModelError
 from foldpar.families import REPLICATED, REPLICATED_PARTIAL
+from foldpar.models.adapted import adapters_aside, base_of, welcome_adapters
 from foldpar.models.block_proof import kind_of, prove_block
 from foldpar.models.known import MoEAdapter
 from foldpar.models.meta_copy import HOOKS
@@ -79,6 +80,20 @@ def fold_model(
     Source: tensor parallelism: Shoeybi et al. 2019; folding: Liu et al. 2025.
     """
     expect("fold_model", model=(model, nn.Module), groups=(groups, FoldedGroups))
+    model = base_of(model)
+    with adapters_aside(model):
+        plan = _fold_all(model, groups, adapters, partition, check)
+    welcome_adapters(model, groups)
+    return plan
+
+
+def _fold_all(
+    model: nn.Module,
+    groups: FoldedGroups,
+    adapters: Iterable[MoEAdapter],
+    partition: Partition,
+    check: bool | None,
+) -> FoldPlan:
     found, before = survey(model, groups.layout, adapters), list(model.parameters())
     proof = _proof(found.blocks)
     shared = _Shared({}, {})

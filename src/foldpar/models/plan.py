@@ -25,6 +25,7 @@ from foldpar.families import (
     ParameterFamily,
 )
 from foldpar.layout import FoldedLayout
+from foldpar.models.adapted import adapters_aside, base_of
 from foldpar.models.dense_plan import DensePlan, DenseStep, ending_in, model_plan, plan_dense
 from foldpar.models.known import DEFAULT_ADAPTERS, ByInterface, ExpertWeights, MoEAdapter, adapter_by_interface
 from foldpar.models.meta_copy import on_meta
@@ -124,7 +125,9 @@ def plan_fold(model: nn.Module, layout: FoldedLayout, *, adapters: Iterable[MoEA
             their hidden width, or ``tp`` heads or widths; the text names the valid choices.
     """
     expect("plan_fold", model=(model, nn.Module), layout=(layout, FoldedLayout))
-    return survey(model, layout, adapters).plan
+    model = base_of(model)
+    with adapters_aside(model):
+        return survey(model, layout, adapters).plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,6 +11,7 @@ with a ``forward`` set on the instance, its type would not say what it is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -22,12 +23,98 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
-from foldpar.comm import AxisGroup, FoldedGroups, all_reduce, copy_to_group, local_parts
-from foldpar.families import DENSE_SHARDED
+from foldpar.comm import (
+    AxisGroup,
+    FoldedGroups,
+    all_gather_rows,
+    all_reduce,
+    copy_to_group,
+    distributed_parameter,
+    is_dtensor,
+    local_parts,
+    local_tensor,
+)
+from foldpar.errors import ModelError
+from foldpar.families import DENSE_SHARDED, REPLICATED_PARTIAL
 from foldpar.models.dense_plan import HEAD_COUNTS, DensePlan, DenseStep
-from foldpar.parameters import mark_parameters
+from foldpar.parameters import mark_parameters, mark_placement
 
-__all__ = ["OneHeadLinear", "VocabularyParallelEmbedding", "shard_dense"]
+__all__ = ["LaneCut", "OneHeadLinear", "PartialInputsLinear", "VocabularyParallelEmbedding", "lane_cut", "shard_dense"]
+
+_CUT = "_foldpar_lane_cut"
+
+
+@dataclass(frozen=True, slots=True)
+class LaneCut:
+    """What :func:`shard_dense` made of a module: what its input and output are on a lane."""
+
+    step: DenseStep
+    tp: AxisGroup
+    mesh: DeviceMesh
+    inputs: int
+    outputs: int
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether only its inside is cut: it takes and gives what is whole on every lane."""
+        return self.step.kind in ("columns_gathered", "rows_split", "vocabulary")
+
+    def fit_pair(self, first: nn.Linear, second: nn.Linear) -> None:
+        """Let ``second(first(x))``, two layers beside the module, take and give what the module does.
+
+        A whole weight of which the lane uses its part has gradients that are parts of a sum; a weight made for the
+        lane's columns is the lane's own.
+        """
+        kind, lanes = self.step.kind, self.tp.size
+        if kind == "rope":
+            second.register_forward_hook(partial(_sum_gradient_of_last, self.tp, self.step.width))
+        elif kind == "one_head":
+            self._use_part(second, self.step.width)
+        elif kind == "columns" and second.out_features == self.outputs:
+            self._use_part(second, self.outputs // lanes)
+        elif kind == "rows" and first.in_features == self.inputs:
+            PartialInputsLinear.use(first, self.tp)
+            mark_parameters(first, REPLICATED_PARTIAL)
+        elif kind in ("columns", "columns_gathered") and second.out_features * lanes == self.outputs:
+            LaneColumnsLinear.use(second, self.tp, gather=kind == "columns_gathered")
+            self._is_own(second, 0)
+        elif kind in ("rows", "rows_split") and first.in_features * lanes == self.inputs:
+            PartialInputsLinear.use(first, self.tp, split=kind == "rows_split")
+            self._is_own(first, 1)
+
+    def _use_part(self, linear: nn.Linear, width: int) -> None:
+        OneHeadLinear.use(linear, width, self.tp)
+        mark_parameters(linear, REPLICATED_PARTIAL)
+
+    def _is_own(self, linear: nn.Linear, dim: int) -> None:
+        """A plain tensor here, and a DTensor wherever it could be taken for a whole one."""
+        mark_placement(mark_parameters(linear, DENSE_SHARDED), dim)
+        linear.register_state_dict_post_hook(partial(_as_dtensors, self.mesh, dim))
+        linear.register_load_state_dict_pre_hook(_as_parts)
+
+
+def _as_dtensors(mesh: DeviceMesh, dim: int, linear: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, parameter in linear.named_parameters(recurse=False):
+        if is_dtensor(parameter):
+            raise ModelError(
+                f"{prefix}{name} is a lane's part of an adapter, which shard_model has sharded over data ranks too, so "
+                f"state_dict() has no way to show it. foldpar.save_checkpoint saves it; or call get_peft_model before "
+                f"fold_model, which leaves adapters whole on every lane."
+            )
+        if prefix + name in state:
+            state[prefix + name] = distributed_parameter(parameter, mesh, (dim,), requires_grad=False)
+
+
+def _as_parts(linear: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, parameter in linear.named_parameters(recurse=False):
+        if prefix + name in state and not is_dtensor(parameter):
+            state[prefix + name] = local_tensor(state[prefix + name])
+
+
+def lane_cut(module: nn.Module) -> LaneCut | None:
+    """What a module is on a lane, if it is cut over the lanes."""
+    cut: LaneCut | None = getattr(module, _CUT, None)
+    return cut
 
 
 def shard_dense(model: nn.Module, plan: DensePlan, groups: FoldedGroups) -> None:
@@ -65,6 +152,9 @@ def _take(model: nn.Module, step: DenseStep, mesh: DeviceMesh, tp: AxisGroup, sh
         _read_own_part(parent, child)
         return
     module = getattr(parent, child)
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        outputs, inputs = module.weight.shape
+        setattr(module, _CUT, LaneCut(step, tp, mesh, inputs, outputs))
     if step.kind == "rope":
         module.register_forward_hook(partial(_sum_gradient_of_last, tp, step.width))
         return
@@ -187,3 +277,66 @@ class OneHeadLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias[self.own]
         return F.linear(copy_to_group(input, self.tp), self.weight[self.own], bias)
+
+
+class PartialInputsLinear(nn.Linear):
+    """A layer that takes the lane's own columns, ``[..., in / tp]`` on each, to ``[..., out]`` summed over the lanes.
+
+    A lane holds its columns of the weight, or all of them and uses its own. With ``split``, the input is whole and
+    every lane takes its columns.
+
+    Backward:
+        The arriving gradient must be equal on all lanes. That of a whole weight is the lane's part, zero for columns of
+        others: its family is ``REPLICATED_PARTIAL``. That of a split input is summed over the lanes.
+    """
+
+    tp: AxisGroup
+    split: bool
+
+    @classmethod
+    def use(cls, linear: nn.Linear, tp: AxisGroup, *, split: bool = False) -> None:
+        """Turn a linear layer without a bias into this, in place."""
+        assert linear.bias is None
+        linear.__class__ = cls
+        setattr(linear, "tp", tp)  # noqa: B010 - to a type checker it still is an nn.Linear
+        setattr(linear, "split", split)  # noqa: B010
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.split:
+            input = _own_columns(copy_to_group(input, self.tp), self.tp)
+        weight = self.weight
+        if weight.shape[1] != input.shape[-1]:
+            weight = _own_columns(weight, self.tp)
+        return all_reduce(F.linear(input, weight), self.tp, backward="identity")
+
+
+def _own_columns(x: Tensor, tp: AxisGroup) -> Tensor:
+    width = x.shape[-1] // tp.size
+    return x[..., tp.index * width : (tp.index + 1) * width]
+
+
+class LaneColumnsLinear(nn.Linear):
+    """A layer of which every lane holds its own columns: ``[..., in]`` on every lane to ``[..., out / tp]``.
+
+    With ``gather``, the columns of all lanes are put together again: ``[..., out]``.
+
+    Backward:
+        The gradient of the input is summed over the lanes; gathered columns must get equal gradients on all lanes.
+    """
+
+    tp: AxisGroup
+    gather: bool
+
+    @classmethod
+    def use(cls, linear: nn.Linear, tp: AxisGroup, *, gather: bool) -> None:
+        """Turn a linear layer into this, in place."""
+        linear.__class__ = cls
+        setattr(linear, "tp", tp)  # noqa: B010 - to a type checker it still is an nn.Linear
+        setattr(linear, "gather", gather)  # noqa: B010
+
+    def forward(self, input: Tensor) -> Tensor:
+        own = super().forward(copy_to_group(input, self.tp))
+        if not self.gather:
+            return own
+        columns = all_gather_rows(own.flatten(0, -2).T.contiguous(), self.tp, backward="slice")
+        return columns.T.view(*own.shape[:-1], -1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,7 @@ class ExpertShare(nn.Module):
         self.local_hidden = hidden_dim // groups.etp.size
         self.first_expert = groups.ep.index * self.local_experts
         self._parts = 2 if is_gated(activation) else 1
+        self._changes: list[tuple[str, Callable[[Tensor], Tensor]]] = []
         self._units = slice(groups.etp.index * self.local_hidden, (groups.etp.index + 1) * self.local_hidden)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         columns = self._parts * self.local_hidden
@@ -97,6 +99,24 @@ class ExpertShare(nn.Module):
             return {}
         dimension = self.storage.pair_dimension
         return {self.storage.gate_up: dimension(dims=3), self.storage.gate_up_bias: dimension(dims=2)}
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether weights are stored ``[num_experts, in, out]``; the name is transformers' own, which adapters read."""
+        return self.storage.transposed
+
+    @contextmanager
+    def changing(self, name: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """In it, forwards compute with ``change(share)`` in place of this rank's share of a parameter.
+
+        The share has the usual shape, ``[local_experts, 2 * local_hidden, dim]`` of ``gate_up_proj``, and so must what
+        comes back. Changes to one parameter are made one after another.
+        """
+        self._changes.append((name, change))
+        try:
+            yield
+        finally:
+            self._changes.pop()
 
     @property
     def biases(self) -> tuple[nn.Parameter, nn.Parameter] | None:
@@ -264,9 +284,10 @@ class ExpertShare(nn.Module):
         self._draw_alike()  # a copy
 
     def _draw_alike(self) -> None:
-        for parameter in self._parameters.values():
+        for name, parameter in self._parameters.items():
             if parameter is not None:
                 adopt(parameter)
+                self._say_usual_shape(name, parameter)
 
     # How the parameters lie.
 
@@ -279,7 +300,15 @@ class ExpertShare(nn.Module):
         cuts = (0, self._cut_over_etp(name))
         parameter = distributed_parameter(own, self.groups.mesh_of_shares, cuts, requires_grad=requires_grad)
         adopt(parameter)
+        self._say_usual_shape(name, parameter)
         return parameter
+
+    def _say_usual_shape(self, name: str, parameter: nn.Parameter) -> None:
+        """A pair has one dimension more than the model's files: adapters read the usual shape in this attribute."""
+        if (pair := self.pairs.get(name)) is not None:
+            shape = parameter.shape
+            usual = torch.Size((*shape[:pair], shape[pair] * shape[pair + 1], *shape[pair + 2 :]))
+            parameter.ds_shape = usual  # type: ignore[attr-defined]
 
     def _cut_over_etp(self, name: str) -> int | None:
         """The dimension of the hidden units, wherever they lie; an output bias has none."""
@@ -302,10 +331,27 @@ class ExpertShare(nn.Module):
                 f"gives DTensors like those of named_parameters(), or this rank's part; load_state_dict takes whole "
                 f"tensors."
             )
-        return tuple(
-            part.flatten(pairs[name], pairs[name] + 1) if part is not None and name in pairs else part
+        shares = {
+            name: part.flatten(pairs[name], pairs[name] + 1) if part is not None and name in pairs else part
             for name, part in zip(names, parts, strict=True)
-        )
+        }
+        for name, change in self._changes:
+            share = shares[name]
+            assert share is not None
+            shares[name] = change(share)
+        return tuple(shares.values())
+
+    def share_of_product(self, name: str, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """What this rank's share of a weight ``left @ right`` is made of: views of the factors' own parts.
+
+        ``left`` is ``[num_experts, rows, rank]`` and ``right`` is ``[num_experts, rank, columns]``, where ``[rows,
+        columns]`` is one expert's weight as it is stored.
+        """
+        mine = slice(self.first_expert, self.first_expert + self.local_experts)
+        is_down = name == "down_proj"
+        if is_down != self.storage.transposed:  # hidden units are the columns
+            return left[mine], self._share_of(name, right)
+        return self._share_of(name, left), right[mine]
 
     def _share_of(self, name: str, whole: Tensor) -> Tensor:
         """This rank's share, a view, of a tensor of the whole layer in the usual shape."""

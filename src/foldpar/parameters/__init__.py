@@ -1,6 +1,7 @@
 """What a parameter is: its family, its place, and what has been done to its gradient.
 
     marks         families are put on modules and parameters, and resolved for a whole model
+    newcomers     what enters a model after folding is looked at first
     fsdp          what FSDP2 made of a parameter
     placements    which part of the whole tensor this rank holds, as boxes of indices
     boxes         those boxes
@@ -37,6 +38,7 @@ from foldpar.parameters.marks import (
     families_seen_from,
     groups_of,
     mark_children,
+    mark_of,
     mark_parameters,
     mark_what_is_here,
     nearest_marks,
@@ -45,6 +47,7 @@ from foldpar.parameters.marks import (
     resolve_parameters,
     tie_marks_to_names,
 )
+from foldpar.parameters.newcomers import greet_newcomers, when_greeted
 from foldpar.parameters.placements import Placement, mark_placement, parameter_placements, plain_name
 from foldpar.parameters.replicas import (
     check_before_reduction,
@@ -80,6 +83,7 @@ __all__ = [
     "explicitly_marked",
     "families_seen_from",
     "fsdp_modules",
+    "greet_newcomers",
     "groups_of",
     "held_tensors",
     "is_fsdp_module",
@@ -87,6 +91,7 @@ __all__ = [
     "keep_dtypes",
     "kept_dtype",
     "mark_children",
+    "mark_of",
     "mark_parameters",
     "mark_placement",
     "mark_replaced",
@@ -111,4 +116,5 @@ __all__ = [
     "take_shares_on_load",
     "tie_marks_to_names",
     "watch_optimizers",
+    "when_greeted",
 ]

@@ -25,6 +25,7 @@ from foldpar.errors import ArgumentError, FamilyError, GroupsError, ModelError, 
 from foldpar.families import DENSE_SHARDED, REPLICATED, ParameterFamily
 from foldpar.layout import Axis
 from foldpar.parameters.fsdp import bring_back_shards, is_sharded_over, replicas_of_shards, sharded_module
+from foldpar.parameters.newcomers import greet_newcomers
 from foldpar.wording import some
 
 if TYPE_CHECKING:
@@ -127,6 +128,13 @@ def nearest_marks(model: nn.Module) -> list[tuple[str, nn.Parameter, ParameterFa
     return [(use.name, use.parameter, use.explicit or use.inherited, use.groups) for use in _first_uses(model)]
 
 
+def mark_of(module: nn.Module, name: str) -> ParameterFamily | None:
+    """The mark of one of a module's own parameters: its own, or the module's."""
+    own: ParameterFamily | None = getattr(module, _MARK, None)
+    by_name: dict[str, ParameterFamily] = getattr(module, _MARKS_BY_NAME, {})
+    return getattr(getattr(module, name), _MARK, None) or by_name.get(name) or own
+
+
 def explicitly_marked(model: nn.Module) -> set[nn.Parameter]:
     """The parameters with a mark of their own, or on the module that owns them."""
     return {use.parameter for use in _uses(model) if use.explicit is not None}
@@ -197,6 +205,7 @@ def parameter_groups(
     """
     _check_decay(model, weight_decay, no_decay)
     bring_back_shards(model)
+    greet_newcomers(model)
     members: dict[tuple[str, DeviceMesh | None, bool], list[_Use]] = {}
     for use in _first_uses(model):
         if use.parameter.requires_grad:
@@ -352,6 +361,7 @@ def resolve_parameters(model: nn.Module, groups: FoldedGroups) -> list[ResolvedP
     expect("parameters", model=(model, nn.Module), groups=(groups, FoldedGroups))
     _check_one_dense_view(model, groups)
     bring_back_shards(model)
+    greet_newcomers(model)
     axes_of = MeshAxes()
     uses_of: dict[int, list[_Use]] = {}
     for use in _uses(model):

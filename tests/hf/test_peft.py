@@ -1,0 +1,340 @@
+"""LoRA of peft on folded models: raw gradients and norms are those of one process, wherever adapters sit."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import FAMILIES
+from pages import DOCS, blocks
+from torch import Tensor, nn
+
+import foldpar
+import foldpar.hf
+import foldpar.models.adapted
+import foldpar.parameters
+from foldpar.testing import run_ranks
+
+peft = pytest.importorskip("peft", reason="adapters are tested with peft, which is not installed")
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for an old name
+
+VOCAB, BATCH, LENGTH = 32, 2, 6
+DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "embed_tokens", "lm_head"]
+SHARED = ["shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Adapters of one kind on one family and layout."""
+
+    family: str = "qwen2_moe"
+    world: int = 4
+    tp: int = 2
+    ep: int = 2
+    etp: int = 1
+    stage: int = 0
+    first: str = "fold"
+    """Which comes first: ``"fold"`` or ``"peft"``."""
+    modules: tuple[str, ...] = (*DENSE, *SHARED)
+    parameters: tuple[str, ...] = (*EXPERTS, "mlp.gate.weight")
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return f"{self.family}-tp{self.tp}-ep{self.ep}-etp{self.etp}-stage{self.stage}-{self.first}-first"
+
+    @property
+    def layout(self) -> foldpar.FoldedLayout:
+        return foldpar.solve_layout(self.world, tp=self.tp, ep=self.ep, etp=self.etp)
+
+
+@cache
+def base(family: str) -> nn.Module:
+    torch.manual_seed(3)
+    return FAMILIES[family].make().double()
+
+
+def adapted(model: nn.Module, case: Case) -> nn.Module:
+    config = peft.LoraConfig(
+        r=2, target_modules=list(case.modules), target_parameters=list(case.parameters), **case.options
+    )
+    return peft.get_peft_model(model, config)
+
+
+def drawn(model: nn.Module) -> dict[str, Tensor]:
+    """Values for adapters on one process: B starts at zero, which would hide mistakes."""
+    return {
+        name: on_device(torch.randn(each.shape, generator=generator(place), dtype=each.dtype, device="cpu")) / 4
+        for place, (name, each) in enumerate(sorted(adapters(model).items()))
+    }
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def batch(data_rank: int) -> Tensor:
+    return on_device(torch.randint(VOCAB, (BATCH, LENGTH), generator=generator(data_rank), device="cpu"))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def on_device(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.get_default_device())
+
+
+def loss_of(model: nn.Module, data_rank: int) -> Tensor:
+    tokens = batch(data_rank)
+    return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+@cache
+def one_process(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Adapters and their gradients."""
+    model = adapted(copy.deepcopy(base(case.family)), case)
+    model.load_state_dict(drawn(model), strict=False)
+    data_ranks = case.layout.dp
+    for data_rank in range(data_ranks):
+        (loss_of(model, data_rank) / data_ranks).backward()
+    assert {name for name, each in model.named_parameters() if each.requires_grad} == adapters(model).keys()
+    found = adapters(model)
+    return {name: each.detach() for name, each in found.items()}, {name: each.grad for name, each in found.items()}
+
+
+def folded(case: Case, groups: foldpar.FoldedGroups, values: dict[str, Tensor]) -> nn.Module:
+    model = copy.deepcopy(base(case.family))
+    if case.first == "fold":
+        foldpar.fold_model(model, groups)
+        model = adapted(model, case)
+    else:
+        model = adapted(model, case)
+        foldpar.fold_model(model, groups)
+    model.load_state_dict(values, strict=False)
+    if case.stage:
+        foldpar.shard_model(model, groups, stage=case.stage)
+    return model
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def differences(case: Case, values: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
+    """On one rank: how far gradients are from those of one process."""
+    with foldpar.create_groups(case.layout) as groups:
+        model = folded(case, groups, values)
+        loss_of(model, groups.dp.index).backward()
+        foldpar.reduce_gradients(model, groups)
+        norm = foldpar.get_total_norm(model, groups)
+        assert not [name for name, each in model.named_parameters() if "lora_" not in name and each.grad is not None]
+        total = torch.stack([each.norm() for each in want.values()]).norm()
+        found = {"the norm": float(abs(norm - total) / total)}
+        for placement in foldpar.parameters.parameter_placements(model, groups):
+            if (name := placement.name) in want:
+                own = share_of(want[name], placement.share)
+                found[name] = float((placement.local(placement.parameter.grad) - own).norm() / want[name].norm())
+        assert found.keys() == {*want, "the norm"}
+        return found
+
+
+def share_of(whole: Tensor, share: foldpar.parameters.Share) -> Tensor:
+    assert whole.shape == share.shape
+    own = torch.zeros(share.local, dtype=whole.dtype)
+    for box in share.boxes:
+        here = tuple(slice(start, start + size) for start, size in zip(box.starts, box.sizes, strict=True))
+        there = tuple(slice(start, start + size) for start, size in zip(box.offsets, box.sizes, strict=True))
+        own[here] = whole[there]
+    return own
+
+
+def check(case: Case) -> None:
+    values, want = one_process(case)
+    for found in run_ranks(differences, case.world, case, values, want, backend="threads"):
+        worst = max(found, key=found.__getitem__)
+        assert found[worst] < 1e-10, f"{case}: {worst} is off by {found[worst]:.1e}"
+
+
+FEW = {"modules": ("q_proj", "o_proj"), "parameters": tuple(EXPERTS)}
+LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(etp=2, options={"use_rslora": True}),
+        Case(first="peft", ep=2, stage=3),
+        pytest.param(Case(), marks=pytest.mark.long),
+        pytest.param(Case(first="peft", ep=4), marks=pytest.mark.long),
+        pytest.param(Case(etp=2, first="peft"), marks=pytest.mark.long),
+        pytest.param(Case(tp=1, ep=4), marks=pytest.mark.long),
+        pytest.param(Case(ep=1, stage=2), marks=pytest.mark.long),
+        pytest.param(Case(ep=2, stage=3), marks=pytest.mark.long),
+        pytest.param(Case(tp=1, ep=2, stage=3, first="peft"), marks=pytest.mark.long),
+        pytest.param(Case(tp=1, ep=2, etp=2, stage=3), marks=pytest.mark.long),
+        pytest.param(Case(tp=1, ep=2, options={"use_dora": True}, parameters=()), marks=pytest.mark.long),
+        pytest.param(Case("deepseek_v3", modules=LATENT, parameters=tuple(EXPERTS)), marks=pytest.mark.long),
+        pytest.param(Case("gpt_oss", etp=2, **FEW), marks=pytest.mark.long),
+        pytest.param(Case("gpt_oss", tp=4, first="peft", **FEW), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_one_process(case: Case) -> None:
+    check(case)
+
+
+def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foldpar.models.adapted, "REPLICATED_PARTIAL", foldpar.families.REPLICATED)
+    with pytest.raises(AssertionError, match=r"experts.*is off by"):
+        check(Case(parameters=tuple(EXPERTS), modules=("q_proj",)))
+
+
+# -- Into the weights, and into files ---------------------------------------------------------------------------------
+
+MERGED = Case(etp=2, modules=(*DENSE[:4], *SHARED))
+
+
+def merged_and_written(case: Case, values: dict[str, Tensor], folder: str) -> None:
+    with foldpar.create_groups(case.layout) as groups:
+        model = folded(case, groups, values)
+        foldpar.parameter_families(model, groups)
+        before = {name: local(each).clone() for name, each in model.named_parameters()}
+        model.merge_adapter(safe_merge=True)
+        changed = {name for name, each in model.named_parameters() if not torch.equal(local(each), before[name])}
+        assert len(changed) == len(values) / 2
+        model.unmerge_adapter()
+        for name, each in model.named_parameters():
+            torch.testing.assert_close(local(each), before[name], rtol=0, atol=1e-12)
+        foldpar.save_checkpoint(f"{folder}/checkpoint", model, None, groups)
+        state = torch_state(model)
+        if groups.rank == 0:
+            model.save_pretrained(f"{folder}/adapter", state_dict=state)
+        foldpar.hf.export(model.merge_and_unload(), f"{folder}/merged", groups)
+
+
+def torch_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(each) for name, each in model.state_dict().items() if "lora_" in name}
+
+
+def local(tensor: Tensor) -> Tensor:
+    return foldpar.comm.local_tensor(tensor).detach()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [MERGED, pytest.param(replace(MERGED, etp=1, first="peft", stage=3), marks=pytest.mark.long)],
+    ids=str,
+)
+def test_merged_and_written_adapters_are_those_of_one_process(case: Case, tmp_path: Path) -> None:
+    values, _ = one_process(case)
+    run_ranks(merged_and_written, case.world, case, values, str(tmp_path), backend="threads")
+    one = adapted(copy.deepcopy(base(case.family)), case)
+    one.load_state_dict(values, strict=False)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base(case.family)), str(tmp_path / "adapter"))
+    for name, each in adapters(again).items():
+        torch.testing.assert_close(each, values[name], rtol=0, atol=0)
+    other = replace(MERGED, world=2, tp=1, ep=2, etp=1, first="peft")
+    run_ranks(check_loaded, 2, other, values, str(tmp_path / "checkpoint"), backend="threads")
+    merged = type(base(case.family)).from_pretrained(tmp_path / "merged", dtype=torch.float64).state_dict()
+    for name, want in one.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], want, rtol=0, atol=1e-12)
+
+
+def check_loaded(case: Case, values: dict[str, Tensor], checkpoint: str) -> None:
+    with foldpar.create_groups(case.layout) as groups:
+        model = folded(case, groups, {name: torch.zeros_like(each) for name, each in values.items()})
+        foldpar.load_checkpoint(checkpoint, model, None, groups)
+        for placement in foldpar.parameters.parameter_placements(model, groups):
+            if placement.name in values:
+                want = share_of(values[placement.name], placement.share)
+                torch.testing.assert_close(placement.local(placement.parameter.detach()), want, rtol=0, atol=0)
+
+
+# -- Refused ----------------------------------------------------------------------------------------------------------
+
+
+def refused(adapt: str, *, tp: int = 2, ep: int = 2) -> str:
+    """The error of the first forward, which is the same on all ranks."""
+
+    def rank() -> str:
+        with foldpar.create_groups(foldpar.solve_layout(2, tp=tp, ep=ep)) as groups:
+            model = copy.deepcopy(base("qwen2_moe"))
+            foldpar.fold_model(model, groups)
+            model = ADAPT[adapt](model)
+            with pytest.raises(foldpar.FoldingError) as error:
+                loss_of(model, 0)
+            return str(error.value)
+
+    texts = run_ranks(rank, 2, backend="threads")
+    assert texts[0] == texts[1]
+    return texts[0]
+
+
+def with_config(config: Any) -> Any:
+    return lambda model: peft.get_peft_model(model, config)
+
+
+class Scaled(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+def parametrized(place: str) -> Any:
+    def put(model: nn.Module) -> nn.Module:
+        owner, _, name = place.rpartition(".")
+        torch.nn.utils.parametrize.register_parametrization(model.get_submodule(owner), name, Scaled())
+        return model
+
+    return put
+
+
+ADAPT = {
+    "dora": with_config(peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, init_lora_weights=False)),
+    "ia3": with_config(peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
+    "parameter": with_config(peft.LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"])),
+    "of experts": parametrized("model.layers.0.mlp.experts.down_proj"),
+    "of a projection": parametrized("model.layers.0.self_attn.q_proj.weight"),
+    "new module": lambda model: (model.register_module("extra", nn.Linear(2, 2)), model)[1],
+}
+
+
+@pytest.mark.parametrize(
+    ("adapt", "text"),
+    [
+        ("ia3", r"q_proj is a peft\..*around a layer of which every lane has a part \(tp = 2\).*LoRA and rsLoRA"),
+        ("parameter", "as a parameter .*Name linear layers in target_modules instead"),
+        ("of experts", "scale is inside the experts .* and none of their own parameters"),
+        ("of a projection", "1 parameter has no family: .*q_proj.parametrizations.weight.0.scale"),
+        ("new module", "2 parameters have no family: extra.weight"),
+    ],
+)
+def test_what_could_be_wrong_is_refused_before_the_first_forward(adapt: str, text: str) -> None:
+    assert re.search(text, refused(adapt), re.DOTALL)
+
+
+def test_the_program_of_the_migration_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [program] = [block.text for block in blocks("python", DOCS["migration"], "PEFT")]
+    monkeypatch.chdir(tmp_path)
+    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
+        known = {"torch": torch, "groups": groups, "batch": {"input_ids": batch(0), "labels": batch(0)}}
+        program = program.replace('AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B")', "base")
+        exec(compile(program, "migration.md", "exec"), known | {"base": copy.deepcopy(base("qwen3_moe"))})
+    model = type(base("qwen3_moe")).from_pretrained(tmp_path / "merged", dtype=torch.float64)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base("qwen3_moe")), str(tmp_path / "adapter"))
+    want = again.merge_and_unload().state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, want[name], rtol=0, atol=1e-12)
