@@ -119,6 +119,15 @@ def test_given_experts_and_padding_are_those_of_eager() -> None:
         assert difference(got, want) < 1e-12
 
 
+def test_a_rank_without_data_runs_a_stand_in_whole() -> None:
+    moe = layer(ONE)
+    compiled, parameters = torch.compile(moe, backend="aot_eager", fullgraph=True), list(moe.parameters())
+    with foldpar.lockstep(moe, None, like=batch(0, ONE)) as (x, _):
+        got = numbers(compiled, parameters, x)
+    assert not moe.router.assignments_per_expert.any()
+    assert not any(each.any() for each in got)
+
+
 @pytest.mark.long
 def test_another_number_of_tokens_is_one_more_graph_for_all_numbers() -> None:
     moe = layer(ONE)
