@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import gc
 import importlib.util
 import os
 import statistics
@@ -213,6 +214,7 @@ def main() -> None:
                 )
                 append(options.csv, around | row)
                 groups.kept.clear()
+                gc.collect()  # a captured step is a cycle, and its memory would count in the next peak
                 if options.device == "cuda":
                     torch.cuda.empty_cache()
     torch.distributed.destroy_process_group()

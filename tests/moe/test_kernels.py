@@ -47,6 +47,7 @@ def routing(tokens: int, experts: int, top_k: int, kind: str) -> tuple[Tensor, T
 
 
 SHAPES = [(0, 8, 2, 4), (1, 8, 2, 2), (5, 6, 3, 3), (37, 128, 8, 4), (70, 64, 6, 8), (600, 8, 2, 4), (2, 4, 4, 1)]
+SHAPES += [(3000, 8, 8, 1), (5500, 6, 4, 2)]  # longer than one program works on
 
 
 @pytest.mark.parametrize("kind", ["random", "skewed", "masked"])

@@ -304,7 +304,7 @@ def _wanted(
 
 @triton.jit
 def _count_rows_kernel(
-    ids, mask, counts, tokens, num_experts, local,
+    ids, mask, counts, tokens, num_experts, local, span,
     LISTED: tl.constexpr, LP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     destination = tl.program_id(0)
@@ -313,7 +313,8 @@ def _count_rows_kernel(
     illegal = 0
     order = tl.arange(0, LP)
     per_expert = tl.zeros([LP], dtype=tl.int32)
-    for start in range(0, tokens, BT):
+    first = tl.program_id(1) * span
+    for start in range(first, tl.minimum(first + span, tokens), BT):
         expert, active, legal = _wanted(ids, mask, start, tokens, num_experts, K, KP, BT, M)
         here = (active & legal & (expert // local == destination)).to(tl.int32)
         rows += tl.sum(tl.max(here, axis=1), axis=0)
@@ -322,7 +323,7 @@ def _count_rows_kernel(
         for e in tl.static_range(LISTED):
             hits = tl.sum(tl.sum(here * (expert == destination * local + e).to(tl.int32), axis=1), axis=0)
             per_expert += tl.where(order == e, hits, 0)
-    out = counts + destination * (3 + LISTED)
+    out = counts + (destination * tl.num_programs(1) + tl.program_id(1)) * (3 + LISTED)
     tl.store(out, rows)
     tl.store(out + 1, assignments)
     tl.store(out + 2, illegal)
@@ -332,13 +333,15 @@ def _count_rows_kernel(
 @triton.jit
 def _place_rows_kernel(
     ids, mask, counts, token_of_sent, sent_of_token, local_ids, tokens, num_experts, local, destinations,
-    numbers, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    numbers, span, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     destination = tl.program_id(0)
+    me = destination * tl.num_programs(1) + tl.program_id(1)
     before = tl.arange(0, DP)
-    place = tl.sum(tl.load(counts + before * numbers, mask=before < destination, other=0), axis=0).to(tl.int32)
+    place = tl.sum(tl.load(counts + before * numbers, mask=before < me, other=0), axis=0).to(tl.int32)
     choice = tl.arange(0, KP)
-    for start in range(0, tokens, BT):
+    first = tl.program_id(1) * span
+    for start in range(first, tl.minimum(first + span, tokens), BT):
         token = start + tl.arange(0, BT)
         expert, active, legal = _wanted(ids, mask, start, tokens, num_experts, K, KP, BT, M)
         here = active & legal & (expert // local == destination)
@@ -389,12 +392,8 @@ def _place_experts_kernel(
 
 def count_rows(ids: Tensor, mask: Tensor | None, num_experts: int, destinations: int, listed: int = 0) -> Tensor:
     """Rows, assignments, illegal ids, and assignments of listed experts. Twin: ``permutation.count_rows``."""
-    counts = ids.new_empty((destinations, 3 + listed), dtype=torch.int64)
-    _count_rows_kernel[(destinations,)](
-        ids, mask, counts, ids.shape[0], num_experts, num_experts // destinations,
-        LISTED=listed, LP=triton.next_power_of_2(max(listed, 1)), **_token_blocks(ids, mask),
-    )  # fmt: skip
-    return counts
+    counts = _count_spans(ids, mask, num_experts, destinations, listed)
+    return counts.sum(1) if counts.shape[1] > 1 else counts[:, 0]
 
 
 def place_rows(ids: Tensor, mask: Tensor | None, counts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -404,12 +403,37 @@ def place_rows(ids: Tensor, mask: Tensor | None, counts: Tensor, num_experts: in
     token_of_sent = ids.new_empty(most, dtype=torch.int32)
     sent_of_token = ids.new_empty((tokens, destinations), dtype=torch.int32)
     local_ids = ids.new_empty((most, top_k), dtype=torch.int32)
-    _place_rows_kernel[(destinations,)](
+    spans, span = _spans(ids, destinations)
+    if spans > 1:
+        counts = _count_spans(ids, mask, num_experts, destinations, 0)
+    _place_rows_kernel[(destinations, spans)](
         ids, mask, counts, token_of_sent, sent_of_token, local_ids, tokens, num_experts,
-        num_experts // destinations, destinations, counts.shape[1], DP=triton.next_power_of_2(destinations),
-        **_token_blocks(ids, mask),
+        num_experts // destinations, destinations, counts.shape[-1], span,
+        DP=triton.next_power_of_2(destinations * spans), **_token_blocks(ids, mask),
     )  # fmt: skip
     return token_of_sent, sent_of_token, local_ids
+
+
+def _count_spans(ids: Tensor, mask: Tensor | None, num_experts: int, destinations: int, listed: int) -> Tensor:
+    """``[destinations, spans, 3 + listed]``: what :func:`count_rows` counts, of each span of tokens."""
+    spans, span = _spans(ids, destinations)
+    counts = ids.new_empty((destinations, spans, 3 + listed), dtype=torch.int64)
+    _count_rows_kernel[(destinations, spans)](
+        ids, mask, counts, ids.shape[0], num_experts, num_experts // destinations, span,
+        LISTED=listed, LP=triton.next_power_of_2(max(listed, 1)), **_token_blocks(ids, mask),
+    )  # fmt: skip
+    return counts
+
+
+def _spans(ids: Tensor, destinations: int) -> tuple[int, int]:
+    """In how many spans tokens are worked on side by side, and how long one is: where destinations are few, there
+    would be few programs; a few blocks are not worth the second count.
+    """
+    block = _block_of_tokens(ids)
+    blocks = triton.cdiv(ids.shape[0], block)
+    spans = min(blocks, max(1, 128 // destinations)) if blocks > 4 else 1
+    length = max(1, triton.cdiv(blocks, spans))
+    return max(1, triton.cdiv(blocks, length)), length * block
 
 
 def place_experts(local_ids: Tensor, local_experts: int, assignments: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -431,4 +455,8 @@ def place_experts(local_ids: Tensor, local_experts: int, assignments: int) -> tu
 
 def _token_blocks(ids: Tensor, mask: Tensor | None) -> dict[str, object]:
     width = triton.next_power_of_2(ids.shape[1])
-    return {"K": ids.shape[1], "KP": width, "BT": max(16, 4096 // width), "M": mask is not None, "num_warps": 8}
+    return {"K": ids.shape[1], "KP": width, "BT": _block_of_tokens(ids), "M": mask is not None, "num_warps": 8}
+
+
+def _block_of_tokens(ids: Tensor) -> int:
+    return max(16, 4096 // int(triton.next_power_of_2(ids.shape[1])))
