@@ -1,7 +1,7 @@
 """Bytes and milliseconds that ``foldpar plan`` predicts, beside those of real steps on one or two GPUs.
 
-    PYTHONPATH=src:tests python benchmarks/plan_memory.py
-    PYTHONPATH=src:tests torchrun --nproc-per-node 2 benchmarks/plan_memory.py --json plan_memory.json
+    PYTHONPATH=src:tests/support python benchmarks/plan_memory.py
+    PYTHONPATH=src:tests/support torchrun --nproc-per-node 2 benchmarks/plan_memory.py --json plan_memory.json
 
 Bytes are ``max_memory_allocated`` of the second step, on the rank that needs the most; milliseconds the median of the
 steps after it. A case that does not fit is said and left out. With ``--quick`` sizes are small, for a rehearsal.

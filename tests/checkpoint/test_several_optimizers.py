@@ -117,6 +117,24 @@ def test_muon_refuses_stacks_of_experts() -> None:
             torch.optim.Muon(experts.parameters())
 
 
+def muon_on_a_part(layout: foldpar.FoldedLayout) -> str:
+    with foldpar.create_groups(layout) as groups:
+        model = nn.Sequential(nn.Linear(4, 4, bias=False, dtype=torch.float64))
+        foldpar.mark_parameters(model[0], foldpar.families.DENSE_SHARDED)
+        model.experts = foldpar.GroupedExperts(2, 4, 4, groups, dtype=torch.float64)
+        foldpar.parameters.watch_optimizers(groups, model)
+        model[0](torch.ones(1, 4, dtype=torch.float64)).sum().backward()
+        foldpar.declare_reduced(model)
+        with pytest.raises(foldpar.GradientError) as error:
+            torch.optim.Muon(model[0].parameters()).step()
+        return str(error.value)
+
+
+def test_muon_refuses_a_lanes_part_that_is_a_plain_tensor() -> None:
+    texts = run_ranks(muon_on_a_part, 2, foldpar.solve_layout(2, tp=2), backend="threads")
+    assert all("0.weight is this lane's part of one, as a plain tensor" in text for text in texts)
+
+
 # -- What does not go together ----------------------------------------------------------------------------------------
 
 

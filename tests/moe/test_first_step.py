@@ -389,7 +389,7 @@ def test_each_output_is_compared_whichever_lanes_and_data_ranks_use_it(weights: 
 def test_a_sound_step_leaves_no_hooks_and_says_nothing() -> None:
     def step(groups: foldpar.FoldedGroups) -> None:
         model = copy.deepcopy(MODEL)
-        before = (len(model._forward_hooks), len(model._forward_pre_hooks))
+        before = len(model._forward_hooks)
         foldpar.fold_model(model, groups)
         model = copy.deepcopy(model)
         ids = torch.randint(32, (2, 6), generator=torch.Generator().manual_seed(groups.dp.index))
@@ -398,7 +398,8 @@ def test_a_sound_step_leaves_no_hooks_and_says_nothing() -> None:
             model.zero_grad()
             with torch.no_grad():
                 model(input_ids=ids)
-        assert before == (len(model._forward_hooks), len(model._forward_pre_hooks))
+        assert before == len(model._forward_hooks)
+        assert [type(hook).__name__ for hook in model._forward_pre_hooks.values()] == ["_Doorman"]  # adapters may come
 
     assert said_on_each_rank(step) == [""] * 4
 

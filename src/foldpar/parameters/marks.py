@@ -103,11 +103,12 @@ def mark_what_is_here(model: nn.Module, family: ParameterFamily) -> None:
     Unlike a mark on the model it says nothing of what enters the model later: adapters, heads, parametrizations.
     """
     for module, name, use in _places(model):
-        if use.explicit is None and use.inherited is None and not _is_cut_over_tp(use.parameter):
+        if use.explicit is None and use.inherited is None and not is_cut_over_tp(use.parameter):
             mark_parameters(module, family, names=(name,))
 
 
-def _is_cut_over_tp(parameter: nn.Parameter) -> bool:
+def is_cut_over_tp(parameter: nn.Parameter) -> bool:
+    """Whether it is a DTensor of which each lane has a part."""
     if not is_dtensor(parameter):
         return False
     names = parameter.device_mesh.mesh_dim_names or ()
@@ -503,7 +504,7 @@ def _data_was_assigned(name: str) -> str:
 
 
 def _label(use: _Use) -> str:
-    if use.explicit is None and _is_cut_over_tp(use.parameter):
+    if use.explicit is None and is_cut_over_tp(use.parameter):
         return DENSE_SHARDED.name
     family = use.explicit or use.inherited
     return family.name if family is not None else "unmarked"

@@ -20,6 +20,7 @@ from foldpar.arguments import expect
 from foldpar.comm import FoldedGroups, Kept, is_dtensor, refuse_foreign_scalers, version_of
 from foldpar.errors import GradientError
 from foldpar.parameters.fsdp import bring_back_shards
+from foldpar.parameters.marks import is_cut_over_tp, nearest_marks
 
 __all__ = [
     "declare_reduced",
@@ -112,7 +113,7 @@ def watch_optimizers(groups: FoldedGroups, model: nn.Module) -> None:
 
     Raises:
         GradientError: in ``step``: it holds parameters that folding or sharding replaced, or gradients that were not
-            reduced.
+            reduced; or it is Muon, and holds a lane's part of a matrix as a plain tensor.
     """
     groups.keep(_Watch).models.add(model)
 
@@ -125,7 +126,7 @@ class _Watch(Kept):
         if are_several:
             refuse_foreign_scalers()
         self.models: WeakSet[nn.Module] = WeakSet()
-        self._are_several = are_several
+        self._are_several, self._lanes = are_several, groups.layout.tp
         self._watched: WeakKeyDictionary[torch.optim.Optimizer, tuple[tuple[int, int], set[nn.Parameter]]] = (
             WeakKeyDictionary()
         )
@@ -166,8 +167,22 @@ class _Watch(Kept):
                 bring_back_shards(model)
             ours = {parameter for model in self.models for parameter in model.parameters()}
             found = {each for each in _parameters(optimizer) if each in ours or _is_expert(each)}
+            if self._lanes > 1 and type(optimizer).__name__ == "Muon":
+                self._refuse_parts(found)
             self._watched[optimizer] = state, found
         return self._watched[optimizer][1]
+
+    def _refuse_parts(self, parameters: set[nn.Parameter]) -> None:
+        """Muon makes a matrix orthogonal: a DTensor as a whole, and a lane's part that is a plain tensor by itself."""
+        for model in self.models:
+            for name, parameter, family, _ in nearest_marks(model):
+                is_part = family is not None and "tp" in family.shard_axes and not is_cut_over_tp(parameter)
+                if is_part and parameter in parameters:
+                    raise GradientError(
+                        f"Muon works on whole matrices, and {name} is this lane's part of one, as a plain tensor, "
+                        f"whose orthogonal step is not the part of the whole one's. Give it to another optimizer, such "
+                        f"as AdamW; adapters put on before fold_model are whole on every lane."
+                    )
 
     def _name(self, parameter: nn.Parameter) -> str:
         """In the largest model that has it."""
