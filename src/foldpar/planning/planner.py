@@ -338,16 +338,22 @@ class _Search:
         recomputes = self._recomputes()
         self.candidates += len(found) * len(sizes) * len(stages) * len(recomputes)
         frugal = (found[0], stages[-1], recomputes[-1], "messages", sizes[0])
+        found = [layout for layout in found if self._may_win(layout, frugal)]
+        if not found:
+            return
         if self.wanted.get("transport") != "one-sided" and not self._fits(frugal):
             needs = f"{self._peak(frugal) / 1e9:.0f} GB of {self.machine.usable / 1e9:.0f} at {_words(frugal)}"
             self._leave_out("it fits into the memory of a GPU", needs, len(found))
             return
         for layout in found:
-            least = self.time.least(layout)
-            if len(self.heap) == self.best and self._speed_of(least) <= self.heap[0][0]:
-                self._leave_out(f"it can be as fast as the {self.best} best", _words((layout, *frugal[1:])))
-            else:
-                self._try_layout(layout, stages, recomputes, sizes)
+            self._try_layout(layout, stages, recomputes, sizes)
+
+    def _may_win(self, layout: FoldedLayout, frugal: tuple[Any, ...]) -> bool:
+        """Whether it could be among the best, were there no memory to think of."""
+        if len(self.heap) < self.best or self._speed_of(self.time.least(layout)) > self.heap[0][0]:
+            return True
+        self._leave_out(f"it can be as fast as the {self.best} best", _words((layout, *frugal[1:])))
+        return False
 
     def _stages(self, layout: FoldedLayout) -> list[int]:
         kept = []
