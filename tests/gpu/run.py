@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-SUITES = ("parity", "sharding", "checkpoint", "onesided", "kernels")
+SUITES = ("parity", "sharding", "checkpoint", "onesided", "kernels", "peft")
 
 
 class Runner:

@@ -79,7 +79,7 @@ def compared(layout: dict[str, int], backend: str = "aot_eager", **options: Any)
 
 
 def test_on_one_rank_it_is_one_graph_with_the_numbers_of_eager() -> None:
-    """Several ranks: tests/test_interplay.py, and below."""
+    """Several ranks: tests/laws/test_interplay.py, and below."""
     assert compared({"world": 1}, bias=True, shared=True) < 1e-12
 
 
