@@ -1,4 +1,4 @@
-"""The suite ``peft``: gradients of LoRA adapters in float64 equal one process, whatever comes first, at several stages."""
+"""The suite ``peft``: gradients of LoRA adapters equal one process, whatever comes first, at several stages."""
 
 from __future__ import annotations
 
