@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(chosen.run(chosen))
         sys.stdout.flush()
-    except (FoldingError, OSError) as error:
-        parser.error(str(error))
     except BrokenPipeError:  # the reader, ``head`` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (FoldingError, OSError) as error:
+        parser.error(str(error))
     return 0
 
 

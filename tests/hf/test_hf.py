@@ -543,7 +543,8 @@ def test_a_balancing_bias_keeps_the_float32_that_its_class_demands(tmp_path: Pat
         import_(model, tmp_path / "hub", groups)
         got = dict(model.named_buffers())[name]
         assert got.dtype is torch.float32 and torch.equal(got, bias)
-        assert all(parameter.dtype is torch.bfloat16 for parameter in model.parameters())
+        wide = {each.rpartition(".mlp.")[2] for each, kept in model.named_parameters() if kept.dtype != torch.bfloat16}
+        assert wide <= {"gate.weight"}  # which the class of transformers 5.24 demands, too
         export(model, tmp_path / "out", groups)
 
     on_ranks(TP2_EP4, work)

@@ -37,7 +37,10 @@ from foldpar.testing import run_ranks
 
 peft = pytest.importorskip("peft", reason="adapters are tested with peft, which is not installed")
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for an old name
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft asks transformers for an old name
+    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning"),
+]
 
 
 def check(case: Case) -> None:

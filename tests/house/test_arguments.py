@@ -331,6 +331,9 @@ BAD: list[tuple[str, Callable[[], object]]] = [
     ("load_weights parameters", lambda: foldpar.load_weights("w", lin.parameters(), g)),
     ("load_weights dict", lambda: foldpar.load_weights(lin.state_dict(), lin, g)),
     ("whole_state_dict swapped", lambda: foldpar.whole_state_dict(g, lin)),
+    ("check_optimizer model", lambda: foldpar.check_optimizer(lin, lin, g)),
+    ("check_optimizer layout", lambda: foldpar.check_optimizer(lin, torch.optim.SGD(lin.parameters()), L)),
+    ("check_optimizer none", lambda: foldpar.check_optimizer(lin, None, g)),
     ("whole_state_dict int", lambda: foldpar.whole_state_dict(lin, g, on=0)),
 ]
 RAW = (AttributeError, KeyError, IndexError, ZeroDivisionError, AssertionError, NameError)

@@ -62,7 +62,12 @@ def check_optimizer(model: nn.Module, optimizer: Optimizers, groups: FoldedGroup
         >>> check_optimizer(model, optimizer, create_groups(solve_layout(1)))
 
     Raises:
-        CheckpointError: names the state and the parameter; or two optimizers hold one parameter.
+        CheckpointError: names the state and the parameter; or two optimizers hold one parameter, or there is none.
     """
     expect("check_optimizer", model=(model, nn.Module), groups=(groups, FoldedGroups))
-    optimizer_state(as_optimizers(optimizer), model_state(model, groups), groups)
+    optimizers = as_optimizers(optimizer)
+    if not optimizers:
+        raise CheckpointError(
+            "check_optimizer got no optimizer to look at: give a torch.optim.Optimizer, or a list or a mapping of them."
+        )
+    optimizer_state(optimizers, model_state(model, groups), groups)

@@ -31,7 +31,7 @@ from foldpar.comm import FoldedGroups, is_dtensor, local_tensor, own_part
 from foldpar.errors import ModelError
 from foldpar.families import REPLICATED, REPLICATED_PARTIAL, ParameterFamily
 from foldpar.models.tensor_parallel import LaneCut, lane_cut
-from foldpar.moe import GroupedExperts
+from foldpar.moe import ExpertShare
 from foldpar.parameters import mark_of, mark_parameters, resolve_parameters, sharded_module, when_greeted
 
 __all__ = ["adapters_aside", "base_of", "welcome_adapters"]
@@ -136,7 +136,7 @@ def _fit(name: str, adapter: Any) -> None:
     if getattr(adapter, _FITTED, None) == state:
         return
     parameter_name, cut = getattr(adapter, "parameter_name", None), lane_cut(base)
-    if isinstance(base, GroupedExperts):
+    if isinstance(base, ExpertShare):
         _fit_experts(name, adapter, base, parameter_name)
     elif parameter_name is not None:
         _fit_parameter(name, adapter, base, parameter_name)
@@ -215,7 +215,7 @@ def _fit_parameter(name: str, adapter: Any, base: nn.Module, parameter_name: str
 # Around routed experts.
 
 
-def _fit_experts(name: str, adapter: Any, experts: GroupedExperts, parameter_name: str | None) -> None:
+def _fit_experts(name: str, adapter: Any, experts: ExpertShare, parameter_name: str | None) -> None:
     weights = ("gate_up_proj", "down_proj")
     if parameter_name not in weights or not all(hasattr(adapter, each) for each in ("get_delta_factors", "lora_A")):
         what = "" if parameter_name is None else f" for {parameter_name}"
@@ -230,7 +230,7 @@ def _fit_experts(name: str, adapter: Any, experts: GroupedExperts, parameter_nam
 
 
 @contextmanager
-def _changing(adapter: Any, experts: GroupedExperts, active: Sequence[str]) -> Iterator[None]:
+def _changing(adapter: Any, experts: ExpertShare, active: Sequence[str]) -> Iterator[None]:
     """In place of what peft does, which needs the whole weight as a plain tensor."""
     with ExitStack() as stack:
         for key in active:
@@ -241,7 +241,7 @@ def _changing(adapter: Any, experts: GroupedExperts, active: Sequence[str]) -> I
         yield
 
 
-def _with_product(adapter: Any, experts: GroupedExperts, key: str, share: Tensor) -> Tensor:
+def _with_product(adapter: Any, experts: ExpertShare, key: str, share: Tensor) -> Tensor:
     left, right, scaling = adapter.get_delta_factors(key)
     left, right = experts.share_of_product(adapter.parameter_name, left, right)
     with torch.autocast(share.device.type, enabled=False):
@@ -285,7 +285,7 @@ def _add(adapter: Any, key: str, sign: int, *, check: bool = False) -> None:
     if check and not all(bool(each.isfinite().all()) for each in (first, second)):
         raise ValueError(f"The adapter {key!r} holds values that are not finite, so nothing was merged.")
     own = local_tensor(weight)
-    if isinstance(base, GroupedExperts):
+    if isinstance(base, ExpertShare):
         own.add_(_expert_product(adapter, base, first, second, weight).view_as(own), alpha=scaling)
         return
     product = (second @ first).T if isinstance(base, nn.Embedding) else second @ first
@@ -298,9 +298,7 @@ def _add(adapter: Any, key: str, sign: int, *, check: bool = False) -> None:
         local_tensor(base.bias).add_(own_part(bias, base.bias, cut_already=cut), alpha=scaling)
 
 
-def _expert_product(
-    adapter: Any, experts: GroupedExperts, first: Tensor, second: Tensor, weight: nn.Parameter
-) -> Tensor:
+def _expert_product(adapter: Any, experts: ExpertShare, first: Tensor, second: Tensor, weight: nn.Parameter) -> Tensor:
     """This rank's share of the change to all experts, without the scaling."""
     rank = first.shape[0] // experts.num_experts
     inputs = first.unflatten(0, (-1, rank))  # [experts, rank, in]

@@ -23,7 +23,8 @@ from foldpar.planning.folds import LeftOut, Workload
 from foldpar.planning.machine import HostCost, Link, Machine, read_machine
 from foldpar.planning.memory import Memory
 from foldpar.planning.model_files import read_model
-from foldpar.planning.planner import Plan, PlanError, PlanRow, plan
+from foldpar.planning.planner import plan
+from foldpar.planning.report import Plan, PlanError, PlanRow
 from foldpar.planning.shape import LatentAttention, ModelShape, Weight
 from foldpar.planning.timing import Seconds
 

@@ -194,7 +194,7 @@ def _gpt_oss(config: _Numbers) -> ModelShape:
         transposed=True,
         router_name="router",
     )
-    return ModelShape(**{**common, "embedding_whole": True})
+    return ModelShape(**common)
 
 
 def _dense(config: _Numbers, **more: Any) -> ModelShape:

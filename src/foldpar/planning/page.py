@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from foldpar.planning.memory import Memory
-from foldpar.planning.planner import Plan, PlanRow
-from foldpar.planning.report import HEADS, commands, describe, sureness, table_of, verdict
+from foldpar.planning.report import HEADS, Plan, PlanRow, commands, describe, sureness, table_of, verdict
 
 __all__ = ["page"]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from heapq import heappush, heapreplace
 from os import PathLike
 from typing import Any, get_args
 
-from foldpar.errors import FoldingError
 from foldpar.layout import ORDERS, FoldedLayout, Order
 from foldpar.planning.folds import (
     LeftOut,
@@ -24,148 +22,18 @@ from foldpar.planning.folds import (
     transports,
 )
 from foldpar.planning.machine import Machine, read_machine
-from foldpar.planning.memory import LOADS, Memory, MemoryModel
+from foldpar.planning.memory import MemoryModel
 from foldpar.planning.model_files import read_model
+from foldpar.planning.report import Plan, PlanError, PlanRow
 from foldpar.planning.shape import ModelShape
-from foldpar.planning.timing import Seconds, TimeModel
+from foldpar.planning.timing import TimeModel
 from foldpar.wording import as_integer, divisors, listed
 
-__all__ = ["Plan", "PlanError", "PlanRow", "plan"]
+__all__ = ["plan"]
 
 STAGES = (0, 1, 2, 3)
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
-
-
-class PlanError(FoldingError, ValueError):
-    """A question that a plan cannot answer: sizes that are none, choices that do not exist, or nothing that fits."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRow:
-    """One candidate and what is predicted of it.
-
-    Attributes:
-        layout: degrees and order.
-        stage: that of :func:`foldpar.shard_model`.
-        recompute: what a backward computes again: nothing, the MoE blocks, or whole layers.
-        transport: how rows travel.
-        micro: sequences of one forward on a data rank.
-        micro_batches: forwards of a step.
-        memory: bytes of the rank that needs the most, at the load that was asked for.
-        seconds: of a step, and what they consist of.
-        tokens_per_second: of all GPUs together.
-        mfu: model FLOPs as a part of the makers' number.
-    """
-
-    layout: FoldedLayout
-    stage: int
-    recompute: Recompute
-    transport: Transport
-    micro: int
-    micro_batches: int
-    memory: Memory
-    seconds: Seconds
-    tokens_per_second: float
-    mfu: float
-
-    def choices(self) -> dict[str, object]:
-        """What a user chooses, as plain data."""
-        layout = self.layout
-        degrees = {
-            name: getattr(layout, name) for name in ("world", "tp", "cp", "pp", "dp", "ep", "etp", "edp", "order")
-        }
-        return {
-            **degrees, "stage": self.stage, "recompute": self.recompute, "transport": self.transport,
-            "micro": self.micro, "micro_batches": self.micro_batches,
-        }  # fmt: skip
-
-    def to_dict(self) -> dict[str, object]:
-        """All of it as plain data: bytes and milliseconds."""
-        return {
-            **self.choices(), "bytes": self.memory.to_dict(), "milliseconds": self.seconds.to_dict(),
-            "tokens_per_second": self.tokens_per_second, "mfu": self.mfu, "bound_by": self.seconds.bound,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What :func:`foldpar.plan` found; ``print`` it to read it.
-
-    Attributes:
-        shape, machine, work, gpus: what was asked.
-        rows: the fastest layouts, each with its fastest choices that fit, the fastest first.
-        pareto: of all choices on these layouts those that no other beats in both memory and time, the smallest first.
-        candidates: how many choices of layout, stage, recomputation and micro-batch there were.
-        left_out: the rules that layouts break, each with how many break it first.
-        changes: what would change the winner.
-        smallest: the candidate with the smallest peak, whether it fits or not.
-    """
-
-    shape: ModelShape
-    machine: Machine
-    work: Workload
-    gpus: int
-    rows: tuple[PlanRow, ...]
-    pareto: tuple[PlanRow, ...]
-    candidates: int
-    left_out: tuple[LeftOut, ...]
-    changes: tuple[str, ...]
-    smallest: PlanRow | None
-
-    @property
-    def best(self) -> PlanRow:
-        """The winner.
-
-        Raises:
-            PlanError: nothing fits; the text says how much is missing.
-        """
-        if not self.rows:
-            raise PlanError(self.verdict())
-        return self.rows[0]
-
-    def at_loads(self, row: PlanRow) -> dict[float, Memory]:
-        """The bytes of a candidate at balanced, 1.5 and 3 times the balanced load."""
-        model = MemoryModel(self.shape, self.work, self.machine.device)
-        return {load: model.of(**_arguments(row), load=load) for load in LOADS}
-
-    def verdict(self) -> str:
-        """One line: what to do, and how fast it would be; or what is missing."""
-        from foldpar.planning.report import verdict
-
-        return verdict(self)
-
-    def commands(self, row: PlanRow | None = None) -> str:
-        """The lines that set up a candidate, the winner by default."""
-        from foldpar.planning.report import commands
-
-        return commands(self, row or self.best)
-
-    def __str__(self) -> str:
-        from foldpar.planning.report import text
-
-        return text(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data: bytes, milliseconds, the machine with its sources."""
-        rows = [
-            {**row.to_dict(), "bytes_at_load": {str(load): each.to_dict() for load, each in self.at_loads(row).items()}}
-            for row in self.rows
-        ]
-        return {
-            "verdict": self.verdict(),
-            "model": {**self.shape.to_dict(), "parameters": self.shape.parameters,
-                      "active_parameters": self.shape.active_parameters},
-            "machine": self.machine.to_dict(), "work": asdict(self.work), "gpus": self.gpus,
-            "candidates": self.candidates, "rows": rows,
-            "pareto": [row.to_dict() for row in self.pareto],
-            "left_out": [asdict(each) for each in self.left_out], "changes": list(self.changes),
-            "commands": self.commands() if self.rows else None,
-        }  # fmt: skip
-
-    def to_json(self) -> str:
-        """:meth:`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=1)
 
 
 def plan(
@@ -264,13 +132,6 @@ def _load(value: object) -> float:
             f"plan: load = {value!r} is not a number of 1 or more: the slowest rank has at least the balanced rows."
         )
     return float(value)
-
-
-def _arguments(row: PlanRow) -> dict[str, Any]:
-    return {
-        "layout": row.layout, "stage": row.stage, "recompute": row.recompute, "transport": row.transport,
-        "micro": row.micro,
-    }  # fmt: skip
 
 
 class _Search:

@@ -1,17 +1,32 @@
-"""A plan in words: one line of verdict, a ranked table, what the winner consists of, and the lines that set it up."""
+"""What a plan found, and in words: one line of verdict, a ranked table, the winner, and the lines that set it up."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-from foldpar.planning.memory import SLACK, Memory
+from foldpar.errors import FoldingError
+from foldpar.layout import FoldedLayout
+from foldpar.planning.folds import LeftOut, Recompute, Transport, Workload
+from foldpar.planning.machine import Machine
+from foldpar.planning.memory import LOADS, SLACK, Memory, MemoryModel
+from foldpar.planning.shape import ModelShape
+from foldpar.planning.timing import Seconds
 
-if TYPE_CHECKING:
-    from foldpar.planning.planner import Plan, PlanRow
-
-__all__ = ["commands", "describe", "sureness", "table_of", "text", "verdict"]
+__all__ = [
+    "Plan",
+    "PlanError",
+    "PlanRow",
+    "arguments",
+    "commands",
+    "describe",
+    "sureness",
+    "table_of",
+    "text",
+    "verdict",
+]
 
 _NAMES = {
     "none": "nothing", "experts": "MoE blocks", "full": "whole layers",
@@ -20,6 +35,138 @@ HEADS = (
     "", "tp", "cp", "pp", "dp", "ep", "etp", "edp", "order", "stage", "recomputed", "rows", "micro", "GB", "at 1.5x",
     "at 3x", "ms", "tokens/s", "MFU", "bound by",
 )  # fmt: skip
+
+
+class PlanError(FoldingError, ValueError):
+    """A question that a plan cannot answer: sizes that are none, choices that do not exist, or nothing that fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One candidate and what is predicted of it.
+
+    Attributes:
+        layout: degrees and order.
+        stage: that of :func:`foldpar.shard_model`.
+        recompute: what a backward computes again: nothing, the MoE blocks, or whole layers.
+        transport: how rows travel.
+        micro: sequences of one forward on a data rank.
+        micro_batches: forwards of a step.
+        memory: bytes of the rank that needs the most, at the load that was asked for.
+        seconds: of a step, and what they consist of.
+        tokens_per_second: of all GPUs together.
+        mfu: model FLOPs as a part of the makers' number.
+    """
+
+    layout: FoldedLayout
+    stage: int
+    recompute: Recompute
+    transport: Transport
+    micro: int
+    micro_batches: int
+    memory: Memory
+    seconds: Seconds
+    tokens_per_second: float
+    mfu: float
+
+    def choices(self) -> dict[str, object]:
+        """What a user chooses, as plain data."""
+        layout = self.layout
+        degrees = {
+            name: getattr(layout, name) for name in ("world", "tp", "cp", "pp", "dp", "ep", "etp", "edp", "order")
+        }
+        return {
+            **degrees, "stage": self.stage, "recompute": self.recompute, "transport": self.transport,
+            "micro": self.micro, "micro_batches": self.micro_batches,
+        }  # fmt: skip
+
+    def to_dict(self) -> dict[str, object]:
+        """All of it as plain data: bytes and milliseconds."""
+        return {
+            **self.choices(), "bytes": self.memory.to_dict(), "milliseconds": self.seconds.to_dict(),
+            "tokens_per_second": self.tokens_per_second, "mfu": self.mfu, "bound_by": self.seconds.bound,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What :func:`foldpar.plan` found; ``print`` it to read it.
+
+    Attributes:
+        shape, machine, work, gpus: what was asked.
+        rows: the fastest layouts, each with its fastest choices that fit, the fastest first.
+        pareto: of all choices on these layouts those that no other beats in both memory and time, the smallest first.
+        candidates: how many choices of layout, stage, recomputation and micro-batch there were.
+        left_out: the rules that layouts break, each with how many break it first.
+        changes: what would change the winner.
+        smallest: the candidate with the smallest peak, whether it fits or not.
+    """
+
+    shape: ModelShape
+    machine: Machine
+    work: Workload
+    gpus: int
+    rows: tuple[PlanRow, ...]
+    pareto: tuple[PlanRow, ...]
+    candidates: int
+    left_out: tuple[LeftOut, ...]
+    changes: tuple[str, ...]
+    smallest: PlanRow | None
+
+    @property
+    def best(self) -> PlanRow:
+        """The winner.
+
+        Raises:
+            PlanError: nothing fits; the text says how much is missing.
+        """
+        if not self.rows:
+            raise PlanError(self.verdict())
+        return self.rows[0]
+
+    def at_loads(self, row: PlanRow) -> dict[float, Memory]:
+        """The bytes of a candidate at balanced, 1.5 and 3 times the balanced load."""
+        model = MemoryModel(self.shape, self.work, self.machine.device)
+        return {load: model.of(**arguments(row), load=load) for load in LOADS}
+
+    def verdict(self) -> str:
+        """One line: what to do, and how fast it would be; or what is missing."""
+        return verdict(self)
+
+    def commands(self, row: PlanRow | None = None) -> str:
+        """The lines that set up a candidate, the winner by default."""
+        return commands(self, row or self.best)
+
+    def __str__(self) -> str:
+        return text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data: bytes, milliseconds, the machine with its sources."""
+        rows = [
+            {**row.to_dict(), "bytes_at_load": {str(load): each.to_dict() for load, each in self.at_loads(row).items()}}
+            for row in self.rows
+        ]
+        return {
+            "verdict": self.verdict(),
+            "model": {**self.shape.to_dict(), "parameters": self.shape.parameters,
+                      "active_parameters": self.shape.active_parameters},
+            "machine": self.machine.to_dict(), "work": asdict(self.work), "gpus": self.gpus,
+            "candidates": self.candidates, "rows": rows,
+            "pareto": [row.to_dict() for row in self.pareto],
+            "left_out": [asdict(each) for each in self.left_out], "changes": list(self.changes),
+            "commands": self.commands() if self.rows else None,
+        }  # fmt: skip
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
+
+
+def arguments(row: PlanRow) -> dict[str, Any]:
+    return {
+        "layout": row.layout, "stage": row.stage, "recompute": row.recompute, "transport": row.transport,
+        "micro": row.micro,
+    }  # fmt: skip
 
 
 def describe(row: PlanRow) -> str:
