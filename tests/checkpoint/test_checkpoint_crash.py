@@ -158,6 +158,7 @@ def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_timeout(bef
         assert_incomplete(folder / f"attempt-{5000 + rank}")
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_clear_error_on_every_rank(before):
     """By a limit on the size of files, which the system enforces: in data, in metadata, in the background."""
     folder, _ = before

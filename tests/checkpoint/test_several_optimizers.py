@@ -215,6 +215,7 @@ def averaged(layout: foldpar.FoldedLayout, folder: str, want: dict[str, Tensor] 
         return max(float((found[name] - value).abs().max()) for name, value in want.items())
 
 
+@pytest.mark.long
 def test_an_average_of_weights_is_that_of_one_process(tmp_path: Path) -> None:
     one = copy.deepcopy(base())
     average = AveragedModel(one, avg_fn=get_ema_avg_fn(0.5))

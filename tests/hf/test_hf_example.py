@@ -41,6 +41,7 @@ def refusal(folder: Path, *arguments: str, **environment: str) -> str:
     return done.stderr.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     assert "--save there exists already, and nothing is written over" in refusal(tmp_path, "--save", "there")

@@ -77,6 +77,7 @@ def test_the_loop_of_the_page_without_accelerate() -> None:
     assert all(math.isfinite(loss) for loss in run_ranks(with_accelerate, 2, backend="threads"))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_losses_are_those_of_all_to_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE.parent))

@@ -128,6 +128,7 @@ def compiled(plain: Model, want: dict[str, Tensor]) -> tuple[int, int, list[str]
         return graphs, counter.frame_count - graphs, reasons
 
 
+@pytest.mark.long
 def test_a_compiled_model_is_one_graph_and_never_compiles_anew_for_a_routing() -> None:
     plain = plain_model(shared=True)
     for graphs, more, reasons in run_ranks(compiled, 2, plain, plain_gradients(plain, 1), timeout=240.0):

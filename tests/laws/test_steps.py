@@ -154,6 +154,7 @@ def late(tp: int) -> None:
                 foldpar.reduce_gradients(model, groups)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tp", [1, 2])
 def test_what_enters_later_inside_or_beside_distributed_layers_needs_a_word(tp: int) -> None:
     run_ranks(late, 4, tp)

@@ -107,6 +107,7 @@ def test_an_own_layer_in_a_few_lines(options: dict[str, Any], check_options: dic
                                                                    "experts.down_proj"}  # fmt: skip
 
 
+@pytest.mark.long
 def test_spawned_ranks_and_those_of_torchrun_find_the_same() -> None:
     layout = solve_layout(2, tp=2, ep=2)
     arguments = OwnMoE, fold_own, layout

@@ -80,6 +80,7 @@ def test_replicas_of_shards_equal_one_process_in_every_layout(case: Case, replic
     assert_equal_to_one_process(Run(case, steps=3), [1, 2, 3], replicas=replicas)
 
 
+@pytest.mark.long
 def test_float32_equals_one_process() -> None:
     assert_equal_to_one_process(Run(Case(4, 2, 2, **FLOAT32), steps=3), [3], tolerance=1e-5)
 

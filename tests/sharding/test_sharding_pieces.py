@@ -468,6 +468,7 @@ def offloaded(layout: foldpar.FoldedLayout, replicas: int) -> None:
             torch.optim.AdamW(foldpar.parameter_groups(model)).step()
 
 
+@pytest.mark.long
 def test_offloading_changes_no_number() -> None:
     run_ranks(offloaded, 4, solve_layout(4, tp=2, ep=2), 1)
 
@@ -504,6 +505,7 @@ def evaluated_in_between() -> None:
             assert losses[stage] == pytest.approx(losses[0], rel=1e-12), stage
 
 
+@pytest.mark.long
 def test_evaluation_in_between_changes_nothing() -> None:
     run_ranks(evaluated_in_between, 4)
 
