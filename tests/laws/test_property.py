@@ -100,7 +100,7 @@ def fold_and_compare(rounds: int, examples: int, at_least: int, capsys: pytest.C
 
 
 def test_every_fold_equals_one_process(capsys: pytest.CaptureFixture[str]) -> None:
-    fold_and_compare(1, 4, 20, capsys)
+    fold_and_compare(1, 3, 15, capsys)
 
 
 EVERYTHING = {"masked": True, "bias": True, "shared": "sharded", "layers": 2, "auxiliary": "batch", "hidden": 4}
