@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
-from peft_cases import Case, differences, one_process
 from run import Runner
+
+if TYPE_CHECKING:
+    from peft_cases import Case
 
 FOLDS = [(2, 2, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2)]
 
 
 def cases(world: int) -> list[Case]:
+    from peft_cases import Case
+
     return [
         Case(world=world, tp=tp, ep=ep, etp=etp, stage=stage, first=first)
         for tp, ep, etp in FOLDS
@@ -22,6 +28,8 @@ def cases(world: int) -> list[Case]:
 
 
 def check(case: Case) -> None:
+    from peft_cases import differences, one_process
+
     values, want = one_process(case)
     found = differences(case, values, want)
     worst = max(found, key=found.__getitem__)
@@ -29,6 +37,9 @@ def check(case: Case) -> None:
 
 
 def main(runner: Runner) -> None:
+    if find_spec("peft") is None:
+        runner.leave_out("peft is not installed")
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         before = torch.get_default_device()

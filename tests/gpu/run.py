@@ -69,6 +69,11 @@ class Runner:
         dist.all_gather_object(errors, error)
         self.say(not any(errors), name, *filter(None, errors))
 
+    def leave_out(self, why: str) -> None:
+        """A suite that cannot run here; none of its cases counts as passed."""
+        if dist.get_rank() == 0:
+            print("left out:", why, flush=True)
+
     def count(self, suite: str, seconds: float) -> None:
         if dist.get_rank() == 0:
             where = "CPU" if self.device == "cpu" else f"{min(self.gpus, self.world)} x {torch.cuda.get_device_name()}"

@@ -88,12 +88,12 @@ class _Doorman:
     """Before every forward: whether other modules are here than the last time."""
 
     def __init__(self, groups: FoldedGroups) -> None:
-        self.groups, self.seen = groups, 0
+        self.groups, self.seen = groups, list[int]()
 
     def __call__(self, model: nn.Module, arguments: object) -> None:
         if torch.compiler.is_compiling():
             return
-        now = hash(tuple(map(id, model.modules())))
+        now = _modules_of(model)
         if now == self.seen:
             return
         _fit_all(model, self.groups)
@@ -101,6 +101,16 @@ class _Doorman:
             if sharded_module(model) is None:  # shard_model asks for all families
                 resolve_parameters(model, self.groups)
             self.seen = now
+
+
+def _modules_of(model: nn.Module) -> list[int]:
+    """Who is there, as numbers. Every forward waits for it, and ``model.modules()`` takes several times as long."""
+    found, left = list[int](), [model]
+    while left:
+        module = left.pop()
+        found.append(id(module))
+        left += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

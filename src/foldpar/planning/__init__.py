@@ -9,8 +9,11 @@
     folds        all folds of a world, the ways of rows, and the first rule that a candidate breaks
     memory       the bytes of a rank: what is held, what a step adds, and when the sum is largest
     timing       the seconds of a step, and what they consist of
-    planner      plan: the walk over all candidates, and Plan, what comes of it
-    report       a plan in words: verdict, table, the lines that set it up
+    planner      plan: the walk over all candidates
+    report       Plan, what comes of it, and in words: verdict, table, the lines that set it up; ``page`` draws it
+    calibrate    the numbers of this machine, measured
+
+``documents`` reads their files, ``once`` keeps what many candidates share.
 
 Laws: what is proposed is refused neither by ``solve_layout`` nor by ``plan_fold`` nor by ``shard_model``; the weights
 of a shape are those of ``plan_fold``, name by name; held bytes fall with the stage, and those of all ranks add up to

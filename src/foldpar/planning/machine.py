@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from foldpar.errors import FoldingError
+from foldpar.planning.documents import read_object
 
 __all__ = ["SHIPPED", "HostCost", "Link", "Machine", "read_machine"]
 
@@ -128,13 +128,7 @@ def read_machine(source: str | PathLike[str] | Mapping[str, Any]) -> Machine:
             f"{source} is neither a machine that is known ({', '.join(SHIPPED)}{hint}) nor a file. "
             f"Write one where the GPUs are: foldpar calibrate FILE."
         )
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise MachineError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(document, dict):
-        raise MachineError(f"{path} holds no JSON object.")
-    return _machine(document, str(path))
+    return _machine(read_object(path, MachineError), str(path))
 
 
 def _machine(document: Mapping[str, Any], where: str) -> Machine:

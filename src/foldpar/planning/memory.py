@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from math import prod
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from foldpar.layout import FoldedLayout
 from foldpar.planning import formulas
 from foldpar.planning.folds import Recompute, Transport, Workload
+from foldpar.planning.once import Once
 from foldpar.planning.shape import ModelShape, Weight
 
 __all__ = ["LOADS", "Memory", "MemoryModel", "PipelineStage", "pipeline_stages"]
@@ -109,7 +110,7 @@ class MemoryModel:
 
     def __init__(self, shape: ModelShape, work: Workload, device: str = "cuda") -> None:
         self.shape, self.work, self.device = shape, work, device
-        self._kept: dict[object, Any] = {}
+        self._once = Once()
 
     def of(
         self,
@@ -324,12 +325,6 @@ class MemoryModel:
             return formulas.eager_attention_kept(queries, heads, self.work.tokens, item)
         keys = max(shape.key_value_heads // tp, 1) * shape.head_width
         return formulas.attention_kept(queries, keys, heads, item, qk_norm=shape.qk_norm)
-
-    def _once(self, key: object, make: Callable[[], T]) -> T:
-        found: T | None = self._kept.get(key)
-        if found is None:
-            found = self._kept[key] = make()
-        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from os import PathLike
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foldpar.errors import ModelError
+from foldpar.planning.documents import read_object
 from foldpar.planning.shape import LatentAttention, ModelShape
 
 __all__ = ["MODEL_TYPES", "read_model"]
@@ -62,13 +62,7 @@ def _loaded(source: str | PathLike[str]) -> tuple[Mapping[str, Any], str]:
             f"{path} does not exist. A model is a folder with a config.json, or that file; to plan for a model of the "
             f"hub, download its config.json alone: hf download NAME config.json."
         )
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(document, dict):
-        raise ModelError(f"{path} holds no JSON object.")
-    return document, str(path)
+    return read_object(path, ModelError), str(path)
 
 
 class _Numbers:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import prod
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from foldpar.layout import Axis, FoldedLayout
 from foldpar.planning import formulas
 from foldpar.planning.folds import Recompute, Transport, Workload, node_span
 from foldpar.planning.machine import Link, Machine
 from foldpar.planning.memory import PipelineStage, pipeline_stages
+from foldpar.planning.once import Once
 from foldpar.planning.shape import ModelShape
 
 __all__ = ["Seconds", "TimeModel"]
@@ -107,7 +107,7 @@ class TimeModel:
 
     def __init__(self, shape: ModelShape, work: Workload, machine: Machine) -> None:
         self.shape, self.work, self.machine = shape, work, machine
-        self._kept: dict[object, Any] = {}
+        self._once = Once()
         moe = len(shape.moe_layers)
         self._kinds = [kind for kind, count in ((False, shape.layers - moe), (True, moe)) if count]
         self._weights_of_layer = {kind: len(shape.layer_weights(kind)) for kind in self._kinds}
@@ -416,9 +416,3 @@ class TimeModel:
         each = self._weights_of_layer
         count = pipeline.dense * each.get(False, 0) + pipeline.moe * each.get(True, 0) + 3
         return seconds, count * self.machine.host.parameter * (layout.world > 1)
-
-    def _once(self, key: object, make: Callable[[], T]) -> T:
-        found: T | None = self._kept.get(key)
-        if found is None:
-            found = self._kept[key] = make()
-        return found

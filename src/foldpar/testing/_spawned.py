@@ -50,7 +50,7 @@ GRACE = 3.0
 # Imports have this long and do not count as time of the call: torch takes seconds where workers cannot be forked.
 STARTUP = 120.0
 HOST = "127.0.0.1"
-_PRELOADED = re.compile(r"torch|torch\.distributed[\w.]*|foldpar[\w.]*|numpy|pytest|hypothesis|transformers[\w.]*|peft")
+_PRELOADED = re.compile(r"torch|numpy|pytest|hypothesis|peft|(torch\.distributed|foldpar|transformers)(\.\w+)*")
 """What workers are forked with, where the caller has imported it."""
 
 

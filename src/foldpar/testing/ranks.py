@@ -38,9 +38,9 @@ def run_ranks(
         reduce-scatter other than sum and average. All ranks share the default random generator, the default dtype and
         module globals: pass a generator of your own. Results are the ranks' own objects.
 
-    Measured with torch 2.13 on two cores (an ``all_reduce`` per call): the first spawned call takes 1.5 s, each later
-    one 5 ms on 2 ranks and 22 ms on 8, and starting all 8 anew after a rank was ended 0.2 s. With threads a call takes
-    2 ms on 2 ranks and 8 ms on 8.
+    Measured with torch 2.13 on two cores (an ``all_reduce`` per call): the first spawned call takes 2 to 2.6 s, each
+    later one 7 ms on 2 ranks and 33 ms on 8, and starting all 8 anew after a rank was ended 0.2 s. With threads a call
+    takes 2 ms on 2 ranks and 7 ms on 8.
 
     Example:
         >>> import torch.distributed as dist

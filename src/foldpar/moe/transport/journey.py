@@ -108,7 +108,8 @@ class Journey:
         """Rows that this lane routed, to the experts and back to all ``[tokens, dim]``, weighted and summed.
 
         ``compute`` is called with rows at their experts: ``(rows, rows_per_expert)``, and where the experts apply
-        weights also with the weights and with the sizes on the host or ``None``.
+        weights also with the weights and with the sizes on the host or ``None``. Rows that stay on this rank lie where
+        they lay for experts that read places, which are handed over last.
 
         Backward:
             That of the two ends; see :func:`~foldpar.moe.lane_ends.lane_ends`.
