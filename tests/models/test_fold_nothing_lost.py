@@ -9,6 +9,7 @@ import torch
 from hand_made import EXPERTS, HAND_MADE, HIDDEN, Model
 from hf_models import tiny_model
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import foldpar
 from foldpar import hf
@@ -199,3 +200,17 @@ def test_what_is_noted_on_a_parameter_stays_noted() -> None:
             }
 
     run_ranks(note, 2, backend="threads")
+
+
+def test_parametrized_experts_are_refused_until_their_results_are_kept() -> None:
+    class Twice(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    model = tiny_model("qwen3_moe")
+    experts = experts_of(model)
+    parametrize.register_parametrization(experts, "down_proj", Twice())
+    with pytest.raises(ModelError, match=r"layers.0.mlp.experts computes down_proj by a parametrization"):
+        plan_fold(model, ALONE)
+    parametrize.remove_parametrizations(experts, "down_proj", leave_parametrized=True)
+    plan_fold(model, ALONE)
