@@ -39,7 +39,7 @@ def both(folder: str, **options: Any) -> list[dict[str, Any]]:
 def on_a_rank(folder: str) -> list[dict[str, Any]]:
     return both(
         folder, preset="tiny", tp=1, ep=2, steps=2, batch=1, accumulate=2, length=32,
-        clip=0.5, checkpointing=False, bfloat16=False,
+        clip=0.5, checkpointing=False, bfloat16=False, one_sided=False,
     )  # fmt: skip
 
 
