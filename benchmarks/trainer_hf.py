@@ -5,9 +5,9 @@
     PYTHONPATH=src torchrun --nproc-per-node 2 benchmarks/trainer_hf.py --profile 25
 
 Each turn runs the training of ``examples/trainer_hf.py`` once for every entry: bfloat16, the preset of a billion
-parameters, FSDP2 over the data ranks, and over ``efsdp`` for experts. The entry ``fsdp`` has whole experts on every rank
-(``ep_size = 1``, transformers' ``grouped_mm``), all others spread them. One row for each: medians of the tokens per
-second, the peak memory of the rank that needed the most, the last loss. It ends with an error if losses differ.
+parameters, FSDP2 over the data ranks, and over ``efsdp`` for experts. The entry ``fsdp`` has whole experts on every
+rank (``ep_size = 1``, transformers' ``grouped_mm``), all others spread them. One row for each: medians of the tokens
+per second, the peak memory of the rank that needed the most, the last loss. It ends with an error if losses differ.
 """
 
 from __future__ import annotations
