@@ -20,7 +20,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from typing import Any
 
@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "num_experts": 64, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632, "intermediate_size": 5632,
     }),
 }  # fmt: skip
-BATCHES = ((1024, 4), (2048, 8))
+BATCHES = ((2048, 4), (4096, 8))
 """Tokens of a sequence, and sequences of a step, all ranks together."""
 FOLDS: dict[int, list[dict[str, int]]] = {
     1: [{}],
@@ -71,10 +71,15 @@ def cases(world: int, model: str, tokens: int, batch: int) -> Iterator[Case]:
                         )
 
 
-def measure(case: Case, groups: foldpar.FoldedGroups, device: str, steps: int, profile: bool) -> dict[str, Any]:
-    """Milliseconds of a step and of its phases, and the peak of its bytes; the slowest rank's."""
-    training = case.training(groups, device)
-    for _ in range(3):
+def built_as(case: Case) -> tuple[Any, ...]:
+    """Cases for which this is equal can share a model."""
+    room = case.own_tokens if case.transport == "one-sided" else 0
+    return case.model, tuple(case.degrees.items()), case.stage, case.recompute, case.transport, room
+
+
+def measure(training: Training, device: str, steps: int, profile: bool) -> dict[str, Any]:
+    """Milliseconds and peak bytes of a step, the slowest rank's; with ``profile``, its phases and kernels."""
+    for _ in range(2):
         training.step()
     whole, peak = [], 0
     for _ in range(steps):
@@ -82,17 +87,19 @@ def measure(case: Case, groups: foldpar.FoldedGroups, device: str, steps: int, p
             torch.cuda.reset_peak_memory_stats()
         whole.append(_milliseconds(training, device)["total"])
         peak = max(peak, torch.cuda.max_memory_allocated() if device == "cuda" else 0)
-    launched = [_milliseconds(training, device) for _ in range(3)]  # phases as the host leaves them
-    waited = [_milliseconds(training, device, each=True) for _ in range(3)]
     found = torch.tensor([_median(whole), float(peak)], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return {
+    row = {
         "measured_ms": found[0].item(), "fastest": min(whole), "slowest": max(whole), "measured_bytes": found[1].item(),
-        "host_ms": {name: _median([each[name] for each in launched]) for name in launched[0]},
-        "phase_ms": {name: _median([each[name] for each in waited]) for name in waited[0]},
-        "kernels": _kernels(training) if profile and device == "cuda" else {},
     }  # fmt: skip
+    if profile:
+        launched = [_milliseconds(training, device) for _ in range(3)]  # phases as the host leaves them
+        waited = [_milliseconds(training, device, each=True) for _ in range(3)]
+        for name, steps_of in (("host_ms", launched), ("phase_ms", waited)):
+            row[name] = {phase: _median([each[phase] for each in steps_of]) for phase in steps_of[0]}
+        row["kernels"] = _kernels(training) if device == "cuda" else {}
+    return row
 
 
 def _median(values: list[float]) -> float:
@@ -124,7 +131,7 @@ def _kernels(training: Training) -> dict[str, list[float]]:
         training.step()
         torch.cuda.synchronize()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
-    return {event.key[:120]: [event.self_device_time_total / 1e3, event.count] for event in events[:50]}
+    return {event.key: [event.self_device_time_total / 1e3, event.count] for event in events[:50]}
 
 
 def predicted(case: Case, machine: Machine) -> dict[str, float]:
@@ -190,7 +197,7 @@ def main() -> None:
     machine = read_machine(options.machine)
     batches = BATCHES
     if options.cpu:
-        batches = ((16, 4),)
+        batches = ((16, 4), (32, 4))
         for _, config in MODELS.values():
             widths = {name: 64 for name in config if name.endswith("intermediate_size")}
             counts = {name: 8 for name in config if name.endswith("_experts")}
@@ -202,28 +209,33 @@ def main() -> None:
     kept: dict[tuple[tuple[str, int], ...], foldpar.FoldedGroups] = {}
     tables: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
     for model in options.models:
+        alike: dict[tuple[Any, ...], list[tuple[int, int, Case]]] = defaultdict(list)
         for tokens, batch in batches:
             for case in cases(world, model, tokens, batch):
-                if _all(time.monotonic() - began > options.seconds, device):
-                    continue
-                key = tuple(case.degrees.items())
-                groups = kept[key] = kept.get(key) or foldpar.create_groups(case.layout)
-                row = {
-                    "model": model,
-                    "case": str(case),
-                    **measure(case, groups, device, options.steps, options.profile),
-                }
+                alike[built_as(case)].append((tokens, batch, case))
+        for of_one_model in alike.values():
+            if _any(time.monotonic() - began > options.seconds, device):
+                continue
+            case = of_one_model[0][2]
+            key = tuple(case.degrees.items())
+            groups = kept[key] = kept.get(key) or foldpar.create_groups(case.layout)
+            training = case.training(groups, device)
+            for tokens, batch, case in of_one_model:
+                training = replace(training, ids=case.ids(device), micro_batches=case.micro_batches)
+                row = {"model": model, "case": str(case)}
+                row |= measure(training, device, options.steps, options.profile)
                 memory = case.predicted(device)
                 row |= {"predicted": predicted(case, machine), "predicted_bytes": memory.peak, "memory": asdict(memory)}
                 row |= {"arguments": asdict(case), "seconds": time.monotonic() - began}
                 tables[model, tokens, batch].append(row)
-                gc.collect()
-                if device == "cuda":
-                    torch.cuda.empty_cache()
                 if rank == 0:
                     print(line(row), flush=True)
                     if options.json:
                         _write(options.json, machine, tables)
+            del training
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
     if rank == 0:
         for (model, tokens, batch), rows in tables.items():
             print(f"{model}, {batch} x {tokens} tokens: {summary(rows)}")
@@ -231,7 +243,7 @@ def main() -> None:
         groups.destroy()
 
 
-def _all(late: bool, device: str) -> bool:
+def _any(late: bool, device: str) -> bool:
     """Whether any rank is late: the same on all."""
     told = torch.tensor([float(late)], device=device)
     if dist.is_initialized():
