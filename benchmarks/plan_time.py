@@ -8,7 +8,8 @@ For each model and number of tokens one table: every fold, stage and way of rows
 measured, with the parts of the prediction; on one GPU, which has one fold, recomputation and micro-batches. Measured is
 the median of the timed steps, on the slowest rank. Behind it what the plan is asked for: whether the best one is among
 the two predicted to be best, what it costs to follow the prediction (regret), Kendall's tau, the mean error. ``--json``
-keeps everything; ``--profile`` also the kernels of one step. ``--cpu`` rehearses with small sizes over Gloo.
+keeps everything; ``--profile`` also the kernels of one step. ``--again FILE`` predicts anew what such a file measured,
+without GPUs. ``--cpu`` rehearses with small sizes over Gloo.
 """
 
 from __future__ import annotations
@@ -147,13 +148,13 @@ def predicted(case: Case, machine: Machine) -> dict[str, float]:
     return seconds.to_dict()
 
 
-def kendall(pairs: list[tuple[float, float]]) -> float:
-    """Concordant less discordant pairs, as a part of all.
-
-    >>> kendall([(1, 1), (2, 3), (3, 2)])
-    0.3333333333333333
-    """
-    signs = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in combinations(pairs, 2)]
+def kendall(rows: list[dict[str, Any]], *, apart: bool) -> float:
+    """Concordant less discordant pairs, as a part of all; or of those whose steps are apart, all of one shorter."""
+    signs = [
+        (one["predicted"]["total"] - other["predicted"]["total"]) * (one["measured_ms"] - other["measured_ms"])
+        for one, other in combinations(rows, 2)
+        if not apart or one["slowest"] < other["fastest"] or other["slowest"] < one["fastest"]
+    ]
     return (sum(sign > 0 for sign in signs) - sum(sign < 0 for sign in signs)) / max(1, len(signs))
 
 
@@ -162,13 +163,13 @@ def summary(rows: list[dict[str, Any]]) -> str:
     by_plan = sorted(rows, key=lambda row: row["predicted"]["total"])
     best = min(rows, key=lambda row: row["measured_ms"])
     regret = by_plan[0]["measured_ms"] / best["measured_ms"] - 1
-    tau = kendall([(row["predicted"]["total"], row["measured_ms"]) for row in rows])
+    tau, apart = kendall(rows, apart=False), kendall(rows, apart=True)
     error = sum(abs(row["predicted"]["total"] / row["measured_ms"] - 1) for row in rows) / len(rows)
     of_bytes = [abs(row["predicted_bytes"] / row["measured_bytes"] - 1) for row in rows if row["measured_bytes"]]
     within = f"; bytes within 5 %: {sum(each < 0.05 for each in of_bytes)} of {len(of_bytes)}" if of_bytes else ""
     return (
         f"{len(rows)} rows: the best is number {by_plan.index(best) + 1} of the plan, regret {regret:.1%}, tau "
-        f"{tau:.2f}, mean error {error:.1%}{within}"
+        f"{tau:.2f} ({apart:.2f} of pairs whose steps are apart), mean error {error:.1%}{within}"
     )
 
 
@@ -189,12 +190,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a case")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after so long")
+    parser.add_argument("--again", metavar="FILE", help="predict what this JSON measured, and measure nothing")
     parser.add_argument("--profile", action="store_true", help="the kernels of one step, into the JSON")
     parser.add_argument("--cpu", action="store_true", help="small sizes over Gloo")
     options = parser.parse_args()
     began, device = time.monotonic(), "cpu" if options.cpu else "cuda"
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     machine = read_machine(options.machine)
+    if options.again:
+        again(options.again, machine)
+        return
     batches = BATCHES
     if options.cpu:
         batches = ((16, 4), (32, 4))
@@ -237,10 +242,29 @@ def main() -> None:
             if device == "cuda":
                 torch.cuda.empty_cache()
     if rank == 0:
-        for (model, tokens, batch), rows in tables.items():
-            print(f"{model}, {batch} x {tokens} tokens: {summary(rows)}")
+        print(summaries(tables))
     for groups in reversed(kept.values()):
         groups.destroy()
+
+
+def summaries(tables: dict[tuple[str, int, int], list[dict[str, Any]]]) -> str:
+    """One line for each table."""
+    return "\n".join(
+        f"{model}, {batch} x {tokens} tokens: {summary(rows)}" for (model, tokens, batch), rows in tables.items()
+    )
+
+
+def again(file: str, machine: Machine) -> None:
+    """Print the tables of a file with predictions of today."""
+    with open(file, encoding="utf-8") as opened:
+        measured = json.load(opened)["rows"]
+    tables: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in measured:
+        case = Case(**row["arguments"])
+        row |= {"predicted": predicted(case, machine), "predicted_bytes": case.predicted("cuda").peak}
+        tables[row["model"], case.tokens, case.micro * case.micro_batches * case.layout.dp].append(row)
+        print(line(row))
+    print(summaries(tables))
 
 
 def _any(late: bool, device: str) -> bool:

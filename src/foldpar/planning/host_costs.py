@@ -10,6 +10,7 @@ import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -43,9 +44,13 @@ def measure_host(base: HostCost, world: int, device: torch.device, *, quick: boo
         return _scaled(
             base, _launch(device) / REFERENCE_LAUNCH
         ), "measured: small operations; the rest scaled from them"
-    few, steps = (1, 3) if quick else (4, 11)
+    with ExitStack() as stack:
+        few, steps = (1, 3) if quick else (4, 9)
+        return _differences(base, world, device, steps, _Slope(device, few, steps, stack))
+
+
+def _differences(base: HostCost, world: int, device: torch.device, steps: int, plain: _Slope) -> tuple[HostCost, str]:
     dense = _feed_forward(device, steps)
-    plain = _Slope(device, few, steps)
     layer, outside = plain.of(world, {})
     attention = max(0.0, plain.of(world, {}, dense=True)[0]["layer"] - dense)
     costs = {
@@ -78,16 +83,18 @@ def _positive(costs: dict[str, float]) -> dict[str, float]:
 class _Slope:
     """Seconds that one layer more costs, by phase; and forward and backward of what is outside of layers."""
 
-    def __init__(self, device: torch.device, few: int, steps: int) -> None:
-        self.device, self.few, self.steps = device, few, steps
+    def __init__(self, device: torch.device, few: int, steps: int, stack: ExitStack) -> None:
+        self.device, self.few, self.steps, self.stack = device, few, steps, stack
         self.groups: dict[tuple[tuple[str, int], ...], FoldedGroups] = {}
 
     def of(
         self, world: int, degrees: dict[str, int], *, stage: int = 0, dense: bool = False, one_sided: bool = False
     ) -> tuple[dict[str, float], float]:
         """``dense``: what is added are layers without experts."""
-        with create_groups(solve_layout(world, **degrees)) as groups:
-            fewer, more = (self._phases(groups, count, stage, dense, one_sided) for count in (1, 1 + self.few))
+        key = tuple(degrees.items())
+        if key not in self.groups:
+            self.groups[key] = self.stack.enter_context(create_groups(solve_layout(world, **degrees)))
+        fewer, more = (self._phases(self.groups[key], count, stage, dense, one_sided) for count in (1, 1 + self.few))
         slope = {name: (more[name] - fewer[name]) / self.few for name in more}
         return slope, max(0.0, fewer["layer"] - slope["layer"])
 

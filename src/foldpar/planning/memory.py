@@ -163,8 +163,9 @@ class MemoryModel:
         summed = 4 if work.precision == "mixed" else stored  # dtype in which shards are summed
         several = micro_batches > 1
         alone = stage == 3 and shards_expert and not shards_dense and layers > 1
-        # What is whole where backward ends; where only experts are units, another layer's were gathered meanwhile.
-        first_layer = float(item * (of_root + of_block * (2 if alone else 1)))
+        # What is whole where backward ends; where only experts are units, another layer's were gathered ahead.
+        first_layer = float(item * (of_root + of_block))
+        last_whole = first_layer + item * of_block * alone if stage else 0.0
         gathered = 0.0 if stage == 0 else float(item * whole)
         if stage == 3:  # one block, and the next one without its experts
             gathered = first_layer + item * (unit_dense if shards_dense else 0)
@@ -202,7 +203,7 @@ class MemoryModel:
             "loss": base + earlier + gathered + activations + logits,
             "backward": base + max(earlier, head_gradient) + gathered + activations
             + max(of_one_unit + working + exchanged, of_one_unit + copied - kept_of_one),
-            "end of backward": base + max(unsummed, whole_gradients) + first_layer * (stage > 0)
+            "end of backward": base + max(unsummed, whole_gradients) + last_whole
             + max(of_one_unit + kept_of_one + working + exchanged, of_one_unit + copied),
             "optimizer": base + gradients + max(bucket, extra),
         }  # fmt: skip

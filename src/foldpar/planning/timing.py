@@ -28,8 +28,10 @@ Rows are copied for one weight gradient and summed twice; SwiGLU's backward read
 """
 LOGIT_PASSES = 40
 """Bytes that the loss moves for each logit, forward and backward."""
-BUCKET_PASSES = 4
-"""How often a gradient is read or written beside its sum: into a bucket and out of it."""
+BUCKET_PASSES = 7
+"""How often ``reduce_gradients`` reads or writes a number beside its sum: zeros, copied in, scaled, copied out."""
+SHARD_PASSES = 2
+"""How often a gather, or a sum into shards, reads or writes a number of the whole: split into tensors, or joined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ class Seconds:
 class _Layer:
     """Seconds of one layer in one micro-batch, forward and backward; ``forward`` and ``host_forward`` of the first.
 
-    ``waits``: the host waits for the device in its forward, since it has to know how many rows come.
+    ``waits``: the host waits for the device in its forward, since it has to know how many rows come; then the device
+    is ``idle``.
     """
 
     attention: float
@@ -100,6 +103,7 @@ class _Layer:
     forward: float
     host: float
     host_forward: float
+    idle: float = 0.0
     waits: bool = False
     waits_again: bool = False
 
@@ -200,28 +204,33 @@ class TimeModel:
             )  # fmt: skip
             node, network, lanes = node + times * layer.node, network + times * layer.network, lanes + times * layer.tp
         clocks, forward, backward = self._through(layout, pipeline, layers, head, stage, micro_batches)
-        gathers, gradients = self._shards(layout, pipeline, stage, micro_batches)
-        if stage:  # gathers hide behind forwards, at stage 3 half of them behind backwards, as the sums do
-            hides = self.machine.overlap
+        gathers, gradients, copies = self._shards(layout, pipeline, stage, micro_batches)
+        if stage:  # gathers run behind forwards, at stage 3 half of them behind backwards, as the sums do
             first = gathers / 2 if stage == 3 else gathers
-            behind = max(0.0, hides * backward * (micro_batches if stage > 1 else 1) - (gathers - first))
-            gathers = max(0.0, first - hides * forward * (micro_batches if stage == 3 else 1))
-            gradients = max(0.0, gradients - behind)
+            before = self._felt(first, forward * (micro_batches if stage == 3 else 1))
+            behind = self._felt(gathers - first + gradients, backward * (micro_batches if stage > 1 else 1))
+            gradients, gathers = behind, before
         bubble = formulas.pipeline_bubble(layout.pp, micro_batches) * clocks.end
         if layout.pp > 1:
             sent = tokens * self.shape.hidden * self.work.item
             bubble += 2 * micro_batches * self._link(layout, "pp").seconds(sent)
         clocks = _Clocks(clocks.host, clocks.device + bubble + gathers)
         host, weights = self.machine.host, self._count(pipeline)
-        clocks = clocks.after(weights * host.reduction * (layout.world > 1), gradients)
+        clocks = clocks.after(weights * host.reduction * (layout.world > 1), gradients + copies)
         optimizer = self._optimizer(layout, pipeline, stage)
         clocks = clocks.after(weights * host.parameter, optimizer)
-        device = attention + experts + dense + node + network + lanes + bubble + gathers + gradients + optimizer
+        device = (
+            attention + experts + dense + node + network + lanes + bubble + gathers + gradients + copies + optimizer
+        )
         return Seconds(
             attention=attention, experts=experts, dense=dense, exchange_node=node, exchange_network=network, tp=lanes,
-            gradients=gradients, gathers=gathers, bubble=bubble, optimizer=optimizer,
+            gradients=gradients + copies, gathers=gathers, bubble=bubble, optimizer=optimizer,
             host=max(0.0, clocks.end - device),
         )  # fmt: skip
+
+    def _felt(self, communication: float, computation: float) -> float:
+        """Seconds that gathers or sums add to the computation behind which they run: they slow it a little."""
+        return max((1 - self.machine.overlap) * communication, communication - self.machine.overlap * computation)
 
     def _through(
         self,
@@ -239,13 +248,17 @@ class TimeModel:
         for _ in range(min(2, micro_batches)):
             clocks = found[-1]
             for layer, count, moe in counts:
-                clocks = clocks.after(layer.host_forward + extra[moe][0], layer.forward, count, waits=layer.waits)
+                clocks = clocks.after(
+                    layer.host_forward + extra[moe][0], layer.forward + layer.idle, count, waits=layer.waits
+                )
             if pipeline.last:
                 clocks = clocks.after(head.host, head.device)
             forward = clocks.end - found[-1].end
             for layer, count, moe in reversed(counts):
                 host = layer.host - layer.host_forward + extra[moe][1]
-                clocks = clocks.after(host, layer.device - layer.forward, count, waits=layer.waits_again)
+                clocks = clocks.after(
+                    host, layer.device - layer.forward + layer.idle * layer.waits_again, count, waits=layer.waits_again
+                )
             found.append(clocks)
         more, last, before = micro_batches - len(found) + 1, found[-1], found[-2]
         clocks = _Clocks(
@@ -308,10 +321,17 @@ class TimeModel:
         forward += (node + network) * 2 / (4 + 2 * again[1]) + tp / (3 + again[0])
         computed_again = again[0] * first + again[1 if moe else 0] * second
         waits = moe and transport == "messages"
+        idle = self._idle(layout) if waits else 0.0
         return _Layer(
             attention, experts, dense, node, network, tp, forward, first + second + computed_again / 2,
-            (first + second) / 2, waits, waits and bool(again[1]),
+            (first + second) / 2, idle, waits, waits and bool(again[1]),
         )  # fmt: skip
+
+    def _idle(self, layout: FoldedLayout) -> float:
+        """Seconds in which the device has nothing to do in a forward: the host, which has just learned how many rows
+        come, launches the exchange."""
+        host = self.machine.host
+        return ((host.messages if layout.ep > 1 else 0.0) + (host.slices if layout.etp > 1 else 0.0)) / 2
 
     def _launching(self, layout: FoldedLayout, moe: bool, transport: Transport) -> tuple[float, float]:
         """Seconds of the host for attention, and for what follows it."""
@@ -466,11 +486,11 @@ class TimeModel:
 
     def _shards(
         self, layout: FoldedLayout, pipeline: PipelineStage, stage: int, micro_batches: int
-    ) -> tuple[float, float]:
-        """Seconds of gathers, and of sums of gradients with their copies."""
+    ) -> tuple[float, float, float]:
+        """Seconds of gathers, of sums of gradients, and of the copies before and after them."""
         item, stored = self.work.item, self.work.stored
         summed = 4 if self.work.precision == "mixed" else stored
-        gathers = gradients = 0.0
+        gathers = gradients = copies = 0.0
         sums_per_step = micro_batches if stage >= 2 else 1
         gathers_per_step = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage]
         axes: tuple[tuple[Axis, bool], ...] = (("dp_cp", False), ("edp", True))
@@ -482,12 +502,15 @@ class TimeModel:
             link = self._link(layout, axis)
             kind = "reduce_scatter" if stage else "all_reduce"
             sent = formulas.collective_bytes(kind, size, summed * numel) * sums_per_step
-            copied = BUCKET_PASSES * summed * numel / self.machine.memory_bandwidth
-            gradients += link.seconds(sent, units * sums_per_step) + copied * sums_per_step
+            gradients += link.seconds(sent, units * sums_per_step)
             sent = formulas.collective_bytes("all_gather", size, item * numel) * gathers_per_step
-            copied = BUCKET_PASSES / 2 * item * numel / self.machine.memory_bandwidth
-            gathers += link.seconds(sent, units * gathers_per_step) + copied * gathers_per_step
-        return gathers, gradients
+            gathers += link.seconds(sent, units * gathers_per_step)
+            if stage:
+                moved = SHARD_PASSES * numel * (summed * sums_per_step + item * gathers_per_step)
+                copies += moved / self.machine.memory_bandwidth
+            else:  # the pieces of a bucket are not aligned
+                copies += BUCKET_PASSES * summed * numel / self.machine.elementwise_bandwidth
+        return gathers, gradients, copies
 
     def _numel(self, layout: FoldedLayout, pipeline: PipelineStage) -> tuple[int, int]:
         def make() -> tuple[int, int]:
