@@ -97,7 +97,7 @@ def measure(case: Case, device: str, steps: int) -> dict[str, object]:
         step()
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
-        for _ in range(steps):
+        for _ in range(max(1, steps)):
             began = time.perf_counter()
             step()
             torch.cuda.synchronize()

@@ -30,6 +30,7 @@ from foldpar.models.dense_plan import DensePlan, DenseStep, ending_in, model_pla
 from foldpar.models.known import DEFAULT_ADAPTERS, ByInterface, ExpertWeights, MoEAdapter, adapter_by_interface
 from foldpar.models.meta_copy import on_meta
 from foldpar.moe import Activation, ExpertShare, FoldedMoE, is_gated
+from foldpar.parameters import refuse_gradient_hooks
 from foldpar.wording import divisors, listed
 
 __all__ = ["Block", "FoldPlan", "FoldPlanRow", "Survey", "plan_fold", "survey"]
@@ -193,8 +194,20 @@ def survey(model: nn.Module, layout: FoldedLayout, adapters: Iterable[MoEAdapter
         partial=[name for adapter in adapters_used for name in adapter.partial],
         whole=[name for adapter in adapters_used for name in adapter.whole],
     )
+    refuse_gradient_hooks(_replaced(model, kept, dense), "Folding")
     rows = tuple(_rows(model, layout, blocks, dense))
     return Survey(blocks, dense, FoldPlan(type(model).__name__, layout, rows))
+
+
+def _replaced(model: nn.Module, blocks: Iterable[Block], dense: DensePlan) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters in whose place folding puts others."""
+    for block in blocks:
+        yield from block.experts.named_parameters(block.experts_name)
+    for step in dense.steps.values():
+        if step.kind == "slice":
+            yield step.name, model.get_parameter(step.name)
+        elif step.kind not in ("rope", "one_head"):  # these read a whole weight
+            yield from model.get_submodule(step.name).named_parameters(step.name)
 
 
 def _checked(adapters: Iterable[MoEAdapter]) -> tuple[MoEAdapter, ...]:
