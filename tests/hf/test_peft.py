@@ -271,6 +271,30 @@ def test_what_could_be_wrong_is_refused_before_the_first_forward(adapt: str, tex
     assert re.search(text, refused(adapt), re.DOTALL)
 
 
+def test_dora_is_refused_beside_cut_layers_and_told_apart_elsewhere() -> None:
+    """Before folding by foldpar; after it by peft, which takes the norm of a weight that is a DTensor."""
+
+    def rank(tp: int, first: str) -> str:
+        with foldpar.create_groups(foldpar.solve_layout(2, tp=tp, ep=2)) as groups:
+            model = copy.deepcopy(base("qwen2_moe"))
+            try:
+                model = model if first == "fold" else ADAPT["dora"](model)
+                foldpar.fold_model(model, groups)
+                model = ADAPT["dora"](model) if first == "fold" else model
+                loss_of(model, 0)
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+            return "trains"
+
+    before, after = (run_ranks(rank, 2, 2, first, backend="threads") for first in ("peft", "fold"))
+    assert all(
+        re.search(r"ModelError: .*q_proj has the adapter 'default', a variant .*use_dora=False", x) for x in before
+    )
+    assert before == [before[0]] * 2
+    assert all("DTensor" in text or text == before[0] for text in after)
+    assert run_ranks(rank, 2, 1, "fold", backend="threads") == ["trains"] * 2
+
+
 def test_the_program_of_the_migration_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [program] = [block.text for block in blocks("python", DOCS["migration"], "PEFT")]
     monkeypatch.chdir(tmp_path)
