@@ -121,7 +121,9 @@ def row(model_type: str, known: dict[str, Any]) -> tuple[str, ...] | None:
         found = survey(model, ONE, ())
     except foldpar.FoldingError as error:
         if "has no MoE block to fold" in str(error):
-            return None
+            experts = sorted({name for each in model.modules() if "Experts" in (name := type(each).__name__)})
+            why = f"{', '.join(experts)}: no stacked weights of the common interface, and the block is not known"
+            return (f"`{model_type}`", "", "refused", why) if experts else None
         return (f"`{model_type}`", "", "refused", brief(error))
     blocks = sorted({type(block.module).__name__ for block in found.blocks})
     cells = f"`{model_type}`", ", ".join(f"`{block}`" for block in blocks)
