@@ -149,12 +149,12 @@ class TimeModel:
         """
         whole = self.work.batch // layout.dp
         tokens = whole * self.work.tokens / layout.cp
-        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp))
+        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp, self.work.chunks))
         found = []
         for way in ("messages", "one-sided") if layout.ep > 1 else ("messages",):
             layers = {moe: self._layer(layout, moe, tokens, "none", way, self.work.load) for moe in self._kinds}
             found.append(max(max(self._sums(each, layers)) for each in stages))
-        return min(found) * (1 + formulas.pipeline_bubble(layout.pp, whole))
+        return min(found) * (1 + formulas.pipeline_bubble(layout.pp, whole, stages[0].chunks))
 
     @staticmethod
     def _sums(pipeline: PipelineStage, layers: dict[bool, _Layer]) -> tuple[float, float]:
@@ -179,7 +179,7 @@ class TimeModel:
         load = self.work.load if load is None else load
         micro_batches = self.work.batch // layout.dp // micro
         tokens = micro * self.work.tokens / layout.cp
-        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp))
+        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp, self.work.chunks))
         layers = {moe: self._layer(layout, moe, tokens, recompute, transport, load) for moe in self._kinds}
         head = self._head(layout, tokens)
         slowest = max(stages, key=lambda each: max(self._sums(each, layers)) + each.last * max(head.device, head.host))
@@ -210,10 +210,11 @@ class TimeModel:
             before = self._felt(first, forward * (micro_batches if stage == 3 else 1))
             behind = self._felt(gathers - first + gradients, backward * (micro_batches if stage > 1 else 1))
             gradients, gathers = behind, before
-        bubble = formulas.pipeline_bubble(layout.pp, micro_batches) * clocks.end
+        bubble = formulas.pipeline_bubble(layout.pp, micro_batches, pipeline.chunks) * clocks.end
         if layout.pp > 1:
-            sent = tokens * self.shape.hidden * self.work.item
-            bubble += 2 * micro_batches * self._link(layout, "pp").seconds(sent)
+            own = tokens / layout.tp if self.work.lanes == "sharded" else tokens
+            sent = own * self.shape.hidden * self.work.item
+            bubble += 2 * pipeline.chunks * micro_batches * self._link(layout, "pp").seconds(sent)
         clocks = _Clocks(clocks.host, clocks.device + bubble + gathers)
         host, weights = self.machine.host, self._count(pipeline)
         clocks = clocks.after(weights * host.reduction * (layout.world > 1), gradients + copies)
@@ -450,12 +451,14 @@ class TimeModel:
 
         def make() -> _Layer:
             shape = self.shape
-            cut = layout.tp if shape.vocab % layout.tp == 0 and not shape.head_whole else 1
+            sharded = self.work.lanes == "sharded"  # the loss of a lane is that of its own tokens
+            cut = layout.tp if sharded or (shape.vocab % layout.tp == 0 and not shape.head_whole) else 1
             products = 3 * self._product(tokens, (shape.vocab // cut, shape.hidden))
-            moved = tokens * shape.vocab * LOGIT_PASSES / self.machine.memory_bandwidth
-            moved += tokens * shape.hidden * NORM_PASSES / 2 / self.machine.elementwise_bandwidth
+            own = tokens / layout.tp if sharded else tokens
+            moved = own * shape.vocab * LOGIT_PASSES / self.machine.memory_bandwidth
+            moved += own * shape.hidden * NORM_PASSES / 2 / self.machine.elementwise_bandwidth
             tp = 0.0
-            if cut > 1:
+            if cut > 1 and not sharded:
                 logits = tokens * shape.vocab * self.work.item
                 stream = tokens * shape.hidden * self.work.item
                 sent = formulas.collective_bytes("all_gather", cut, logits)
