@@ -8,7 +8,8 @@ For each model and number of tokens one table: every fold, stage and way of rows
 measured, with the parts of the prediction; on one GPU, which has one fold, recomputation and micro-batches. Measured is
 the median of the timed steps, on the slowest rank. Behind it what the plan is asked for: whether the best one is among
 the two predicted to be best, what it costs to follow the prediction (regret), Kendall's tau, the mean error. ``--json``
-keeps everything; ``--profile`` also the kernels of one step. ``--cpu`` rehearses with small sizes over Gloo.
+keeps everything; ``--profile`` also the kernels of one step. ``--again FILE`` predicts anew what such a file measured,
+without GPUs. ``--cpu`` rehearses with small sizes over Gloo.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from typing import Any
 
@@ -47,7 +48,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "num_experts": 64, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632, "intermediate_size": 5632,
     }),
 }  # fmt: skip
-BATCHES = ((1024, 4), (2048, 8))
+BATCHES = ((2048, 4), (4096, 8))
 """Tokens of a sequence, and sequences of a step, all ranks together."""
 FOLDS: dict[int, list[dict[str, int]]] = {
     1: [{}],
@@ -71,10 +72,15 @@ def cases(world: int, model: str, tokens: int, batch: int) -> Iterator[Case]:
                         )
 
 
-def measure(case: Case, groups: foldpar.FoldedGroups, device: str, steps: int, profile: bool) -> dict[str, Any]:
-    """Milliseconds of a step and of its phases, and the peak of its bytes; the slowest rank's."""
-    training = case.training(groups, device)
-    for _ in range(3):
+def built_as(case: Case) -> tuple[Any, ...]:
+    """Cases for which this is equal can share a model."""
+    room = case.own_tokens if case.transport == "one-sided" else 0
+    return case.model, tuple(case.degrees.items()), case.stage, case.recompute, case.transport, room
+
+
+def measure(training: Training, device: str, steps: int, profile: bool) -> dict[str, Any]:
+    """Milliseconds and peak bytes of a step, the slowest rank's; with ``profile``, its phases and kernels."""
+    for _ in range(2):
         training.step()
     whole, peak = [], 0
     for _ in range(steps):
@@ -82,17 +88,19 @@ def measure(case: Case, groups: foldpar.FoldedGroups, device: str, steps: int, p
             torch.cuda.reset_peak_memory_stats()
         whole.append(_milliseconds(training, device)["total"])
         peak = max(peak, torch.cuda.max_memory_allocated() if device == "cuda" else 0)
-    launched = [_milliseconds(training, device) for _ in range(3)]  # phases as the host leaves them
-    waited = [_milliseconds(training, device, each=True) for _ in range(3)]
     found = torch.tensor([_median(whole), float(peak)], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return {
+    row = {
         "measured_ms": found[0].item(), "fastest": min(whole), "slowest": max(whole), "measured_bytes": found[1].item(),
-        "host_ms": {name: _median([each[name] for each in launched]) for name in launched[0]},
-        "phase_ms": {name: _median([each[name] for each in waited]) for name in waited[0]},
-        "kernels": _kernels(training) if profile and device == "cuda" else {},
     }  # fmt: skip
+    if profile:
+        launched = [_milliseconds(training, device) for _ in range(3)]  # phases as the host leaves them
+        waited = [_milliseconds(training, device, each=True) for _ in range(3)]
+        for name, steps_of in (("host_ms", launched), ("phase_ms", waited)):
+            row[name] = {phase: _median([each[phase] for each in steps_of]) for phase in steps_of[0]}
+        row["kernels"] = _kernels(training) if device == "cuda" else {}
+    return row
 
 
 def _median(values: list[float]) -> float:
@@ -124,7 +132,7 @@ def _kernels(training: Training) -> dict[str, list[float]]:
         training.step()
         torch.cuda.synchronize()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
-    return {event.key[:120]: [event.self_device_time_total / 1e3, event.count] for event in events[:50]}
+    return {event.key: [event.self_device_time_total / 1e3, event.count] for event in events[:50]}
 
 
 def predicted(case: Case, machine: Machine) -> dict[str, float]:
@@ -140,13 +148,13 @@ def predicted(case: Case, machine: Machine) -> dict[str, float]:
     return seconds.to_dict()
 
 
-def kendall(pairs: list[tuple[float, float]]) -> float:
-    """Concordant less discordant pairs, as a part of all.
-
-    >>> kendall([(1, 1), (2, 3), (3, 2)])
-    0.3333333333333333
-    """
-    signs = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in combinations(pairs, 2)]
+def kendall(rows: list[dict[str, Any]], *, apart: bool) -> float:
+    """Concordant less discordant pairs, as a part of all; or of those whose steps are apart, all of one shorter."""
+    signs = [
+        (one["predicted"]["total"] - other["predicted"]["total"]) * (one["measured_ms"] - other["measured_ms"])
+        for one, other in combinations(rows, 2)
+        if not apart or one["slowest"] < other["fastest"] or other["slowest"] < one["fastest"]
+    ]
     return (sum(sign > 0 for sign in signs) - sum(sign < 0 for sign in signs)) / max(1, len(signs))
 
 
@@ -155,13 +163,13 @@ def summary(rows: list[dict[str, Any]]) -> str:
     by_plan = sorted(rows, key=lambda row: row["predicted"]["total"])
     best = min(rows, key=lambda row: row["measured_ms"])
     regret = by_plan[0]["measured_ms"] / best["measured_ms"] - 1
-    tau = kendall([(row["predicted"]["total"], row["measured_ms"]) for row in rows])
+    tau, apart = kendall(rows, apart=False), kendall(rows, apart=True)
     error = sum(abs(row["predicted"]["total"] / row["measured_ms"] - 1) for row in rows) / len(rows)
     of_bytes = [abs(row["predicted_bytes"] / row["measured_bytes"] - 1) for row in rows if row["measured_bytes"]]
     within = f"; bytes within 5 %: {sum(each < 0.05 for each in of_bytes)} of {len(of_bytes)}" if of_bytes else ""
     return (
         f"{len(rows)} rows: the best is number {by_plan.index(best) + 1} of the plan, regret {regret:.1%}, tau "
-        f"{tau:.2f}, mean error {error:.1%}{within}"
+        f"{tau:.2f} ({apart:.2f} of pairs whose steps are apart), mean error {error:.1%}{within}"
     )
 
 
@@ -182,15 +190,19 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a case")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after so long")
+    parser.add_argument("--again", metavar="FILE", help="predict what this JSON measured, and measure nothing")
     parser.add_argument("--profile", action="store_true", help="the kernels of one step, into the JSON")
     parser.add_argument("--cpu", action="store_true", help="small sizes over Gloo")
     options = parser.parse_args()
     began, device = time.monotonic(), "cpu" if options.cpu else "cuda"
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     machine = read_machine(options.machine)
+    if options.again:
+        again(options.again, machine)
+        return
     batches = BATCHES
     if options.cpu:
-        batches = ((16, 4),)
+        batches = ((16, 4), (32, 4))
         for _, config in MODELS.values():
             widths = {name: 64 for name in config if name.endswith("intermediate_size")}
             counts = {name: 8 for name in config if name.endswith("_experts")}
@@ -202,36 +214,60 @@ def main() -> None:
     kept: dict[tuple[tuple[str, int], ...], foldpar.FoldedGroups] = {}
     tables: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
     for model in options.models:
+        alike: dict[tuple[Any, ...], list[tuple[int, int, Case]]] = defaultdict(list)
         for tokens, batch in batches:
             for case in cases(world, model, tokens, batch):
-                if _all(time.monotonic() - began > options.seconds, device):
-                    continue
-                key = tuple(case.degrees.items())
-                groups = kept[key] = kept.get(key) or foldpar.create_groups(case.layout)
-                row = {
-                    "model": model,
-                    "case": str(case),
-                    **measure(case, groups, device, options.steps, options.profile),
-                }
+                alike[built_as(case)].append((tokens, batch, case))
+        for of_one_model in alike.values():
+            if _any(time.monotonic() - began > options.seconds, device):
+                continue
+            case = of_one_model[0][2]
+            key = tuple(case.degrees.items())
+            groups = kept[key] = kept.get(key) or foldpar.create_groups(case.layout)
+            training = case.training(groups, device)
+            for tokens, batch, case in of_one_model:
+                training = replace(training, ids=case.ids(device), micro_batches=case.micro_batches)
+                row = {"model": model, "case": str(case)}
+                row |= measure(training, device, options.steps, options.profile)
                 memory = case.predicted(device)
                 row |= {"predicted": predicted(case, machine), "predicted_bytes": memory.peak, "memory": asdict(memory)}
                 row |= {"arguments": asdict(case), "seconds": time.monotonic() - began}
                 tables[model, tokens, batch].append(row)
-                gc.collect()
-                if device == "cuda":
-                    torch.cuda.empty_cache()
                 if rank == 0:
                     print(line(row), flush=True)
                     if options.json:
                         _write(options.json, machine, tables)
+            del training
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
     if rank == 0:
-        for (model, tokens, batch), rows in tables.items():
-            print(f"{model}, {batch} x {tokens} tokens: {summary(rows)}")
+        print(summaries(tables))
     for groups in reversed(kept.values()):
         groups.destroy()
 
 
-def _all(late: bool, device: str) -> bool:
+def summaries(tables: dict[tuple[str, int, int], list[dict[str, Any]]]) -> str:
+    """One line for each table."""
+    return "\n".join(
+        f"{model}, {batch} x {tokens} tokens: {summary(rows)}" for (model, tokens, batch), rows in tables.items()
+    )
+
+
+def again(file: str, machine: Machine) -> None:
+    """Print the tables of a file with predictions of today."""
+    with open(file, encoding="utf-8") as opened:
+        measured = json.load(opened)["rows"]
+    tables: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in measured:
+        case = Case(**row["arguments"])
+        row |= {"predicted": predicted(case, machine), "predicted_bytes": case.predicted("cuda").peak}
+        tables[row["model"], case.tokens, case.micro * case.micro_batches * case.layout.dp].append(row)
+        print(line(row))
+    print(summaries(tables))
+
+
+def _any(late: bool, device: str) -> bool:
     """Whether any rank is late: the same on all."""
     told = torch.tensor([float(late)], device=device)
     if dist.is_initialized():

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from dense import dense_experts, feed_forward
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -58,17 +59,6 @@ def ids_of(case: Case) -> Tensor:
     return ids.to("cuda", torch.int32)
 
 
-def loop(case: Case, ids: Tensor, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """In float32, an expert after the other."""
-    y = torch.zeros_like(x)
-    for expert in range(case.experts):
-        token, choice = (ids == expert).nonzero(as_tuple=True)
-        gate, up = (x[token] @ gate_up[expert].T).chunk(2, -1)
-        rows = (F.silu(gate) * up * weights[token, choice, None]) @ down[expert].T
-        y = y.index_add(0, token, rows)
-    return y
-
-
 def run(case: Case) -> None:
     ids = ids_of(case)
     generator = torch.Generator("cuda").manual_seed(1)
@@ -105,7 +95,8 @@ def run(case: Case) -> None:
         allowed = 1.05 * (assignments * 2 * case.hidden + y.numel()) * x.element_size() + 16 * assignments + 2**20
         assert kept < allowed, f"{kept / 2**20:.0f} MiB are kept"
     exact = [each.detach().float().requires_grad_() for each in given]
-    wanted_y = loop(case, ids, *exact)
+    exact_x, exact_weights, *stacks = exact
+    wanted_y = dense_experts(exact_x, ids, exact_weights, feed_forward(*stacks))
     wanted = [wanted_y.detach(), *torch.autograd.grad(wanted_y, exact, dy.float())]
     for name, one, other in zip(("y", "x", "weights", "gate_up", "down"), got, wanted, strict=True):
         parts = len(other) if other.dim() == 3 else 1  # each expert by itself

@@ -413,7 +413,7 @@ def _(of: Folded) -> bool:
     return of.holds()
 
 
-@tool("`torch.nn.utils.prune`", "prune before `fold_model`")
+@tool("`torch.nn.utils.prune`", "prune, and `prune.remove`, before `fold_model`")
 def _(of: Folded) -> bool:
     alone = nn.Module()
     alone.weight = nn.Parameter(of.whole[EXPERT].clone())

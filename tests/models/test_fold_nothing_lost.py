@@ -214,3 +214,18 @@ def test_parametrized_experts_are_refused_until_their_results_are_kept() -> None
         plan_fold(model, ALONE)
     parametrize.remove_parametrizations(experts, "down_proj", leave_parametrized=True)
     plan_fold(model, ALONE)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "self_attn.q_norm"])
+def test_a_hook_that_would_see_a_lanes_part_is_refused(name: str) -> None:
+    model = tiny_model("qwen3_moe")
+    name = f"model.layers.1.{name}"
+    handle = model.get_submodule(name).register_forward_hook(lambda module, given, out: out / out.norm())
+    text = rf"{name} \(\w+\) has hooks, and with tp = 2 it sees this lane's .* hook model.layers.1.self_attn,"
+    with pytest.raises(ModelError, match=text):
+        plan_fold(model, foldpar.solve_layout(2, tp=2, ep=2))
+    plan_fold(model, foldpar.solve_layout(2, ep=2))
+    handle.remove()
+    for whole in ("model.layers.1.self_attn", "model.layers.1.mlp", "model.embed_tokens", "lm_head"):
+        model.get_submodule(whole).register_forward_hook(lambda module, given, out: None)
+    plan_fold(model, foldpar.solve_layout(2, tp=2, ep=2))

@@ -87,8 +87,12 @@ class Case:
             precision = mixed if self.precision == "mixed" else None
             foldpar.shard_model(model, groups, stage=self.stage, mixed_precision=precision)
         optimizer = torch.optim.AdamW(foldpar.parameter_groups(model), lr=1e-4)
-        ids = torch.arange(self.micro * self.tokens, device=device).view(self.micro, -1) % self.config["vocab_size"]
-        return Training(model, groups, optimizer, ids, self.micro_batches)
+        return Training(model, groups, optimizer, self.ids(device), self.micro_batches)
+
+    def ids(self, device: str) -> Tensor:
+        """Of the tokens of a micro-batch."""
+        ids = torch.arange(self.micro * self.tokens, device=device).view(self.micro, -1)
+        return ids % int(self.config["vocab_size"])
 
     @property
     def own_tokens(self) -> int:

@@ -126,7 +126,7 @@ class Plan:
 
     def at_loads(self, row: PlanRow) -> dict[float, Memory]:
         """The bytes of a candidate at balanced, 1.5 and 3 times the balanced load."""
-        model = MemoryModel(self.shape, self.work, self.machine.device)
+        model = MemoryModel(self.shape, self.work, self.machine.device, hopper=self.machine.hopper)
         return {load: model.of(**arguments(row), load=load) for load in LOADS}
 
     def verdict(self) -> str:
