@@ -295,7 +295,7 @@ def _rows_of(row: PlanRow) -> list[str]:
     return [
         "for module in model.modules():",
         "    if isinstance(module, foldpar.FoldedExperts):",
-        "        module.journey.one_sided = foldpar.OneSided(max_tokens=...)  # of a lane and forward",
+        "        module.journey.one_sided = foldpar.OneSided(max_tokens=..., slack=2.0)  # of a lane and forward",
     ]
 
 
