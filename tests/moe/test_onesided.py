@@ -24,7 +24,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from foldpar.comm.peers import check_room, memories_of  # noqa: E402
-from foldpar.moe.kernels.permutation import collect, spread  # noqa: E402
+from foldpar.moe.kernels.permutation import collect, pick, spread  # noqa: E402
 from foldpar.moe.transport.one_sided import (  # noqa: E402
     OneSidedWay,
     RowExchange,
@@ -159,14 +159,15 @@ def test_rows_come_back_as_one_rank_computes_them(
             assert plan.room == (filled if waits else most)
             assert plan.sizes == (tuple(sizes.tolist()) if waits else None)
             expert = torch.repeat_interleave(torch.arange(local, device=DEVICE) + rank // etp * local, sizes)
-            apart.add(plan.source is not None)
-            if plan.source is not None:
-                rows = spread(rows, plan.source, plan.places)
+            apart.add(plan.apart is not None)
+            if plan.apart is not None:
+                rows = spread(rows, plan.apart.source, plan.places)
+                row_weights = pick(row_weights, plan.apart.slots, plan.places)
             # Each slice computes its part: together they are one expert.
             computed = one_expert(rows[:filled], expert) * (row_weights[:filled, None] / etp).to(dtype)
             computed = torch.cat([computed, computed.new_full((plan.room - filled, dim), torch.nan)])
-            if plan.source is not None:
-                computed = collect(computed, plan.source, plan.places)
+            if plan.apart is not None:
+                computed = collect(computed, plan.apart.source, plan.places)
             combine_one_sided(computed, plan).backward(grad)
             y = combine_one_sided(computed.detach(), plan)
         assert memory.flags.tolist() == [0, most, 0]

@@ -37,6 +37,7 @@ from foldpar.parameters import (
     kept_dtype,
     mark_replaced,
     record_shards,
+    refuse_gradient_hooks,
     refuse_replaced,
     resolve_parameters,
     sharded_module,
@@ -166,6 +167,7 @@ def shard_model(
     _check_tensors(shards, groups, explicitly_marked(model))
     if not shards:
         return
+    refuse_gradient_hooks(((entry.name, entry.parameter) for entry in shards), "Sharding")
     compare_in_stage(model, groups, {"stage": str(stage), "mixed_precision": str(precision)})  # FSDP2 gathers them
 
     tie_marks_to_names(model)  # FSDP2 makes new parameters

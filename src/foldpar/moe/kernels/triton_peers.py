@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foldpar.moe.kernels.permutation import Places
+
 
 @triton.jit(do_not_specialize=["tokens", "num_experts"])
 def _publish_kernel(
@@ -90,7 +92,7 @@ def _place_kernel(
 
 @triton.jit(do_not_specialize=["most"])
 def _read_rows_kernel(
-    bases, x_at, weights_at, places, out, out_weights, sources, most, dim,
+    bases, x_at, weights_at, places, out, out_weights, sources, slots, most, dim,
     WEIGHTED: tl.constexpr, TOGETHER: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -101,9 +103,14 @@ def _read_rows_kernel(
         base = tl.load(bases + row // most)
         if WEIGHTED:
             published = (base + weights_at).to(tl.pointer_type(tl.float32)) + token * K
-            tl.store(out_weights + place, tl.load(published + choice, mask=choice < K), mask=place >= 0)
+            weight = tl.load(published + choice, mask=choice < K)
             if TOGETHER:
-                tl.store(sources + place, tl.zeros_like(place).to(tl.int32) + tl.program_id(0), mask=place >= 0)
+                slot = tl.program_id(0) * K + choice
+                tl.store(out_weights + slot, weight, mask=choice < K)
+                tl.store(sources + place, tl.zeros_like(slot) + tl.program_id(0), mask=place >= 0)
+                tl.store(slots + place, slot, mask=place >= 0)
+            else:
+                tl.store(out_weights + place, weight, mask=place >= 0)
         source = (base + x_at).to(tl.pointer_type(out.dtype.element_ty)) + token * dim
         for start in range(0, dim, BLOCK):
             columns = start + tl.arange(0, BLOCK)
@@ -127,7 +134,8 @@ def _offer_sums_kernel(
     place = tl.load(places + row * K + choice, mask=choice < K, other=-1).to(tl.int64)
     if tl.min(tl.where(place == -1, 0, -1), axis=0) < 0:  # somebody asked for this row, also where it found no room
         if WEIGHTED:
-            weight = tl.load(weights + place, mask=place >= 0, other=0.0).to(tl.float32)
+            at = row * K + choice if TOGETHER else place
+            weight = tl.load(weights + at, mask=place >= 0, other=0.0).to(tl.float32)
             tl.store(out_weights + row * K + choice, weight, mask=choice < K)
         for start in range(0, dim, BLOCK):
             columns = start + tl.arange(0, BLOCK)
@@ -230,16 +238,16 @@ def place_rows(
 
 def read_rows(
     bases: Tensor, x_at: int, weights_at: int | None, places: Tensor, out: Tensor, out_weights: Tensor | None,
-    source: Tensor | None,
+    apart: Places | None,
 ) -> None:  # fmt: skip
     """Read every row that is wanted here once, and write it to all its places.
 
-    With ``source`` it is written to its slot, and with ``out_weights`` to ``source`` which slot is behind a place.
+    With ``apart`` it is written as it lies in ``places``, and its weights too, with which come the tables of ``apart``.
     """
     (rows, top_k), dim = places.shape, out.shape[1]
     _read_rows_kernel[(rows,)](
-        bases, x_at, weights_at or 0, places, out, out_weights, source, rows // bases.shape[0], dim,
-        WEIGHTED=weights_at is not None, TOGETHER=source is not None, **_sizes(dim, top_k),
+        bases, x_at, weights_at or 0, places, out, out_weights, apart and apart.source, apart and apart.slots,
+        rows // bases.shape[0], dim, WEIGHTED=weights_at is not None, TOGETHER=apart is not None, **_sizes(dim, top_k),
     )  # fmt: skip
 
 
@@ -248,7 +256,7 @@ def offer_sums(
 ) -> None:
     """Sum the copies of every row that was asked for, in float32, to where its owner reads the sum.
 
-    ``together``: ``rows`` are the sums, by slots.
+    ``together``: ``rows`` are the sums, and ``weights`` lie as ``places`` do.
     """
     dim = rows.shape[1]
     _offer_sums_kernel[(places.shape[0],)](

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from foldpar.comm import FoldedGroups, PeerMemory, memories_of, why_no_peers
 from foldpar.errors import ShapeError
+from foldpar.moe.kernels.permutation import Places
 from foldpar.moe.transport.messages import MOST_LISTED
 
 __all__ = [
@@ -233,8 +234,8 @@ class OneSidedPlan:
         ends: ``[local experts]``, int32: ends of the groups of expert-major rows.
         sizes: of the groups, where the host waited for them.
         room: how many expert-major rows there are; those from ``ends[-1]`` on hold nothing.
-        source: ``[room]``, int32: the slot behind each of them, if rows stay apart from their copies: then what arrives
-            and what goes back is ``[slots, dim]``, one row for each slot. ``None``: it is ``[room, dim]``.
+        apart: where rows arrive once for all their copies, ``[slots, dim]``, and their weights ``[slots, top_k]``: how
+            they are read there. ``None``: they arrive by expert, ``[room, dim]`` and ``[room]``.
         etp: how many slices an expert has.
     """
 
@@ -245,13 +246,13 @@ class OneSidedPlan:
     ends: Tensor
     sizes: tuple[int, ...] | None
     room: int
-    source: Tensor | None
+    apart: Places | None
     etp: int
 
     @property
     def arriving(self) -> int:
         """How many rows arrive."""
-        return self.room if self.source is None else self.exchange.slots
+        return self.room if self.apart is None else self.exchange.slots
 
 
 def dispatch_one_sided(
@@ -268,7 +269,8 @@ def dispatch_one_sided(
     """Bring rows and weights to their experts: ``[tokens, dim]`` to ``[room, dim]``, ``[room]``, and the plan.
 
     The ranks of the memory are ``etp`` slices of one part of the experts after those of another. With ``reads_places``
-    rows arrive once, ``[slots, dim]``, where their copies would take more memory; then ``plan.source`` says so.
+    rows arrive once, ``[slots, dim]``, where their copies would take more memory, and weights ``[slots, top_k]``; then
+    ``plan.apart`` says how they are read.
 
     Backward:
         As that of :func:`foldpar.moe.transport.messages.dispatch_weighted`. With ``etp > 1`` every slice gives its
@@ -328,13 +330,15 @@ class _Dispatch(Function):
         )  # fmt: skip
         if way.room is None:
             room, sizes = _learned(ends, memory, num_experts)
-        source = None
         if reads_places and room > exchange.slots:
-            source = ids.new_zeros(room, dtype=torch.int32)  # behind the last row too it is one that can be read
-        rows = x.new_empty((room if source is None else exchange.slots, exchange.dim))
-        row_weights = x.new_empty(room, dtype=torch.float32)
-        peer_kernels.read_rows(memory.addresses, at["rows"], at["weights"], places, rows, row_weights, source)
-        ctx.plan = OneSidedPlan(memory, exchange, kept, places, ends, sizes, room, source, etp)
+            tables = ids.new_zeros((2, room), dtype=torch.int32)  # behind the last row too it is one that can be read
+            apart, arriving, weights_of = Places(*tables, places), exchange.slots, places.shape
+        else:
+            apart, arriving, weights_of = None, room, torch.Size([room])
+        rows = x.new_empty((arriving, exchange.dim))
+        row_weights = x.new_empty(weights_of, dtype=torch.float32)
+        peer_kernels.read_rows(memory.addresses, at["rows"], at["weights"], places, rows, row_weights, apart)
+        ctx.plan = OneSidedPlan(memory, exchange, kept, places, ends, sizes, room, apart, etp)
         ctx.dtype_of_weights = weights.dtype
         return ctx.plan, rows, row_weights
 
@@ -375,7 +379,7 @@ class _Combine(Function):
         peer_kernels.publish(grad.contiguous(), memory.own[at["rows"] : at["rows_end"]].view(plan.exchange.dtype))
         memory.barrier()
         rows = grad.new_empty((plan.arriving, plan.exchange.dim))
-        peer_kernels.read_rows(memory.addresses, at["rows"], None, plan.places, rows, None, plan.source)
+        peer_kernels.read_rows(memory.addresses, at["rows"], None, plan.places, rows, None, plan.apart)
         return rows, None
 
 
@@ -387,7 +391,7 @@ def _bring_back(rows: Tensor, weights: Tensor | None, plan: OneSidedPlan) -> tup
     memory.begin("sums")
     sums = memory.own[at["sums"] : at["weight_sums"]].view(exchange.dtype)
     weight_sums = memory.own[at["weight_sums"] : at["end"]].view(torch.float32)
-    together = plan.source is not None
+    together = plan.apart is not None
     peer_kernels.offer_sums(rows.contiguous(), weights, plan.places, sums, weight_sums, together=together)
     memory.barrier()
     tokens, top_k = plan.ids.shape
