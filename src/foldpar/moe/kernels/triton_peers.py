@@ -134,7 +134,9 @@ def _offer_sums_kernel(
     place = tl.load(places + row * K + choice, mask=choice < K, other=-1).to(tl.int64)
     if tl.min(tl.where(place == -1, 0, -1), axis=0) < 0:  # somebody asked for this row, also where it found no room
         if WEIGHTED:
-            at = row * K + choice if TOGETHER else place
+            at = place
+            if TOGETHER:
+                at = row * K + choice
             weight = tl.load(weights + at, mask=place >= 0, other=0.0).to(tl.float32)
             tl.store(out_weights + row * K + choice, weight, mask=choice < K)
         for start in range(0, dim, BLOCK):
