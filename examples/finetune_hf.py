@@ -138,7 +138,13 @@ class Folded:
             precision = None
             if stored_dtype(self.options) != compute_dtype(self.options):
                 precision = MixedPrecisionPolicy(compute_dtype(self.options), reduce_dtype=torch.float32)
-            foldpar.shard_model(model, self.groups, stage=self.options.shard_stage, mixed_precision=precision)
+            foldpar.shard_model(
+                model,
+                self.groups,
+                stage=self.options.shard_stage,
+                mixed_precision=precision,
+                blocks=[] if dense_numbers(model) < FEW else None,
+            )
         self.model = model
         return model
 
@@ -214,6 +220,14 @@ class OfTransformers:
         for parameter in self.model.parameters():
             found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
         return found
+
+
+FEW = 2**27
+"""With fewer numbers in dense layers, one gather of all of them costs less than one for each block."""
+
+
+def dense_numbers(model: nn.Module) -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." not in name)
 
 
 Engine = Folded | OfTransformers

@@ -30,6 +30,7 @@ __all__ = [
     "MeshDim",
     "adopt",
     "communication_device",
+    "converted",
     "data_was_assigned",
     "distributed_parameter",
     "is_dtensor",
@@ -223,6 +224,46 @@ def local_parts(*tensors: Tensor | None, partial_over: str | None = None) -> tup
     for place, part in zip(places, own, strict=True):
         parts[place] = part
     return tuple(parts)
+
+
+def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Copies in another dtype, DTensors of DTensors that lie alike: one autograd function for all of them.
+
+    Backward:
+        Gradients in the dtypes of the tensors, as each comes: a sum over ranks that is still partial stays so.
+    """
+    return cast("tuple[Tensor, ...]", cast(Any, _Converted).apply(dtype, *tensors))
+
+
+class _Converted(Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        copies = tuple(_in_dtype(tensor, dtype) for tensor in tensors)
+        frozen = (copy for copy, of in zip(copies, tensors, strict=True) if not of.requires_grad)
+        ctx.mark_non_differentiable(*frozen)
+        return copies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *(
+            None if grad is None else _in_dtype(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy; not by DTensor's own rules, which cost more than the copy."""
+    if not is_dtensor(tensor):
+        return tensor.to(dtype, copy=True)
+    return type(tensor).from_local(
+        local_tensor(tensor).to(dtype, copy=True),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def _traced_part(tensor: DTensor, partial_over: str | None) -> Tensor:

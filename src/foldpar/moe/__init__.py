@@ -37,6 +37,7 @@ from foldpar.moe.kernels.permutation import Places, collect, pick, spread
 from foldpar.moe.lane_checks import ModelChecks
 from foldpar.moe.lanes import LaneState
 from foldpar.moe.layer import FoldedMoE
+from foldpar.moe.recomputation import in_backward
 from foldpar.moe.routing.balanced_router import BalancedRouter
 from foldpar.moe.routing.capacity import Capacity, limit_capacity
 from foldpar.moe.routing.correction_bias import correction_bias_in, update_correction_bias
@@ -81,6 +82,7 @@ __all__ = [
     "dispatch",
     "grouped_feed_forward",
     "in_autocast_dtype",
+    "in_backward",
     "is_activation",
     "is_gated",
     "limit_capacity",

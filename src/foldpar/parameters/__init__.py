@@ -21,6 +21,7 @@ from foldpar.parameters.boxes import Box, Share, pieces, replaced_at
 from foldpar.parameters.fsdp import (
     Stage,
     bring_back_shards,
+    computes_in_own_dtype,
     data_replicas,
     fsdp_modules,
     is_fsdp_module,
@@ -79,6 +80,7 @@ __all__ = [
     "check_before_reduction",
     "check_replicas",
     "compare_in_stage",
+    "computes_in_own_dtype",
     "data_replicas",
     "declare_reduced",
     "explicitly_marked",
