@@ -26,7 +26,7 @@ ARROWS = {
     "gradients": {"layout", "comm", "parameters"},
     "moe": {"layout", "comm", "parameters"},
     "models": {"layout", "comm", "parameters", "moe"},
-    "planning": {"layout", "comm"},
+    "planning": {"layout", "comm", "parameters", "gradients", "moe", "models", "sharding"},
     "sharding": {"layout", "comm", "parameters", "moe", "models"},
     "checkpoint": {"layout", "comm", "parameters"},
     "hf": {"layout", "comm", "parameters", "moe", "models"},

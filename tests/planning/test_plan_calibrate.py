@@ -14,7 +14,7 @@ from foldpar.testing import run_ranks
 def test_calibrate_writes_a_machine_that_plan_takes(tmp_path, capsys):
     file = tmp_path / "here.json"
     assert cli.main(["calibrate", str(file), "--quick"]) == 0
-    assert "Not measured here: attention_flops, network, overlap, peak_flops, node" in capsys.readouterr().out
+    assert "Not measured here: node, ring, network, overlap, peak_flops" in capsys.readouterr().out
     machine = read_machine(file)
     assert (machine.name, machine.device) == ("here", "cpu")
     assert machine.sources["product_flops"].startswith("measured here")

@@ -33,7 +33,7 @@ from foldpar.moe.kernels.activations import (
     name_of,
 )
 from foldpar.moe.kernels.grouped import grouped_feed_forward, in_autocast_dtype
-from foldpar.moe.kernels.permutation import collect, pick, spread
+from foldpar.moe.kernels.permutation import Places, collect, pick, spread
 from foldpar.moe.lane_checks import ModelChecks
 from foldpar.moe.lanes import LaneState
 from foldpar.moe.layer import FoldedMoE
@@ -72,6 +72,7 @@ __all__ = [
     "OneSided",
     "OwnActivation",
     "Partition",
+    "Places",
     "Router",
     "Routing",
     "TopKRouter",

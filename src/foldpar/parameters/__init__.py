@@ -59,6 +59,7 @@ from foldpar.parameters.replicas import (
 from foldpar.parameters.steps import (
     declare_reduced,
     mark_replaced,
+    refuse_gradient_hooks,
     refuse_reduced,
     refuse_unreduced_gradients,
     stamp,
@@ -106,6 +107,7 @@ __all__ = [
     "pieces",
     "plain_name",
     "record_shards",
+    "refuse_gradient_hooks",
     "refuse_reduced",
     "refuse_replaced",
     "refuse_unreduced",

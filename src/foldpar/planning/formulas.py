@@ -11,6 +11,10 @@ from __future__ import annotations
 from math import comb
 
 __all__ = [
+    "ADAM_PASSES",
+    "ATTENTION_PASSES",
+    "NORM_MOVES",
+    "ROTATION_MOVES",
     "attention_flops",
     "attention_kept",
     "collective_bytes",
@@ -121,12 +125,29 @@ def head_peak(vocab: int, item: int) -> float:
     return 12.0 * vocab
 
 
+# -- Passes over memory -----------------------------------------------------------------------------------------------
+
+NORM_MOVES = 108
+"""Bytes that an RMS norm moves for each number, forward and backward: transformers' works in float32, 36 and 72."""
+ROTATION_MOVES = 30
+"""How often the rotation of queries and keys reads or writes a number, forward and backward."""
+ADAM_PASSES = 21
+"""How often AdamW, over torch's lists of tensors, reads or writes a number of a parameter's size.
+
+Decay 2, first moment 3, second moment 2 and 4, its root 2, correction 2, epsilon 2, the step 4.
+"""
+
+
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
 
 
 def matrix_flops(rows: float, inner: int, outer: int) -> float:
     """A product: two operations for each element of the weight and each row."""
     return 2.0 * rows * inner * outer
+
+
+ATTENTION_PASSES = 3.5
+"""Forward and backward of fused attention in forwards: the scores are computed again (FlashAttention-2, Dao 2023)."""
 
 
 def attention_flops(tokens: float, length: int, queries: int, values: int) -> float:

@@ -143,7 +143,10 @@ class _Search:
         self.shape, self.machine, self.work, self.gpus, self.wanted, self.best = (
             shape, machine, work, gpus, wanted, best,
         )  # fmt: skip
-        self.memory, self.time = MemoryModel(shape, work, machine.device), TimeModel(shape, work, machine)
+        self.memory, self.time = (
+            MemoryModel(shape, work, machine.device, hopper=machine.hopper),
+            TimeModel(shape, work, machine),
+        )
         self.left: dict[str, tuple[int, str]] = {}
         self.candidates = self.fitting = 0
         self.heap: list[tuple[float, int, tuple[Any, ...]]] = []
@@ -356,7 +359,10 @@ class _Search:
         return tuple(said)
 
     def _other(self, winner: PlanRow, machine: Machine, work: Workload) -> str:
-        memory, time = MemoryModel(self.shape, work, machine.device), TimeModel(self.shape, work, machine)
+        memory, time = (
+            MemoryModel(self.shape, work, machine.device, hopper=machine.hopper),
+            TimeModel(self.shape, work, machine),
+        )
         found = []
         for _, _, choice in self.heap:
             layout, stage, recompute, transport, micro = choice

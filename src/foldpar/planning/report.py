@@ -126,7 +126,7 @@ class Plan:
 
     def at_loads(self, row: PlanRow) -> dict[float, Memory]:
         """The bytes of a candidate at balanced, 1.5 and 3 times the balanced load."""
-        model = MemoryModel(self.shape, self.work, self.machine.device)
+        model = MemoryModel(self.shape, self.work, self.machine.device, hopper=self.machine.hopper)
         return {load: model.of(**arguments(row), load=load) for load in LOADS}
 
     def verdict(self) -> str:
@@ -264,12 +264,11 @@ def commands(plan: Plan, row: PlanRow) -> str:
     lines = [f"layout = foldpar.solve_layout({layout.world}{degrees}{order})"]
     lines.append('groups = foldpar.create_groups(layout, separate=("dp_cp", "edp"))')
     if shape.experts:
-        lines.append("foldpar.fold_model(model, groups)")
+        lines.append(f"foldpar.fold_model(model, groups{_way_of_rows(plan, row)})")
     else:
         lines.append("foldpar.mark_parameters(model, foldpar.families.REPLICATED)  # nothing to fold without experts")
     if plan.work.lanes == "sharded":
         lines[-1] = 'model = ...  # your own blocks: foldpar.FoldedMoE(..., lanes="sharded")'
-    lines += _rows_of(row)
     lines += _recomputation(row)
     if row.stage:
         precision = ""
@@ -289,14 +288,11 @@ def commands(plan: Plan, row: PlanRow) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def _rows_of(row: PlanRow) -> list[str]:
+def _way_of_rows(plan: Plan, row: PlanRow) -> str:
     if row.transport == "messages":
-        return []
-    return [
-        "for module in model.modules():",
-        "    if isinstance(module, foldpar.FoldedExperts):",
-        "        module.journey.one_sided = foldpar.OneSided(max_tokens=...)  # of a lane and forward",
-    ]
+        return ""
+    own = -(-row.micro * plan.work.tokens // (row.layout.cp * row.layout.tp))
+    return f", one_sided=foldpar.OneSided(max_tokens={own})"
 
 
 def _recomputation(row: PlanRow) -> list[str]:

@@ -38,6 +38,7 @@ from foldpar.parameters import (
     kept_dtype,
     mark_replaced,
     record_shards,
+    refuse_gradient_hooks,
     refuse_replaced,
     resolve_parameters,
     sharded_module,
@@ -176,6 +177,7 @@ def shard_model(
     _check_tensors(shards, groups, explicitly_marked(model))
     if not shards and not converting:
         return
+    refuse_gradient_hooks(((entry.name, entry.parameter) for entry in shards), "Sharding")
     compare_in_stage(model, groups, {"stage": str(stage), "mixed_precision": str(precision)})  # FSDP2 gathers them
 
     tie_marks_to_names(model)  # FSDP2 makes new parameters

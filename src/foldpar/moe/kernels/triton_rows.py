@@ -213,16 +213,19 @@ def _swiglu_forward_kernel(
 
 @triton.jit
 def _swiglu_backward_kernel(
-    grad, gate_up, weights, end, out, grad_gate_up, grad_weights, hidden,
-    WEIGHTED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+    grad, gate_up, weights, slots, end, out, grad_gate_up, grad_weights, hidden,
+    WEIGHTED: tl.constexpr, PICKED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if BOUNDED:  # noqa: SIM102
         if row >= tl.load(end):
             return
     weight = 1.0
+    slot = row
+    if PICKED:
+        slot = tl.load(slots + row).to(tl.int64)
     if WEIGHTED:
-        weight = tl.load(weights + row).to(tl.float32)
+        weight = tl.load(weights + slot).to(tl.float32)
     product = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, hidden, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -239,7 +242,7 @@ def _swiglu_backward_kernel(
         tl.store(grad_gate_up + row * 2 * hidden + columns, grad_gate, mask=inside)
         tl.store(grad_gate_up + row * 2 * hidden + hidden + columns, arriving * value, mask=inside)
     if WEIGHTED:
-        tl.store(grad_weights + row, tl.sum(product, axis=0))
+        tl.store(grad_weights + slot, tl.sum(product, axis=0))
 
 
 def swiglu_forward(gate_up: Tensor, weights: Tensor | None, end: Tensor | None = None) -> Tensor:
@@ -256,26 +259,31 @@ def swiglu_forward(gate_up: Tensor, weights: Tensor | None, end: Tensor | None =
 
 
 def swiglu_backward(
-    grad: Tensor, gate_up: Tensor, weights: Tensor | None, end: Tensor | None = None
+    grad: Tensor, gate_up: Tensor, weights: Tensor | None, end: Tensor | None = None, slots: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The activation again, the gradient of ``gate_up``, and that of the weights, of the rows before ``end``.
 
+    With ``slots`` the weight of row ``i`` lies at ``slots[i]``, and so does its gradient; elsewhere that is zero.
     Twin: ``activations.backward``.
     """
     rows, hidden = grad.shape
     out, grad_gate_up = torch.empty_like(grad), torch.empty_like(gate_up)
-    grad_weights = None if weights is None else torch.empty_like(weights)
+    grad_weights = None
+    if weights is not None:
+        grad_weights = torch.empty_like(weights) if slots is None else torch.zeros_like(weights)
     if out.numel():
         _swiglu_backward_kernel[(rows,)](
             grad,
             gate_up,
             weights,
+            slots,
             end,
             out,
             grad_gate_up,
             grad_weights,
             hidden,
             WEIGHTED=weights is not None,
+            PICKED=slots is not None,
             BOUNDED=end is not None,
             BLOCK=min(1024, triton.next_power_of_2(hidden)),
             num_warps=4,
@@ -372,8 +380,8 @@ def _count_experts_kernel(ids, counts, slots, experts, blocks, EP: tl.constexpr,
 
 @triton.jit
 def _place_experts_kernel(
-    ids, counts, ends, slot_of_assignment, row_of_assignment, assignment_of_slot, slots, experts, blocks,
-    K: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+    ids, counts, ends, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes,
+    slots, experts, blocks, assignments, K: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
@@ -384,10 +392,18 @@ def _place_experts_kernel(
     end = tl.load(ends + at, mask=expert < experts, other=0)
     start = end - tl.load(counts + at, mask=expert < experts, other=0)
     place = tl.sum(hit * (start[None, :] + tl.cumsum(hit, axis=0) - 1), axis=1)
-    there = chosen >= 0
+    there = (chosen >= 0) & (chosen < experts)
     tl.store(assignment_of_slot + slot, tl.where(there, place, -1), mask=slot < slots)
     tl.store(slot_of_assignment + place, slot, mask=there)
     tl.store(row_of_assignment + place, slot // K, mask=there)
+    behind = (slot >= tl.load(ends + experts * blocks - 1)) & (slot < assignments)
+    tl.store(slot_of_assignment + slot, tl.zeros_like(slot), mask=behind)
+    tl.store(row_of_assignment + slot, tl.zeros_like(slot), mask=behind)
+    if block == 0:
+        last = tl.load(ends + (expert + 1) * blocks - 1, mask=expert < experts, other=0)
+        before = tl.load(ends + expert * blocks - 1, mask=(expert > 0) & (expert < experts), other=0)
+        tl.store(group_ends + expert, last, mask=expert < experts)
+        tl.store(group_sizes + expert, last - before, mask=expert < experts)
 
 
 def count_rows(ids: Tensor, mask: Tensor | None, num_experts: int, destinations: int, listed: int = 0) -> Tensor:
@@ -436,21 +452,24 @@ def _spans(ids: Tensor, destinations: int) -> tuple[int, int]:
     return max(1, triton.cdiv(blocks, length)), length * block
 
 
-def place_experts(local_ids: Tensor, local_experts: int, assignments: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def place_experts(
+    local_ids: Tensor, local_experts: int, assignments: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A stable counting sort by expert. Twin: ``permutation.place_experts``."""
     slots, padded = local_ids.numel(), triton.next_power_of_2(max(local_experts, 2))
     block = max(16, min(256, 8192 // padded))
     blocks = max(1, triton.cdiv(slots, block))
-    counts = local_ids.new_empty((local_experts, blocks))
-    slot_of_assignment, row_of_assignment = (local_ids.new_empty(assignments) for _ in range(2))
-    assignment_of_slot = torch.empty_like(local_ids)
+    counts = local_ids.new_empty((local_experts, blocks), dtype=torch.int32)
+    slot_of_assignment, row_of_assignment = (local_ids.new_empty(assignments, dtype=torch.int32) for _ in range(2))
+    assignment_of_slot = torch.empty_like(local_ids, dtype=torch.int32)
+    group_ends, group_sizes = (local_ids.new_empty(local_experts, dtype=torch.int32) for _ in range(2))
     _count_experts_kernel[(blocks,)](local_ids, counts, slots, local_experts, blocks, EP=padded, BLOCK=block)
     ends = counts.view(-1).cumsum(0, dtype=torch.int32)
     _place_experts_kernel[(blocks,)](
-        local_ids, counts, ends, slot_of_assignment, row_of_assignment, assignment_of_slot, slots, local_experts,
-        blocks, K=local_ids.shape[1], EP=padded, BLOCK=block,
+        local_ids, counts, ends, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes,
+        slots, local_experts, blocks, assignments, K=local_ids.shape[1], EP=padded, BLOCK=block,
     )  # fmt: skip
-    return slot_of_assignment, row_of_assignment, assignment_of_slot, ends.view(local_experts, blocks)[:, -1]
+    return slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes
 
 
 def _token_blocks(ids: Tensor, mask: Tensor | None) -> dict[str, object]:

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from foldpar.moe.counters import LayerCounters
 from foldpar.moe.kernels.grouped import in_autocast_dtype
+from foldpar.moe.kernels.permutation import Places
 from foldpar.moe.lane_ends import lane_ends
 from foldpar.moe.lanes import LaneState
 from foldpar.moe.routing.router import Routing
 from foldpar.moe.transport.messages import (
     MOST_LISTED,
+    check_weights,
     combine,
     dispatch,
     dispatch_weighted,
-    dispatch_weights,
     own_assignments,
     plan_dispatch,
 )
@@ -186,8 +187,10 @@ class InMessages:
         )
         y: Tensor
         if self.reads_places and plan.stays:  # rows are read where they lie, and summed there
-            places = (plan.row_of_assignment, plan.assignment_of_slot)
-            y = computed = compute(rows, plan.rows_per_expert, dispatch_weights(weights, plan), plan.sizes, places)
+            check_weights(weights, plan)
+            places = Places(plan.row_of_assignment, plan.slot_of_assignment, plan.assignment_of_slot)
+            y = computed = compute(rows, plan.rows_per_expert, weights, plan.sizes, places)
+            plan.check_placed()  # now that the device has enough to do
         elif self.applies_weights:  # on the activation, in a pass that is made anyway
             arrived, row_weights = dispatch_weighted(rows, weights, plan)
             computed = compute(arrived, plan.rows_per_expert, row_weights, plan.sizes)
