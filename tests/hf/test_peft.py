@@ -249,6 +249,8 @@ def parametrized(place: str) -> Any:
 
 ADAPT = {
     "dora": with_config(peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, init_lora_weights=False)),
+    "lora": with_config(peft.LoraConfig(r=2, target_modules=["q_proj"])),
+    "of the router": with_config(peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.gate.weight"])),
     "ia3": with_config(peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
     "parameter": with_config(peft.LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"])),
     "of experts": parametrized("model.layers.0.mlp.experts.down_proj"),
@@ -269,6 +271,23 @@ ADAPT = {
 )
 def test_what_could_be_wrong_is_refused_before_the_first_forward(adapt: str, text: str) -> None:
     assert re.search(text, refused(adapt), re.DOTALL)
+
+
+def late(stage: int, adapt: str) -> str:
+    with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+        model = copy.deepcopy(base("qwen2_moe"))
+        foldpar.fold_model(model, groups)
+        foldpar.shard_model(model, groups, stage=stage)
+        with pytest.raises(foldpar.ModelError) as error:
+            loss_of(ADAPT[adapt](model), groups.dp.index)
+        return str(error.value)
+
+
+@pytest.mark.parametrize(("stage", "adapt"), [(2, "lora"), (3, "of the router")])
+def test_adapters_that_come_after_sharding_are_refused(stage: int, adapt: str) -> None:
+    texts = run_ranks(late, 2, stage, adapt, backend="threads")
+    assert texts[0] == texts[1]
+    assert re.search(rf"came after shard_model, .* Adapt first, then shard: .*stage={stage}\)", texts[0])
 
 
 def test_dora_is_refused_beside_cut_layers_and_told_apart_elsewhere() -> None:
