@@ -162,7 +162,11 @@ def merged_and_written(case: Case, values: dict[str, Tensor], folder: str) -> No
         state = torch_state(model)
         if groups.rank == 0:
             model.save_pretrained(f"{folder}/adapter", state_dict=state)
-        foldpar.hf.export(model.merge_and_unload(), f"{folder}/merged", groups)
+        left = model.merge_and_unload()
+        foldpar.hf.export(left, f"{folder}/merged", groups)
+        if case.stage:
+            with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+                loss_of(left, groups.dp.index)
 
 
 def torch_state(model: nn.Module) -> dict[str, Tensor]:
@@ -175,7 +179,11 @@ def local(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "case",
-    [MERGED, pytest.param(replace(MERGED, etp=1, first="peft", stage=3), marks=pytest.mark.long)],
+    [
+        MERGED,
+        pytest.param(replace(MERGED, etp=1, first="peft", stage=3), marks=pytest.mark.long),
+        pytest.param(replace(MERGED, tp=1, etp=1, stage=2), marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_merged_and_written_adapters_are_those_of_one_process(case: Case, tmp_path: Path) -> None:
