@@ -35,15 +35,9 @@ from foldpar.models.tensor_parallel import LaneCut, lane_cut
 from foldpar.moe import ExpertShare
 from foldpar.parameters import mark_of, mark_parameters, resolve_parameters, sharded_module, when_greeted
 
-__all__ = ["adapters_aside", "base_of", "welcome_adapters"]
+__all__ = ["adapters_aside", "welcome_adapters"]
 
 _FITTED = "_foldpar_fitted"
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The model that a library's model of adapters is around, or the model itself."""
-    get = getattr(model, "get_base_model", None)
-    return cast(nn.Module, get()) if get is not None and hasattr(model, "peft_config") else model
 
 
 @contextmanager
