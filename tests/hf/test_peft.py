@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from boxes import cut
 from pages import DOCS, blocks
 from peft_cases import (
     DENSE,
@@ -24,7 +25,6 @@ from peft_cases import (
     folded,
     loss_of,
     one_process,
-    share_of,
     whole,
 )
 from torch import Tensor, nn
@@ -207,7 +207,7 @@ def check_loaded(case: Case, values: dict[str, Tensor], checkpoint: str) -> None
         foldpar.load_checkpoint(checkpoint, model, None, groups)
         for placement in foldpar.parameters.parameter_placements(model, groups):
             if placement.name in values:
-                want = share_of(values[placement.name], placement.share)
+                want = cut(values[placement.name], placement.share)
                 torch.testing.assert_close(placement.local(placement.parameter.detach()), want, rtol=0, atol=0)
 
 
