@@ -179,7 +179,9 @@ def _folded(block: Block, groups: FoldedGroups, shared: _Shared, **options: Any)
         setattr(folded, name, getattr(experts, name))
     if adapter.weights is None:
         for name, whole in experts.named_parameters(recurse=False):
-            setattr(folded, name, shared.weights.setdefault(id(whole), folded.get_parameter(name)))
+            own = shared.weights.setdefault(id(whole), folded.get_parameter(name))
+            vars(own).update(vars(whole))  # what a loop or an optimizer notes on a parameter
+            setattr(folded, name, own)
     return folded
 
 
