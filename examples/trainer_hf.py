@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import tempfile
@@ -95,7 +94,7 @@ def start_folder(options: argparse.Namespace, parent: str) -> str:
 
 
 def load(folder: str, options: argparse.Namespace) -> Any:
-    room = foldpar.OneSided(options.batch * options.length, slack=math.inf) if options.one_sided else None
+    room = foldpar.OneSided(options.batch * options.length) if options.one_sided else None
     foldpar.hf.register_with_transformers(one_sided=room)
     distributed = DistributedConfig(
         tp_size=options.tp,

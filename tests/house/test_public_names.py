@@ -39,6 +39,7 @@ MAY_COMMUNICATE = {
     "comm/collectives.py",
     "comm/dtensors.py",
     "comm/groups.py",
+    "comm/host_meeting.py",
     "comm/peers.py",
     "comm/world.py",
     "testing",

@@ -257,8 +257,8 @@ class ExpertShare(nn.Module):
         """Whether rows may stay where they lie; what a subclass computes takes them grouped by expert."""
         return not self.computes_its_own_way()
 
-    def why_not_one_sided(self) -> str | None:
-        """Why rows can only come in messages: of a kind that may hold nothing, behind the last expert's."""
+    def needs_sizes(self) -> str | None:
+        """Why no rows may come that hold nothing, behind the last expert's: the host then learns how many there are."""
         return None if self.biases is None else "the experts have biases, whose gradients are sums over all rows"
 
     def mark(self, routed: ParameterFamily, bias: ParameterFamily) -> None:

@@ -25,7 +25,7 @@ BUCKET = 64 * 2**20
 """Bytes of a bucket of :func:`foldpar.reduce_gradients`."""
 
 SLACK = 2.0
-"""That of :class:`foldpar.OneSided`."""
+"""The ``slack`` of :class:`foldpar.OneSided` that a plan is made with."""
 
 
 @dataclass(frozen=True, slots=True)

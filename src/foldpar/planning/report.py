@@ -292,7 +292,7 @@ def _way_of_rows(plan: Plan, row: PlanRow) -> str:
     if row.transport == "messages":
         return ""
     own = -(-row.micro * plan.work.tokens // (row.layout.cp * row.layout.tp))
-    return f", one_sided=foldpar.OneSided(max_tokens={own})"
+    return f", one_sided=foldpar.OneSided(max_tokens={own}, slack=2.0)"
 
 
 def _recomputation(row: PlanRow) -> list[str]:
