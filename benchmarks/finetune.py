@@ -55,7 +55,7 @@ WARM_UP = 2
 def tracing(file: Path) -> Iterator[None]:
     """Trace from the end of one optimizer's step to the end of the next, of this rank."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with profile(activities=activities, schedule=schedule(wait=WARM_UP + 3, warmup=1, active=1)) as profiler:
+    with profile(activities=activities, schedule=schedule(wait=WARM_UP, warmup=1, active=1)) as profiler:
         hook = register_optimizer_step_post_hook(lambda *_: profiler.step())
         try:
             yield

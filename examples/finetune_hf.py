@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -111,7 +112,7 @@ def encode(options: argparse.Namespace, windows: int, vocabulary: int) -> Tensor
     if len(ids) < need:
         raise SystemExit(f"{need} tokens are wanted and the standard library has {len(ids)}: fewer --steps, please.")
     shuffled = torch.randperm(windows, generator=torch.Generator().manual_seed(options.seed))
-    return torch.tensor(ids[:need]).view(windows, options.length + 1)[shuffled]
+    return rearrange(torch.tensor(ids[:need]), "(windows place) -> windows place", windows=windows)[shuffled]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +265,8 @@ def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
     """The mean cross-entropy of the next token."""
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return F.cross_entropy(wide.flatten(0, 1), windows[:, 1:].flatten())
+    rows = rearrange(wide, "batch length vocab -> (batch length) vocab")
+    return F.cross_entropy(rows, rearrange(windows[:, 1:], "batch length -> (batch length)"))
 
 
 def own_micro_batches(windows: Tensor, engine: Engine, accumulate: int) -> list[Tensor]:

@@ -74,7 +74,7 @@ def run(case: Case) -> None:
 
     def forward() -> Tensor:
         if case.gathered:
-            places = Places(source, slots, copies)
+            places = Places(source, slots, copies, ends)
             return grouped_feed_forward(x, gate_up, down, ends, "swiglu", weights=weights, places=places)
         picked = weights.flatten()[slots.long()]
         junk = x.new_full((JUNK, case.dim), float("nan"))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from foldpar.moe.kernels import decisions
-from foldpar.moe.kernels.decisions import Decision, Rule
+from foldpar.moe.kernels import decisions, rules
+from foldpar.moe.kernels.rules import Decision, Rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -53,7 +53,7 @@ def same(one: Decision, other: Decision) -> None:
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_decisions(rule: Rule, tokens: int, experts: int, biased: bool) -> None:
     logits, bias = draw(tokens, experts), draw(experts, seed=1) if biased else None
-    same(decisions.decide(logits, bias, rule), decisions.decide_in_steps(logits, bias, rule))
+    same(decisions.decide(logits, bias, rule), rules.decide_in_steps(logits, bias, rule))
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -62,7 +62,7 @@ def test_of_equal_scores_the_lower_id_wins_and_nan_is_the_largest(rule: Rule) ->
     rows = [[0.0] * 6, [1.0, 2.0, 2.0, 2.0, 1.0, 2.0], [lowest, 1.0, lowest, lowest, lowest, lowest]]
     rows += [[lowest] * 6, [1.0, 2.0, float("nan"), 0.0, 5.0, 1.0]]
     logits = torch.tensor(rows, device=DEVICE)
-    same(decisions.decide(logits, None, rule), decisions.decide_in_steps(logits, None, rule))
+    same(decisions.decide(logits, None, rule), rules.decide_in_steps(logits, None, rule))
 
 
 @pytest.mark.parametrize("used", [("weights",), ("scores",), ("logits", "weights"), ("logits", "scores", "weights")])
@@ -77,7 +77,7 @@ def test_gradients(rule: Rule, dtype: torch.dtype, used: tuple[str, ...]) -> Non
         return torch.autograd.grad(loss, logits)[0] if terms else None
 
     got = gradient(decisions.decide(logits, bias, rule))
-    wanted = gradient(decisions.decide_in_steps(logits, bias, rule))
+    wanted = gradient(rules.decide_in_steps(logits, bias, rule))
     close = CLOSE if dtype == torch.float32 else {"rtol": 2e-3, "atol": 1e-4}
     assert (got is None) == (wanted is None)
     if got is not None and wanted is not None:
@@ -95,5 +95,5 @@ def test_gradients_can_be_differentiated(rule: Rule) -> None:
         (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
         return torch.autograd.grad((grad * draw(5, 6, seed=1)).sum(), logits)[0]
 
-    got, wanted = (twice(decide(logits, None, rule)) for decide in (decisions.decide, decisions.decide_in_steps))
+    got, wanted = (twice(decide(logits, None, rule)) for decide in (decisions.decide, rules.decide_in_steps))
     torch.testing.assert_close(got, wanted, **CLOSE)

@@ -32,7 +32,7 @@ def tables(kind: str) -> tuple[Places, Tensor]:
         ids[:] = -1
     slots, source, copies, ends, sizes = place_experts(ids, EXPERTS, int((ids >= 0).sum()))
     assert torch.equal(sizes.cumsum(0), ends)
-    return Places(source, slots, copies), ends
+    return Places(source, slots, copies, ends), ends
 
 
 @pytest.mark.parametrize("kind", ["all", "masked", "nothing"])

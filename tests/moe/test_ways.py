@@ -210,11 +210,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
             SEEN[group.ranks[group.index]].append(rows * width * x.element_size())
 
     exchange, all_to_all = messages.exchange_rows, messages.all_to_all_rows
-    gather, scatter = messages.all_gather_rows, messages.reduce_scatter_rows
+    gather, scatter = messages.all_gather_rows, messages.scatter_sum_rows
 
     def exchange_rows(x: Tensor, send: Any, receive: Any, group: foldpar.AxisGroup) -> Tensor:
-        if x.dtype == torch.uint8:
-            leaving(group, send, x)
+        leaving(group, send, x)
         return exchange(x, send, receive, group)
 
     def all_to_all_rows(x: Tensor, send: Any, receive: Any, group: foldpar.AxisGroup) -> Tensor:
@@ -225,11 +224,11 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
         leaving(group, [x.shape[0]] * group.size, x)
         return gather(x, group, **options)
 
-    def reduce_scatter_rows(x: Tensor, group: foldpar.AxisGroup, *, row_counts: Any) -> Tensor:
+    def scatter_sum_rows(x: Tensor, row_counts: Any, group: foldpar.AxisGroup) -> Tensor:
         leaving(group, row_counts, x)
-        return scatter(x, group, row_counts=row_counts)
+        return scatter(x, row_counts, group)
 
-    for each in (exchange_rows, all_to_all_rows, all_gather_rows, reduce_scatter_rows):
+    for each in (exchange_rows, all_to_all_rows, all_gather_rows, scatter_sum_rows):
         monkeypatch.setattr(messages, each.__name__, each)
 
 

@@ -35,6 +35,7 @@ from foldpar.comm.collectives import (
     gather_rows,
     reduce_scatter_rows,
     scale_gradient,
+    scatter_sum_rows,
     split_rows,
     start_all_reduce,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "reduce_scatter_rows",
     "refuse_foreign_scalers",
     "scale_gradient",
+    "scatter_sum_rows",
     "split_rows",
     "start_all_reduce",
     "told",

@@ -341,16 +341,18 @@ class MeshAxes:
 
     def __init__(self) -> None:
         self._known: dict[tuple[FoldedGroups, DeviceMesh, int], tuple[tuple[int, ...], frozenset[str]]] = {}
+        self._shared: dict[DeviceMesh, tuple[int, ...]] = {}
 
     def dims(self, tensor: DTensor, groups: FoldedGroups) -> list[MeshDim]:
         """The mesh dimensions of more than one rank."""
-        mesh, dims = tensor.device_mesh, []
-        for dim, placement in enumerate(tensor.placements):
-            if mesh.size(dim) > 1:
-                if (groups, mesh, dim) not in self._known:
-                    self._known[groups, mesh, dim] = self._look_up(groups, mesh, dim)
-                ranks, axes = self._known[groups, mesh, dim]
-                dims.append(MeshDim(dim, _dim_name(mesh, dim), ranks, axes, placement))
+        mesh, placements, dims = tensor.device_mesh, tensor.placements, []
+        if mesh not in self._shared:
+            self._shared[mesh] = tuple(dim for dim in range(mesh.ndim) if mesh.size(dim) > 1)
+        for dim in self._shared[mesh]:
+            if (groups, mesh, dim) not in self._known:
+                self._known[groups, mesh, dim] = self._look_up(groups, mesh, dim)
+            ranks, axes = self._known[groups, mesh, dim]
+            dims.append(MeshDim(dim, _dim_name(mesh, dim), ranks, axes, placements[dim]))
         return dims
 
     def _look_up(self, groups: FoldedGroups, mesh: DeviceMesh, dim: int) -> tuple[tuple[int, ...], frozenset[str]]:

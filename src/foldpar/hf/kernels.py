@@ -32,8 +32,9 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     counts = torch.zeros(local + 1, dtype=torch.int32, device=ids.device).scatter_add_(
         0, ids, torch.ones_like(ids, dtype=torch.int32)
     )
-    places = Places(assignment_of_slot // top_k_index.shape[1], assignment_of_slot, copies)
-    computed = grouped_products(experts, rows, counts[:local].cumsum(0, dtype=torch.int32), weights, places=places)
+    ends = counts[:local].cumsum(0, dtype=torch.int32)
+    places = Places(assignment_of_slot // top_k_index.shape[1], assignment_of_slot, copies, ends)
+    computed = grouped_products(experts, rows, ends, weights, places=places)
     return computed.to(hidden_states.dtype)
 
 

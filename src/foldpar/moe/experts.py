@@ -448,7 +448,7 @@ class ExpertProduct:
             rows,
             self.storage.for_product(gate_up_proj),
             self.storage.for_product(down_proj),
-            rows_per_expert.cumsum(0, dtype=torch.int32),
+            rows_per_expert.cumsum(0, dtype=torch.int32) if places is None else places.ends,
             self.activation,
             weights=weights,
             gate_up_bias=gate_up_bias,

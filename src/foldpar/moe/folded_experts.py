@@ -180,7 +180,7 @@ def _wide(weights: Tensor, rows: Tensor) -> Tensor:
 
 def rows_for(experts: object) -> tuple[torch.dtype | None, torch.device]:
     """The dtype and the device of rows that the experts take here and now; ``None`` where the dtype cannot be told."""
-    weight = next(experts.parameters(), None) if isinstance(experts, nn.Module) else None
+    weight = _some_parameter(experts)
     if weight is None or not isinstance(experts, nn.Module):
         return None, torch.device("cpu")
     if not computes_in_own_dtype(experts, weight):
@@ -188,9 +188,17 @@ def rows_for(experts: object) -> tuple[torch.dtype | None, torch.device]:
     return in_autocast_dtype(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype, weight.device
 
 
+def _some_parameter(experts: object) -> nn.Parameter | None:
+    """The first one; a look into the whole module takes ten times as long, in every forward."""
+    if not isinstance(experts, nn.Module):
+        return None
+    own = next((each for each in experts._parameters.values() if each is not None), None)
+    return next(experts.parameters(), None) if own is None else own
+
+
 def check_device_and_dtype(x: Tensor, experts: object) -> None:
     """Raise a ``ShapeError`` where the input does not go with the experts' parameters."""
-    weight = next(experts.parameters(), None) if isinstance(experts, nn.Module) else None
+    weight = _some_parameter(experts)
     if weight is None or not isinstance(experts, nn.Module) or not computes_in_own_dtype(experts, weight):
         return
     if x.device != weight.device:

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -25,7 +26,7 @@ from foldpar.planning import formulas
 from foldpar.planning.host_costs import measure_host
 from foldpar.planning.machine import Link, Machine, read_machine
 
-__all__ = ["calibrate", "fit_link", "measure"]
+__all__ = ["calibrate", "fit_link", "measure", "measure_links"]
 
 DENSE = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 14336))
 """Rows, inner and outer width of dense products."""
@@ -101,18 +102,25 @@ def measure(name: str, groups: FoldedGroups | None = None, *, quick: bool = Fals
         host=host,
         measured={"dense": [[*shape, rate] for shape, rate in dense], "grouped": [[*s, rate] for s, rate in grouped]},
     )
-    if groups is not None and groups.layout.world > 1:
-        points = _links(groups.dp, QUICK_MESSAGES if quick else MESSAGES, device)
-        which = "node" if groups.layout.world <= per_node else "network"
-        link, measured = fit_link(points), {**machine.measured, which: points}
-        if which == "node":
-            rings = _rings(groups.dp, QUICK_MESSAGES if quick else MESSAGES, device)
-            machine = replace(machine, node=link, ring=fit_link(rings), measured={**measured, "ring": rings})
-            sources["ring"] = f"{here}: all-gather and all-reduce over {groups.layout.world} ranks"
-        else:
-            machine = replace(machine, network=link, measured=measured)
-        sources[which] = f"{here}: all-to-all over {groups.layout.world} ranks"
-    return replace(machine, sources=sources)
+    machine = replace(machine, sources=sources)
+    return machine if groups is None else measure_links(machine, groups, device, here, quick=quick)
+
+
+def measure_links(
+    machine: Machine, groups: FoldedGroups, device: torch.device, here: str, *, quick: bool = False
+) -> Machine:
+    """The machine with the link between the ranks of ``groups`` as it is measured; ``here`` is its source."""
+    world = groups.layout.world
+    if world == 1:
+        return machine
+    sizes, group = QUICK_MESSAGES if quick else MESSAGES, groups.dp
+    points = {"node" if world <= machine.gpus_per_node else "network": _links(group, sizes, device)}
+    told = dict.fromkeys(points, f"{here}: all-to-all over {world} ranks")
+    if "node" in points:
+        points["ring"] = _rings(group, sizes, device)
+        told["ring"] = f"{here}: all-gather and all-reduce over {world} ranks"
+    links: dict[str, Any] = {name: fit_link(found) for name, found in points.items()}
+    return replace(machine, **links, measured={**machine.measured, **points}, sources={**machine.sources, **told})
 
 
 def fit_link(points: list[tuple[float, float]]) -> Link:

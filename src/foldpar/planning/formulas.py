@@ -22,6 +22,7 @@ __all__ = [
     "eager_attention_kept",
     "feed_forward_kept",
     "head_peak",
+    "in_flight",
     "latent_attention_kept",
     "matrix_flops",
     "norm_kept",
@@ -182,9 +183,20 @@ def collective_bytes(kind: str, size: int, total: float) -> float:
     return 2 * once if kind == "all_reduce" else once
 
 
-def pipeline_bubble(stages: int, micro_batches: int) -> float:
+def pipeline_bubble(stages: int, micro_batches: int, chunks: int = 1) -> float:
     """Idle time of a pipeline, as a part of its busy time, with one forward and one backward in turn (1F1B).
 
-    Source: Narayanan et al. 2021, section 2.2: ``(p - 1) / m``.
+    ``chunks``: parts of a stage's layers that take turns, in an interleaved schedule.
+
+    Source: Narayanan et al. 2021, section 2.2: ``(p - 1) / (v m)``.
     """
-    return (stages - 1) / micro_batches
+    return (stages - 1) / (chunks * micro_batches)
+
+
+def in_flight(behind: int, stages: int, micro_batches: int, chunks: int) -> float:
+    """How many micro-batches' activations a pipeline stage keeps, with ``behind`` stages from it to the end.
+
+    Source: Narayanan et al. 2021, section 2.2: interleaving keeps ``1 + (p - 1) / (p v)`` times as many on the first.
+    """
+    more = (stages - 1) / chunks if chunks > 1 else 0.0
+    return min(behind + more, micro_batches)

@@ -136,9 +136,11 @@ def _small(layers: int, dense: bool, device: torch.device) -> nn.Module:
         mlp_only_layers=list(range(1, layers)) if dense else [], pad_token_id=None,
     )  # fmt: skip
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
     with torch.device(device):
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():  # equal on all ranks, which may be threads
+        for parameter in model.parameters():
+            parameter.copy_(torch.sin(torch.arange(parameter.numel(), device=device)).view_as(parameter) / 8)
     return model.train()
 
 

@@ -73,9 +73,11 @@ class PipelineStage:
     last: bool
     behind: int
     """Stages behind it, itself included: so many micro-batches are in flight, if there are so many."""
+    chunks: int = 1
+    """Parts of its layers that take turns."""
 
 
-def pipeline_stages(shape: ModelShape, pp: int) -> tuple[PipelineStage, ...]:
+def pipeline_stages(shape: ModelShape, pp: int, chunks: int = 1) -> tuple[PipelineStage, ...]:
     """The stages that can be the slowest or largest of a pipeline that cuts the layers as evenly as it can.
 
     The first, the last, and of those between the first with most layers and the first with most experts.
@@ -84,7 +86,8 @@ def pipeline_stages(shape: ModelShape, pp: int) -> tuple[PipelineStage, ...]:
     for stage in range(pp):
         layers = range(shape.layers * stage // pp, shape.layers * (stage + 1) // pp)
         moe = sum(shape.is_moe(layer) for layer in layers)
-        found.append(PipelineStage(len(layers) - moe, moe, stage == 0, stage == pp - 1, pp - stage))
+        parts = min(chunks, len(layers))
+        found.append(PipelineStage(len(layers) - moe, moe, stage == 0, stage == pp - 1, pp - stage, parts))
     largest = max(found, key=lambda each: each.dense + each.moe)
     widest = max(found, key=lambda each: each.moe)
     return tuple(dict.fromkeys((found[0], largest, widest, found[-1])))
@@ -128,7 +131,7 @@ class MemoryModel:
         load = self.work.load if load is None else load
         micro_batches = self.work.batch // layout.dp // micro
         stages: tuple[PipelineStage, ...] = self._once(
-            ("stages", layout.pp), partial(pipeline_stages, self.shape, layout.pp)
+            ("stages", layout.pp), partial(pipeline_stages, self.shape, layout.pp, self.work.chunks)
         )
         found = [
             self._of_stage(layout, each, stage, recompute, transport, micro, micro_batches, load) for each in stages
@@ -174,7 +177,7 @@ class MemoryModel:
         copied = float(summed * of_unit) if stage else 0.0
         gradients = stored * own
 
-        in_flight = min(pipeline.behind, micro_batches)
+        in_flight = formulas.in_flight(pipeline.behind, layout.pp, micro_batches, pipeline.chunks)
         of_one = working = exchanged = persistent = kept_of_one = 0.0
         for moe, count in ((False, pipeline.dense), (True, pipeline.moe)):
             if count:
@@ -190,7 +193,7 @@ class MemoryModel:
         logits = 0.0
         if pipeline.last:
             activations += tokens / lanes * formulas.norm_kept(shape.hidden, item)
-            logits = tokens * formulas.head_peak(shape.vocab, item)
+            logits = tokens / lanes * formulas.head_peak(shape.vocab, item)
         bucket = float(min(BUCKET, stored * own)) if layout.world > 1 else 0.0
         head_gradient = float(stored * root) if pipeline.last and stage == 0 else 0.0
 

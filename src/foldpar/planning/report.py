@@ -277,7 +277,8 @@ def commands(plan: Plan, row: PlanRow) -> str:
         lines.append(f"foldpar.shard_model(model, groups, stage={row.stage}{precision})")
     lines.append(f"# {row.micro_batches} micro-batches of {row.micro} x {plan.work.tokens} tokens on each data rank")
     if layout.pp > 1:
-        lines.append(f"# pp = {layout.pp}: a schedule of your own, such as torch.distributed.pipelining's")
+        turns = f", {plan.work.chunks} chunks of layers a rank" if plan.work.chunks > 1 else ""
+        lines.append(f"# pp = {layout.pp}: a schedule of your own, such as torch.distributed.pipelining's{turns}")
     if layout.cp > 1:
         lines.append(f"# cp = {layout.cp}: attention over context-parallel ranks is your own")
     if layout.tp > 1 and not shape.experts:

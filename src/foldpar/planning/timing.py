@@ -34,6 +34,9 @@ SHARD_PASSES = 2
 """How often a gather, or a sum into shards, reads or writes a number of the whole: split into tensors, or joined."""
 
 
+_AXES_OF_LAYERS: tuple[Axis, ...] = ("ep", "tp", "etp", "cp")
+
+
 @dataclass(frozen=True, slots=True)
 class Seconds:
     """Seconds of one step on the slowest rank; ``total`` is their sum.
@@ -149,12 +152,12 @@ class TimeModel:
         """
         whole = self.work.batch // layout.dp
         tokens = whole * self.work.tokens / layout.cp
-        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp))
+        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp, self.work.chunks))
         found = []
         for way in ("messages", "one-sided") if layout.ep > 1 else ("messages",):
             layers = {moe: self._layer(layout, moe, tokens, "none", way, self.work.load) for moe in self._kinds}
             found.append(max(max(self._sums(each, layers)) for each in stages))
-        return min(found) * (1 + formulas.pipeline_bubble(layout.pp, whole))
+        return min(found) * (1 + formulas.pipeline_bubble(layout.pp, whole, stages[0].chunks))
 
     @staticmethod
     def _sums(pipeline: PipelineStage, layers: dict[bool, _Layer]) -> tuple[float, float]:
@@ -179,7 +182,7 @@ class TimeModel:
         load = self.work.load if load is None else load
         micro_batches = self.work.batch // layout.dp // micro
         tokens = micro * self.work.tokens / layout.cp
-        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp))
+        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp, self.work.chunks))
         layers = {moe: self._layer(layout, moe, tokens, recompute, transport, load) for moe in self._kinds}
         head = self._head(layout, tokens)
         slowest = max(stages, key=lambda each: max(self._sums(each, layers)) + each.last * max(head.device, head.host))
@@ -210,10 +213,11 @@ class TimeModel:
             before = self._felt(first, forward * (micro_batches if stage == 3 else 1))
             behind = self._felt(gathers - first + gradients, backward * (micro_batches if stage > 1 else 1))
             gradients, gathers = behind, before
-        bubble = formulas.pipeline_bubble(layout.pp, micro_batches) * clocks.end
+        bubble = formulas.pipeline_bubble(layout.pp, micro_batches, pipeline.chunks) * clocks.end
         if layout.pp > 1:
-            sent = tokens * self.shape.hidden * self.work.item
-            bubble += 2 * micro_batches * self._link(layout, "pp").seconds(sent)
+            own = tokens / layout.tp if self.work.lanes == "sharded" else tokens
+            sent = own * self.shape.hidden * self.work.item
+            bubble += 2 * pipeline.chunks * micro_batches * self._reach(layout, "pp")[1].seconds(sent)
         clocks = _Clocks(clocks.host, clocks.device + bubble + gathers)
         host, weights = self.machine.host, self._count(pipeline)
         clocks = clocks.after(weights * host.reduction * (layout.world > 1), gradients + copies)
@@ -298,10 +302,10 @@ class TimeModel:
     def _layer(
         self, layout: FoldedLayout, moe: bool, tokens: float, recompute: Recompute, transport: Transport, load: float
     ) -> _Layer:
-        key = ("layer", moe, layout.tp, layout.cp, layout.ep, layout.etp, tokens, recompute, transport, load,
-               self._span(layout, "ep"), self._span(layout, "tp"), self._span(layout, "etp"),
-               self._span(layout, "cp"))  # fmt: skip
-        return self._once(key, lambda: self._of_layer(layout, moe, tokens, recompute, transport, load))
+        choice = (moe, tokens, recompute, transport, load)
+        place = self._once.of(layout)("place", lambda: (layout.tp, layout.cp, layout.ep, layout.etp, *(
+            self._reach(layout, axis)[0] for axis in _AXES_OF_LAYERS)))  # fmt: skip
+        return self._once((choice, place), lambda: self._of_layer(layout, *choice))
 
     def _of_layer(
         self, layout: FoldedLayout, moe: bool, tokens: float, recompute: Recompute, transport: Transport, load: float
@@ -405,7 +409,7 @@ class TimeModel:
         times = 4 + 2 * again
         node = network = 0.0
         if layout.ep > 1:
-            inside = self._span(layout, "ep")
+            inside = self._reach(layout, "ep")[0]
             rows = min(load * own * met, own * layout.ep)
             latency = times if transport == "messages" else times / 2
             node = machine.node.seconds(times * rows * payload * (inside - 1) / layout.ep, latency)
@@ -413,9 +417,9 @@ class TimeModel:
             node, network = (node, 0.0) if node >= network else (0.0, network)
         if layout.etp > 1:
             gathered = min(load * own * met, own * layout.ep) * layout.etp * payload
-            link = self._link(layout, "etp")
+            link = self._reach(layout, "etp")[1]
             crossing = link.seconds(times * formulas.collective_bytes("all_gather", layout.etp, gathered), times)
-            if self._span(layout, "etp") < layout.etp:
+            if self._reach(layout, "etp")[0] < layout.etp:
                 network += crossing
             else:
                 node += crossing
@@ -430,7 +434,7 @@ class TimeModel:
         if layout.cp > 1:
             total = 2 * layout.cp * tokens * keys / layout.tp * self.work.item * (3 + again[0])
             sent = formulas.collective_bytes("all_gather", layout.cp, total)
-            around = self._link(layout, "cp").seconds(sent, (layout.cp - 1) * (3 + again[0]))
+            around = self._reach(layout, "cp")[1].seconds(sent, (layout.cp - 1) * (3 + again[0]))
         if layout.tp == 1:
             return around
         back = 1 if sharded else 2 if shape.latent is not None else 3
@@ -443,74 +447,88 @@ class TimeModel:
         if moe and not sharded:  # the ends of the experts: rows are gathered forward, their gradients backward
             sent += (2 + again[1]) * formulas.collective_bytes("all_gather", layout.tp, size)
             times += 2 + again[1]
-        return around + self._link(layout, "tp").seconds(sent, times)
+        return around + self._reach(layout, "tp")[1].seconds(sent, times)
 
     def _head(self, layout: FoldedLayout, tokens: float) -> _Layer:
         """Embedding, last norm, head and loss."""
 
         def make() -> _Layer:
             shape = self.shape
-            cut = layout.tp if shape.vocab % layout.tp == 0 and not shape.head_whole else 1
+            sharded = self.work.lanes == "sharded"  # the loss of a lane is that of its own tokens
+            cut = layout.tp if sharded or (shape.vocab % layout.tp == 0 and not shape.head_whole) else 1
             products = 3 * self._product(tokens, (shape.vocab // cut, shape.hidden))
-            moved = tokens * shape.vocab * LOGIT_PASSES / self.machine.memory_bandwidth
-            moved += tokens * shape.hidden * NORM_PASSES / 2 / self.machine.elementwise_bandwidth
+            own = tokens / layout.tp if sharded else tokens
+            moved = own * shape.vocab * LOGIT_PASSES / self.machine.memory_bandwidth
+            moved += own * shape.hidden * NORM_PASSES / 2 / self.machine.elementwise_bandwidth
             tp = 0.0
-            if cut > 1:
+            if cut > 1 and not sharded:
                 logits = tokens * shape.vocab * self.work.item
                 stream = tokens * shape.hidden * self.work.item
                 sent = formulas.collective_bytes("all_gather", cut, logits)
                 sent += 2 * formulas.collective_bytes("all_reduce", cut, stream)
-                tp = self._link(layout, "tp").seconds(sent, 3)
+                tp = self._reach(layout, "tp")[1].seconds(sent, 3)
             dense, host = products + moved, self.machine.host.head
             return _Layer(0.0, 0.0, dense, 0.0, 0.0, tp, (dense + tp) / 3, host, host / 2)
 
-        return self._once(("head", layout.tp, tokens, self._span(layout, "tp")), make)
+        return self._once(("head", layout.tp, tokens, self._reach(layout, "tp")[0]), make)
 
     # -- Links, shards, optimizer -------------------------------------------------------------------------------------
 
-    def _span(self, layout: FoldedLayout, axis: Axis) -> int:
-        if layout.size(axis) == 1:
-            return 1
-        view, size, stride = layout.span(axis)
-        order = (layout.order, layout.tp, layout.stage_size) if view == "expert" else ()
-        key = ("span", axis, size, stride, order, layout.world)
-        return self._once(key, lambda: node_span(layout, axis, self.machine.gpus_per_node))
+    def _reach(self, layout: FoldedLayout, axis: Axis) -> tuple[int, Link]:
+        """How many ranks of a group are in one node, and the link of a collective over all of it.
 
-    def _link(self, layout: FoldedLayout, axis: Axis) -> Link:
-        """That of a collective over an axis; between nodes every member of a node brings its own port."""
-        inside = self._span(layout, axis)
-        if inside == layout.size(axis):
-            return self.machine.ring
-        network = self.machine.network
-        return Link(network.latency, min(network.bandwidth * inside, self.machine.ring.bandwidth))
+        Between nodes every member of a node brings its own port.
+        """
+
+        def make() -> tuple[int, Link]:
+            view, size, stride = layout.span(axis)
+            machine, inside = self.machine, 1
+            if size > 1:
+                order = (layout.order, layout.tp, layout.stage_size) if view == "expert" else ()
+                key = ("span", axis, size, stride, order, layout.world)
+                inside = self._once(key, lambda: node_span(layout, axis, machine.gpus_per_node))
+            if inside == size:
+                return inside, machine.ring
+            network = machine.network
+            return inside, Link(network.latency, min(network.bandwidth * inside, machine.ring.bandwidth))
+
+        return self._once.of(layout)(axis, make)
 
     def _shards(
         self, layout: FoldedLayout, pipeline: PipelineStage, stage: int, micro_batches: int
     ) -> tuple[float, float, float]:
         """Seconds of gathers, of sums of gradients, and of the copies before and after them."""
-        item, stored = self.work.item, self.work.stored
-        summed = 4 if self.work.precision == "mixed" else stored
-        gathers = gradients = copies = 0.0
-        sums_per_step = micro_batches if stage >= 2 else 1
-        gathers_per_step = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage]
+        sums = micro_batches if stage >= 2 else 1
+        gathers = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage]
+        key = ("shards", pipeline, stage > 0)
+        gather, gather_copies, summing, sum_copies = self._once.of(layout)(
+            key, lambda: self._of_shards(layout, pipeline, sharded=stage > 0)
+        )
+        return gathers * gather, sums * summing, gathers * gather_copies + sums * sum_copies
+
+    def _of_shards(
+        self, layout: FoldedLayout, pipeline: PipelineStage, *, sharded: bool
+    ) -> tuple[float, float, float, float]:
+        """Seconds of one gather of everything, of one sum of all gradients, and of their copies."""
+        machine, item = self.machine, self.work.item
+        summed = 4 if self.work.precision == "mixed" else self.work.stored
+        gather = gather_copies = summing = sum_copies = 0.0
         axes: tuple[tuple[Axis, bool], ...] = (("dp_cp", False), ("edp", True))
         for axis, expert in axes:
             size, numel = layout.size(axis), self._numel(layout, pipeline)[expert]
             if size == 1 or not numel:
                 continue
             units = pipeline.moe if expert else pipeline.dense + pipeline.moe + 1
-            link = self._link(layout, axis)
-            kind = "reduce_scatter" if stage else "all_reduce"
-            sent = formulas.collective_bytes(kind, size, summed * numel) * sums_per_step
-            gradients += link.seconds(sent, units * sums_per_step)
-            sent = formulas.collective_bytes("all_gather", size, item * numel) * gathers_per_step
-            gathers += link.seconds(sent, units * gathers_per_step)
-            if stage:
-                moved = SHARD_PASSES * numel * (summed * sums_per_step + item * gathers_per_step)
-                copies += moved / self.machine.memory_bandwidth
+            link = self._reach(layout, axis)[1]
+            kind = "reduce_scatter" if sharded else "all_reduce"
+            summing += link.seconds(formulas.collective_bytes(kind, size, summed * numel), units)
+            gather += link.seconds(formulas.collective_bytes("all_gather", size, item * numel), units)
+            gather_copies += SHARD_PASSES * item * numel / machine.memory_bandwidth
+            if sharded:
+                sum_copies += SHARD_PASSES * summed * numel / machine.memory_bandwidth
             else:  # the pieces of a bucket are not aligned
-                copies += BUCKET_PASSES * summed * numel / self.machine.elementwise_bandwidth
-        return gathers, gradients, copies
+                sum_copies += BUCKET_PASSES * summed * numel / machine.elementwise_bandwidth
+        return gather, gather_copies, summing, sum_copies
 
     def _numel(self, layout: FoldedLayout, pipeline: PipelineStage) -> tuple[int, int]:
         def make() -> tuple[int, int]:

@@ -38,14 +38,14 @@ class _Conversion:
         self.names, self.dtype = names, dtype
         self.under_way: list[tuple[list[Tensor], tuple[Tensor, ...]]] = []
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, module: nn.Module, arguments: object) -> None:
         parameters = [parameter for owner, name in self.names if (parameter := owner._parameters[name]) is not None]
         copies = converted(parameters, self.dtype)
         self.under_way.append((list(parameters), copies))
         self._stand_in(copies)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self, module: nn.Module, arguments: object, output: Any) -> None:
         if not self.under_way:  # another hook failed before this one's turn
             return

@@ -34,12 +34,13 @@ class Places:
     """Rows that lie anywhere: where the rows of all groups come from, and where their outputs are summed.
 
     A *slot* is a place in ``[rows, top_k]``. ``source`` is the row behind each row of the groups, ``slots`` its slot,
-    and ``copies`` (``[rows, top_k]``) the inverse, ``-1`` where nothing is computed.
+    and ``copies`` (``[rows, top_k]``) the inverse, ``-1`` where nothing is computed. ``ends`` (int32) are the groups'.
     """
 
     source: Tensor
     slots: Tensor
     copies: Tensor
+    ends: Tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -94,11 +94,11 @@ class _FeedForward(Function):
         places = rows.shape[0] if source is None else source.shape[0]
         table = kernels.tiles_of(ends, places, _ROWS)
         gate_up, hidden = kernels.first_product(
-            rows, source, gate_up_proj, weights, table, places, kernels.Blocks(_ROWS, 128, 64, 4, flat=False), slots
+            rows, source, gate_up_proj, weights, table, places, kernels.blocks(_ROWS, 128, 64, 4, flat=False), slots
         )
         ctx.save_for_backward(rows, weights, gate_up_proj, down_proj, ends, source, slots, copies, table, gate_up)
         # Chunks share weights: where those are small, so may chunks be, and rows stay in L2.
-        blocks = kernels.Blocks(_ROWS, 256, 64, 3, chunk=8 if hidden.shape[1] <= 512 else 16)
+        blocks = kernels.blocks(_ROWS, 256, 64, 3, chunk=8 if hidden.shape[1] <= 512 else 16)
         outputs = kernels.product(hidden, None, down_proj, table, places, blocks, transposed=True)
         return outputs if copies is None else sum_copies(outputs, copies)
 
@@ -112,7 +112,7 @@ class _FeedForward(Function):
         of_rows, _, of_gate_up, of_down = ctx.needs_input_grad[:4]
         grad, places = grad.contiguous(), gate_up.shape[0]
         ahead = source is None and gate_up.shape[1] > 1024  # where tiles are short, or gathered, it does not pay
-        blocks = kernels.Blocks(_ROWS, 256, 64, 3 if ahead else 4, flat=ahead)
+        blocks = kernels.blocks(_ROWS, 256, 64, 3 if ahead else 4, flat=ahead)
         grad_hidden = kernels.product(grad, source, down_proj, table, places, blocks, transposed=False)
         hidden, grad_gate_up, grad_weights = swiglu_backward(grad_hidden, gate_up, weights, ends[-1:], slots)
         del grad_hidden, gate_up
@@ -121,7 +121,7 @@ class _FeedForward(Function):
         grad_first = _first_gradient(grad_gate_up, rows, source, ends) if of_gate_up else None
         grad_rows = None
         if of_rows:
-            blocks = kernels.Blocks(_ROWS, 256, 64, 3)
+            blocks = kernels.blocks(_ROWS, 256, 64, 3)
             grad_rows = kernels.product(grad_gate_up, None, gate_up_proj, table, places, blocks, transposed=False)
             grad_rows = grad_rows if copies is None else sum_copies(grad_rows, copies)
         return grad_rows, grad_weights, grad_first, grad_down, None, None, None, None
@@ -135,14 +135,14 @@ def _down_gradient(grad: Tensor, hidden: Tensor, source: Tensor | None, ends: Te
 
     if source is None:
         return torch.nn.functional.grouped_mm(grad.T, hidden, offs=ends)
-    return kernels.weight_gradient(grad, hidden, source, "grad", ends, kernels.Blocks(128, 256, 64, 5))
+    return kernels.weight_gradient(grad, hidden, source, "grad", ends, kernels.blocks(128, 256, 64, 5))
 
 
 def _first_gradient(grad_gate_up: Tensor, rows: Tensor, source: Tensor | None, ends: Tensor) -> Tensor:
     from foldpar.moe.kernels import triton_products as kernels
 
     if source is not None and grad_gate_up.shape[1] <= 2 * FEW_UNITS:
-        return kernels.weight_gradient(grad_gate_up, rows, source, "rows", ends, kernels.Blocks(256, 128, 64, 5))
+        return kernels.weight_gradient(grad_gate_up, rows, source, "rows", ends, kernels.blocks(256, 128, 64, 5))
     copied = rows if source is None else copy_rows(rows, source)
     return torch.nn.functional.grouped_mm(grad_gate_up.T, copied, offs=ends)
 

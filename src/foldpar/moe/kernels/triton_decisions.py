@@ -1,4 +1,4 @@
-"""Triton kernels for what a router decides, each with a plain torch twin in ``decisions``. A row is one token's.
+"""Triton kernels for what a router decides, each with a plain torch twin in ``rules``. A row is one token's.
 
 Nothing is atomic, and rows do not know of each other: equal logits give equal decisions in any batch.
 """
@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foldpar.moe.kernels.decisions import Decision, Rule
+from foldpar.moe.kernels.rules import Decision, Rule
+from foldpar.moe.kernels.sizes import ceil_div, power_of_2
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -129,7 +130,7 @@ def _gradient_kernel(
 
 
 def decide(logits: Tensor, bias: Tensor | None, rule: Rule) -> Decision:
-    """What the logits of ``[tokens, num_experts]`` decide. Twin: ``decisions.decide_in_steps``."""
+    """What the logits of ``[tokens, num_experts]`` decide. Twin: ``rules.decide_in_steps``."""
     logits, (rows, experts) = logits.contiguous(), logits.shape
     wide = logits.new_empty((rows, experts), dtype=torch.float32)
     scores = torch.empty_like(wide) if rule.over_all else None
@@ -152,7 +153,7 @@ def gradient(
     of_weights: Tensor | None,
     rule: Rule,
 ) -> Tensor:
-    """Of the logits, from the gradients of what they decided. Twin: ``decisions.gradient``."""
+    """Of the logits, from the gradients of what they decided. Twin: ``rules.gradient``."""
     logits, (rows, experts) = logits.contiguous(), logits.shape
     grad = torch.empty_like(logits)
     given = [None if each is None else each.contiguous() for each in (of_logits, of_scores, of_weights)]
@@ -167,9 +168,9 @@ def gradient(
 
 def _cut(rows: int, experts: int, rule: Rule) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and what the kernels are made for."""
-    width = triton.next_power_of_2(experts)
+    width = power_of_2(experts)
     at_once = max(1, 1024 // width)
-    return (triton.cdiv(rows, at_once),), {
+    return (ceil_div(rows, at_once),), {
         "SOFTMAX": rule.score == "softmax", "OVER_ALL": rule.over_all, "RENORMALIZE": rule.renormalize,
-        "K": rule.top_k, "KP": triton.next_power_of_2(rule.top_k), "EP": width, "ROWS": at_once, "num_warps": 4,
+        "K": rule.top_k, "KP": power_of_2(rule.top_k), "EP": width, "ROWS": at_once, "num_warps": 4,
     }  # fmt: skip

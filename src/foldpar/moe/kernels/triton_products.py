@@ -25,6 +25,8 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from foldpar.moe.kernels.sizes import power_of_2
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -46,11 +48,17 @@ class Blocks:
     chunk: int = 16
     flat: bool = True
 
+    @cache  # noqa: B019
     def options(self) -> dict[str, Any]:
+        """What a kernel is made with."""
         return {
             "BM": self.rows, "BN": self.columns, "BK": self.depth, "STAGES": self.stages,
             "OUTER": self.stages if self.flat else 1, "CHUNK": self.chunk, "FLAT": self.flat, "num_warps": self.warps,
         }  # fmt: skip
+
+
+blocks = cache(Blocks)
+"""They are few, and made for every product."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +95,7 @@ def tiles_of(ends: Tensor, rows: int, block: int) -> Tensor:
     """
     experts = ends.shape[0]
     table = ends.new_empty((1 + rows // block + experts, 4))
-    _tiles_kernel[(experts,)](ends, table, experts, EP=triton.next_power_of_2(experts), BM=block, BLOCK=16, num_warps=1)
+    _tiles_kernel[(experts,)](ends, table, experts, EP=power_of_2(experts), BM=block, BLOCK=16, num_warps=1)
     return table
 
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foldpar.moe.kernels.sizes import ceil_div, power_of_2
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows.
 
@@ -40,7 +42,7 @@ def copy_rows(x: Tensor, source: Tensor) -> Tensor:
     out = x.new_empty((source.shape[0], x.shape[1]))
     if out.numel():
         block = _block(x.shape[1])
-        _copy_rows_kernel[(source.shape[0], triton.cdiv(x.shape[1], block))](
+        _copy_rows_kernel[(source.shape[0], ceil_div(x.shape[1], block))](
             x.contiguous(), source, out, x.shape[1], BLOCK=block, num_warps=4
         )
     return out
@@ -51,14 +53,14 @@ def sum_copies(rows: Tensor, copies: Tensor) -> Tensor:
     out = rows.new_empty((copies.shape[0], rows.shape[1]))
     if out.numel():
         block = _block(rows.shape[1])
-        _sum_copies_kernel[(copies.shape[0], triton.cdiv(rows.shape[1], block))](
+        _sum_copies_kernel[(copies.shape[0], ceil_div(rows.shape[1], block))](
             rows.contiguous(), copies, out, rows.shape[1], COPIES=copies.shape[1], BLOCK=block, num_warps=4
         )
     return out
 
 
 def _block(width: int) -> int:
-    return min(2048, int(triton.next_power_of_2(width)))
+    return min(2048, power_of_2(width))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def _payload(like: Tensor, rows: int, top_k: int) -> tuple[Tensor, dict[str, int
 
 
 def _sizes(dim: int, width: int, top_k: int) -> dict[str, int]:
-    padded = triton.next_power_of_2(top_k)
+    padded = power_of_2(top_k)
     return {"dim": dim, "width": width, "TOP_K": top_k, "KP": padded, "BLOCK": _block(dim), "num_warps": 4}
 
 
@@ -251,7 +253,7 @@ def swiglu_forward(gate_up: Tensor, weights: Tensor | None, end: Tensor | None =
     out = gate_up.new_empty((rows, hidden))
     if out.numel():
         block = _block(hidden)
-        _swiglu_forward_kernel[(rows, triton.cdiv(hidden, block))](
+        _swiglu_forward_kernel[(rows, ceil_div(hidden, block))](
             gate_up, weights, end, out, hidden,
             WEIGHTED=weights is not None, BOUNDED=end is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -285,7 +287,7 @@ def swiglu_backward(
             WEIGHTED=weights is not None,
             PICKED=slots is not None,
             BOUNDED=end is not None,
-            BLOCK=min(1024, triton.next_power_of_2(hidden)),
+            BLOCK=min(1024, power_of_2(hidden)),
             num_warps=4,
         )
     return out, grad_gate_up, grad_weights
@@ -425,7 +427,7 @@ def place_rows(ids: Tensor, mask: Tensor | None, counts: Tensor, num_experts: in
     _place_rows_kernel[(destinations, spans)](
         ids, mask, counts, token_of_sent, sent_of_token, local_ids, tokens, num_experts,
         num_experts // destinations, destinations, counts.shape[-1], span,
-        DP=triton.next_power_of_2(destinations * spans), **_token_blocks(ids, mask),
+        DP=power_of_2(destinations * spans), **_token_blocks(ids, mask),
     )  # fmt: skip
     return token_of_sent, sent_of_token, local_ids
 
@@ -436,7 +438,7 @@ def _count_spans(ids: Tensor, mask: Tensor | None, num_experts: int, destination
     counts = ids.new_empty((destinations, spans, 3 + listed), dtype=torch.int64)
     _count_rows_kernel[(destinations, spans)](
         ids, mask, counts, ids.shape[0], num_experts, num_experts // destinations, span,
-        LISTED=listed, LP=triton.next_power_of_2(max(listed, 1)), **_token_blocks(ids, mask),
+        LISTED=listed, LP=power_of_2(max(listed, 1)), **_token_blocks(ids, mask),
     )  # fmt: skip
     return counts
 
@@ -446,19 +448,19 @@ def _spans(ids: Tensor, destinations: int) -> tuple[int, int]:
     would be few programs; a few blocks are not worth the second count.
     """
     block = _block_of_tokens(ids)
-    blocks = triton.cdiv(ids.shape[0], block)
+    blocks = ceil_div(ids.shape[0], block)
     spans = min(blocks, max(1, 128 // destinations)) if blocks > 4 else 1
-    length = max(1, triton.cdiv(blocks, spans))
-    return max(1, triton.cdiv(blocks, length)), length * block
+    length = max(1, ceil_div(blocks, spans))
+    return max(1, ceil_div(blocks, length)), length * block
 
 
 def place_experts(
     local_ids: Tensor, local_experts: int, assignments: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A stable counting sort by expert. Twin: ``permutation.place_experts``."""
-    slots, padded = local_ids.numel(), triton.next_power_of_2(max(local_experts, 2))
+    slots, padded = local_ids.numel(), power_of_2(max(local_experts, 2))
     block = max(16, min(256, 8192 // padded))
-    blocks = max(1, triton.cdiv(slots, block))
+    blocks = max(1, ceil_div(slots, block))
     counts = local_ids.new_empty((local_experts, blocks), dtype=torch.int32)
     slot_of_assignment, row_of_assignment = (local_ids.new_empty(assignments, dtype=torch.int32) for _ in range(2))
     assignment_of_slot = torch.empty_like(local_ids, dtype=torch.int32)
@@ -473,9 +475,9 @@ def place_experts(
 
 
 def _token_blocks(ids: Tensor, mask: Tensor | None) -> dict[str, object]:
-    width = triton.next_power_of_2(ids.shape[1])
+    width = power_of_2(ids.shape[1])
     return {"K": ids.shape[1], "KP": width, "BT": _block_of_tokens(ids), "M": mask is not None, "num_warps": 8}
 
 
 def _block_of_tokens(ids: Tensor) -> int:
-    return max(16, 4096 // int(triton.next_power_of_2(ids.shape[1])))
+    return max(16, 4096 // power_of_2(ids.shape[1]))

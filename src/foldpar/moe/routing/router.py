@@ -15,7 +15,8 @@ from typing_extensions import Self
 
 from foldpar.arguments import expect, expect_sizes
 from foldpar.errors import ShapeError
-from foldpar.moe.kernels.decisions import SCORES, Decision, Rule, decide, decides_at_once, largest
+from foldpar.moe.kernels.decisions import decide, decides_at_once
+from foldpar.moe.kernels.rules import SCORES, Decision, Rule, largest
 from foldpar.moe.recomputation import in_backward
 from foldpar.moe.routing.selection import GroupLimit, allowed, check_group_limit
 from foldpar.wording import as_integer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foldpar.arguments import expect_sizes
 from foldpar.errors import ShapeError
-from foldpar.moe.kernels.decisions import largest
+from foldpar.moe.kernels.rules import largest
 from foldpar.wording import divisors, listed
 
 

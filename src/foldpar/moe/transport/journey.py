@@ -197,7 +197,7 @@ class InMessages:
         y: Tensor
         if self.reads_places and plan.stays:  # rows are read where they lie, and summed there
             check_weights(weights, plan)
-            places = Places(plan.row_of_assignment, plan.slot_of_assignment, plan.assignment_of_slot)
+            places = Places(plan.row_of_assignment, plan.slot_of_assignment, plan.assignment_of_slot, plan.ends)
             y = computed = compute(rows, plan.rows_per_expert, weights, plan.sizes, places)
             plan.check_placed()  # now that the device has enough to do
         elif self.applies_weights:  # on the activation, in a pass that is made anyway

@@ -32,11 +32,11 @@ from foldpar.comm import (
     all_to_all_rows,
     exchange_rows,
     gather_rows,
-    reduce_scatter_rows,
+    scatter_sum_rows,
 )
 from foldpar.errors import ShapeError
 from foldpar.moe.kernels.permutation import (
-    collect,
+    copy_rows,
     count_rows,
     ordinal_in_expert,
     pack,
@@ -46,6 +46,7 @@ from foldpar.moe.kernels.permutation import (
     place_experts,
     place_rows,
     spread,
+    sum_copies,
     sum_packed,
     unpack,
     wide,
@@ -75,7 +76,7 @@ class DispatchPlan:
         sent_of_token: ``[num_tokens, ep]``, its inverse: the sent row of each token for each destination.
         slot_of_assignment, row_of_assignment: ``[assignments]``, the slot and the row behind each expert-major row.
         assignment_of_slot: ``[rows, top_k]``, the inverse.
-        rows_per_expert: ``[local experts]``, int32, on the device: the sizes of the expert-major groups.
+        rows_per_expert, ends: ``[local experts]``, int32, on the device: sizes and ends of the expert-major groups.
         sizes: the same on the host where experts are few (at most ``MOST_LISTED`` on a rank), else ``None``.
     """
 
@@ -92,6 +93,7 @@ class DispatchPlan:
     row_of_assignment: Tensor
     assignment_of_slot: Tensor
     rows_per_expert: Tensor
+    ends: Tensor
     sizes: tuple[int, ...] | None
     placed: Arriving | None = None
     """On its way to the host: how many assignments found an expert. ``None`` where it knows that all did."""
@@ -203,7 +205,7 @@ def plan_dispatch(
     sizes = tuple(sum(slice_[3 + e] for sender in arriving for slice_ in sender) for e in range(listed))
 
     received = exchange_rows(local_ids[: sum(send_rows)], send_rows, receive_rows, ep)
-    slot_of_assignment, row_of_assignment, assignment_of_slot, _, rows_per_expert = place_experts(
+    slot_of_assignment, row_of_assignment, assignment_of_slot, ends, rows_per_expert = place_experts(
         gather_rows(received, rows_per_etp, etp), num_experts // ep.size, assignments
     )
     return DispatchPlan(
@@ -220,6 +222,7 @@ def plan_dispatch(
         row_of_assignment=row_of_assignment,
         assignment_of_slot=assignment_of_slot,
         rows_per_expert=rows_per_expert,
+        ends=ends,
         sizes=sizes or None,
     )
 
@@ -247,6 +250,7 @@ def _plan_at_home(ids: Tensor, groups: FoldedGroups, num_experts: int) -> Dispat
         row_of_assignment=rows,
         assignment_of_slot=inverse,
         rows_per_expert=rows_per_expert,
+        ends=ends,
         sizes=None,
         placed=Arriving(ends[-1]) if ids.is_cuda else None,
     )
@@ -360,13 +364,32 @@ def combine(rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Tensor:
     dtype = rows.dtype
     if weights is not None:
         rows = rows.to(wide(dtype)) * dispatch_weights(weights, plan)[:, None]
-    partial = collect(rows, plan.row_of_assignment, plan.assignment_of_slot).to(dtype)
-    if plan.stays:
-        return partial
-    assert plan.token_of_sent is not None and plan.sent_of_token is not None
-    own = reduce_scatter_rows(partial, plan.etp, row_counts=plan.rows_per_etp)
-    returned = all_to_all_rows(own, plan.receive_rows, plan.send_rows, plan.ep)
-    return collect(returned, plan.token_of_sent, plan.sent_of_token)
+    return cast(Tensor, cast(Any, _BringBack).apply(rows, plan, dtype))
+
+
+class _BringBack(Function):
+    """Outputs to the rows behind them, to their owners, and to their tokens: summed three times."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: DispatchPlan, dtype: torch.dtype) -> Tensor:
+        ctx.plan, ctx.dtype = plan, rows.dtype
+        partial = sum_copies(rows, plan.assignment_of_slot).to(dtype)
+        if plan.stays:
+            return partial
+        assert plan.sent_of_token is not None
+        own = scatter_sum_rows(partial, plan.rows_per_etp, plan.etp)
+        returned = exchange_rows(own, plan.receive_rows, plan.send_rows, plan.ep)
+        return sum_copies(returned, plan.sent_of_token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan = ctx.plan
+        if not plan.stays:
+            sent = copy_rows(grad, plan.token_of_sent)
+            received = exchange_rows(sent, plan.send_rows, plan.receive_rows, plan.ep)
+            grad = gather_rows(received, plan.rows_per_etp, plan.etp)
+        return copy_rows(grad, plan.row_of_assignment).to(ctx.dtype), None, None
 
 
 def _to_experts(x: Tensor, plan: DispatchPlan) -> Tensor:

@@ -334,7 +334,7 @@ class _Dispatch(Function):
             even = -(-room // 4) * 4  # 16 bytes
             tables = ids.new_zeros((2, even), dtype=torch.int32)  # behind the last row too it is one that can be read
             apart, arriving, weights_of = (
-                Places(tables[0, :room], tables[1, :room], places),
+                Places(tables[0, :room], tables[1, :room], places, ends),
                 exchange.slots,
                 places.shape,
             )
