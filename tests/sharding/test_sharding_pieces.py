@@ -319,9 +319,9 @@ def numbers_of(tensors: Any) -> int:
 
 def bytes_by_stage(layout: foldpar.FoldedLayout, replicas: int = 1) -> None:
     plain = plain_model(bias=True)
-    for dtypes in (None, MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)):
-        for stage in (0, *(STAGES if dtypes is None else (1, 2))):
-            with create_groups(layout) as groups:
+    with create_groups(layout) as groups:
+        for dtypes in (None, MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)):
+            for stage in (0, *STAGES) if dtypes is None else (1, 2):
                 model = toys.fold(plain, groups)
                 model.head.bias.requires_grad_(False)
                 options: dict[str, Any] = {"stage": stage, "replicas": replicas, "mixed_precision": dtypes}
