@@ -44,7 +44,7 @@ test-kernels: $(INSTALLED)
 		--target build/triton triton==3.6.0 'numpy<2.4'
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=build/triton $(BIN)/python -m pytest $(IN_PARALLEL) \
 		-W 'ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning' \
-		tests/moe/test_kernels.py tests/moe/test_products.py tests/moe/test_onesided.py $(PYTEST_ARGS)
+		tests/moe/test_kernels.py tests/moe/test_products.py tests/moe/test_decisions.py tests/moe/test_onesided.py $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

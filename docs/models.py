@@ -29,6 +29,21 @@ HERE = Path(__file__).parent
 PAGE = HERE / "models.md"
 LAYERS, EXPERTS = 8, 16
 ONE = foldpar.solve_layout(1)
+INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 128,
+    "indexer_budget": 512,
+    "indexer_compress_ratio": 4,
+}
+LACKING: dict[str, dict[str, dict[str, Any]]] = {
+    "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * (LAYERS - 1)]}},
+    "diffusion_gemma": {"text_config": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 64}},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": {"": INDEXER},
+}
+"""What a default configuration leaves out, so that it makes no model; by part."""
 HEAD = """# Models of transformers
 
 Every model type of transformers {version} whose code has experts, as `fold_model` takes it. *Compared*: trained
@@ -77,8 +92,12 @@ def small(model_type: str) -> PreTrainedConfig:
         whole = AutoConfig.for_model(model_type, **given)
     for part in (whole, *(getattr(whole, name, None) for name in whole.sub_configs)):
         for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
-            if isinstance(getattr(part, name, None), int) and getattr(part, name) > EXPERTS:
-                setattr(part, name, EXPERTS)
+            with suppress(AttributeError, ValueError, RuntimeError):  # numbers that differ between layers stay
+                if isinstance(getattr(part, name, None), int) and getattr(part, name) > EXPERTS:
+                    setattr(part, name, EXPERTS)
+    for place, values in LACKING.get(model_type, {}).items():
+        for name, value in values.items():
+            setattr(getattr(whole, place) if place else whole, name, value)
     return whole
 
 
@@ -102,7 +121,9 @@ def row(model_type: str, known: dict[str, Any]) -> tuple[str, ...] | None:
         found = survey(model, ONE, ())
     except foldpar.FoldingError as error:
         if "has no MoE block to fold" in str(error):
-            return None
+            experts = sorted({name for each in model.modules() if "Experts" in (name := type(each).__name__)})
+            why = f"{', '.join(experts)}: no stacked weights of the common interface, and the block is not known"
+            return (f"`{model_type}`", "", "refused", why) if experts else None
         return (f"`{model_type}`", "", "refused", brief(error))
     blocks = sorted({type(block.module).__name__ for block in found.blocks})
     cells = f"`{model_type}`", ", ".join(f"`{block}`" for block in blocks)

@@ -11,7 +11,7 @@ from dense import dense_experts, feed_forward
 from torch import Tensor
 from torch.nn import functional as F
 
-from foldpar.moe import grouped_feed_forward
+from foldpar.moe import Places, grouped_feed_forward
 from foldpar.moe.kernels import products
 from foldpar.moe.kernels.permutation import place_experts
 
@@ -68,14 +68,15 @@ def run(case: Case) -> None:
     down = (draw(case.experts, case.dim, case.hidden) * case.hidden**-0.5).to(case.dtype)
     weights = torch.rand(ids.shape, generator=generator, device="cuda")
     assignments = int((ids >= 0).sum())
-    slots, source, copies, ends = place_experts(ids, case.experts, assignments)
+    slots, source, copies, ends, _ = place_experts(ids, case.experts, assignments)
     given = [each.requires_grad_() for each in (x, weights, gate_up, down)]
     assert products.takes(x, gate_up, down, assignments, "swiglu", plain=True), "the kernels do not take this case"
 
     def forward() -> Tensor:
-        picked = weights.flatten()[slots.long()]
         if case.gathered:
-            return grouped_feed_forward(x, gate_up, down, ends, "swiglu", weights=picked, places=(source, copies))
+            places = Places(source, slots, copies, ends)
+            return grouped_feed_forward(x, gate_up, down, ends, "swiglu", weights=weights, places=places)
+        picked = weights.flatten()[slots.long()]
         junk = x.new_full((JUNK, case.dim), float("nan"))
         rows = torch.cat([x[source.long()], junk])
         out = grouped_feed_forward(rows, gate_up, down, ends, "swiglu", weights=F.pad(picked, (0, JUNK)))

@@ -28,6 +28,8 @@ from peft_cases import (
     whole,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import foldpar
 import foldpar.hf
@@ -82,6 +84,62 @@ def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foldpar.models.adapted, "REPLICATED_PARTIAL", foldpar.families.REPLICATED)
     with pytest.raises(AssertionError, match=r"experts.*is off by"):
         check(Case(parameters=tuple(EXPERTS), modules=("q_proj",)))
+
+
+# -- What is frozen costs nothing -------------------------------------------------------------------------------------
+
+
+class Sums(TorchDispatchMode):
+    """Bytes that are summed over ranks inside; what is gathered or exchanged is not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and "reduce" in func.__name__:
+            tensors = (each for each in tree_leaves(args) if isinstance(each, Tensor))
+            self.sent += max(each.numel() * each.element_size() for each in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def costs(case: Case, values: dict[str, Tensor], frozen: bool) -> dict[str, int]:
+    """On one rank, after a step: bytes that were summed, and numbers of what is kept."""
+    with foldpar.create_groups(case.layout) as groups:
+        model = folded(case, groups, values)
+        if not frozen:
+            model.requires_grad_()
+        optimizer = torch.optim.AdamW(foldpar.parameter_groups(model), lr=1e-3)
+        loss = loss_of(model, groups.dp.index)
+        with Sums() as sums:
+            loss.backward()
+            foldpar.reduce_gradients(model, groups)
+        optimizer.step()
+        own = {name: local(each).numel() for name, each in model.named_parameters()}
+        return {
+            "summed": sums.sent,
+            "adapters": 8 * sum(size for name, size in own.items() if "lora_" in name),
+            "all": 8 * sum(own.values()),
+            "gradients": 8 * sum(local(each.grad).numel() for each in model.parameters() if each.grad is not None),
+            "states": 8 * sum(each["exp_avg"].numel() for each in map(locals_of, optimizer.state.values())),
+        }
+
+
+def locals_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: local(each) for name, each in state.items()}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [0, 2])
+def test_what_is_frozen_has_no_gradients_no_states_and_no_traffic(stage: int) -> None:
+    case = Case(world=2, tp=1, ep=2, stage=stage)
+    values, _ = one_process(case)
+    adapters_alone, everything = (run_ranks(costs, 2, case, values, frozen) for frozen in (True, False))
+    for found, all_trained in zip(adapters_alone, everything, strict=True):
+        assert found["gradients"] == found["states"] == found["adapters"] < found["all"]
+        assert all_trained["gradients"] == all_trained["states"] == all_trained["all"] == found["all"]
+        whole = found["adapters"] * (2 if stage else 1)  # a reduce-scatter is given whole gradients
+        assert 0.9 * whole < found["summed"] < 1.1 * whole < all_trained["summed"] / 1.5
 
 
 # -- Into the weights, and into files ---------------------------------------------------------------------------------
@@ -211,6 +269,30 @@ ADAPT = {
 )
 def test_what_could_be_wrong_is_refused_before_the_first_forward(adapt: str, text: str) -> None:
     assert re.search(text, refused(adapt), re.DOTALL)
+
+
+def test_dora_is_refused_beside_cut_layers_and_told_apart_elsewhere() -> None:
+    """Before folding by foldpar; after it by peft, which takes the norm of a weight that is a DTensor."""
+
+    def rank(tp: int, first: str) -> str:
+        with foldpar.create_groups(foldpar.solve_layout(2, tp=tp, ep=2)) as groups:
+            model = copy.deepcopy(base("qwen2_moe"))
+            try:
+                model = model if first == "fold" else ADAPT["dora"](model)
+                foldpar.fold_model(model, groups)
+                model = ADAPT["dora"](model) if first == "fold" else model
+                loss_of(model, 0)
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+            return "trains"
+
+    before, after = (run_ranks(rank, 2, 2, first, backend="threads") for first in ("peft", "fold"))
+    assert all(
+        re.search(r"ModelError: .*q_proj has the adapter 'default', a variant .*use_dora=False", x) for x in before
+    )
+    assert before == [before[0]] * 2
+    assert all("DTensor" in text or text == before[0] for text in after)
+    assert run_ranks(rank, 2, 1, "fold", backend="threads") == ["trains"] * 2
 
 
 def test_the_program_of_the_migration_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

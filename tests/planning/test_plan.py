@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import foldpar
 from foldpar import cli
 from foldpar.errors import FoldingError, LayoutError, ModelError, ShapeError
-from foldpar.planning import LatentAttention, ModelShape, PlanError, Workload, plan, read_machine, read_model
+from foldpar.planning import HostCost, LatentAttention, ModelShape, PlanError, Workload, plan, read_machine, read_model
 from foldpar.planning.folds import broken_rule, folds, layouts, node_span
 from foldpar.planning.formulas import distinct_ranks, product_seconds, routed_rows
 from foldpar.planning.memory import MemoryModel, pipeline_stages
@@ -240,30 +240,46 @@ def test_models_of_all_kinds_plan(shape):
 
 
 @pytest.mark.parametrize(
-    ("shape", "gpus", "published", "place"),
+    ("shape", "gpus", "published"),
     [
-        (MIXTRAL_8X22B, 128, {"tp": 2, "ep": 8, "pp": 8, "etp": 1}, 3),
-        (QWEN2_57B, 64, {"tp": 2, "ep": 4, "pp": 4, "etp": 1}, 5),
+        (MIXTRAL_8X22B, 128, {"tp": 2, "ep": 8, "pp": 8, "etp": 1}),
+        (QWEN2_57B, 64, {"tp": 2, "ep": 4, "pp": 4, "etp": 1}),
     ],
     ids=["mixtral-8x22b", "qwen2-57b-a14b"],
 )
-def test_the_published_folds_are_among_the_best(shape, gpus, published, place):
+def test_the_published_folds_are_among_the_three_best(shape, gpus, published):
     """MoE Parallel Folding (Liu et al. 2025), table 3: sequences of 4,096, a batch of 256, no context parallelism.
 
-    Megatron-Core shards the optimizer (stage 1), has sequence parallelism, one order, messages, and fused kernels with
-    little work for the host; it recomputes nothing there. For Qwen2 shorter pipelines are predicted to be faster, which
-    its interleaved schedule, whose bubble is smaller, would not be; with two lanes and four stages the published fold
-    is the first here too.
+    Megatron-Core shards the optimizer (stage 1), has sequence parallelism, one order, messages, fused norms, rotations
+    and other kernels with little work for the host; it recomputes nothing there.
     """
-    machine = replace(H100, host=replace(H100.host, attention=5e-4, dense=1e-4, moe=5e-4, messages=2e-4, parameter=0.0))
+    machine = replace(
+        H100,
+        elementwise_bandwidth=H100.memory_bandwidth,
+        host=HostCost(
+            attention=5e-4, dense=1e-4, moe=5e-4, head=1e-4, messages=2e-4, one_sided=0.0, slices=2e-4, lanes=0.0,
+            ends=0.0, unit=0.0, regather=0.0, reduction=0.0, parameter=0.0,
+        ),
+    )  # fmt: skip
     found = plan(
         shape, gpus=gpus, gpu=machine, tokens=4096, batch=256, lanes="sharded", cp=1, stage=1, recompute="none",
         transport="messages", order="consecutive",
     )  # fmt: skip
     degrees = [{name: getattr(row.layout, name) for name in published} for row in found.rows]
-    assert published in degrees[:place]
-    alike = [each for each in degrees if (each["tp"], each["pp"]) == (published["tp"], published["pp"])]
-    assert published == alike[0]
+    assert published in degrees[:3]
+
+
+def test_interleaved_chunks_make_the_bubble_smaller_and_keep_more_activations():
+    """Narayanan et al. 2021, section 2.2: the bubble is a v-th, activations of the first stage 1 + (p - 1) / (p v)."""
+    layout = foldpar.solve_layout(8, pp=4, ep=2)
+    keywords = {"stage": 1, "recompute": "none", "transport": "messages", "micro": 1}
+    plain, turns = (
+        (TimeModel(QWEN3_30B, work, H100).of(layout, **keywords), MemoryModel(QWEN3_30B, work).of(layout, **keywords))
+        for work in (Workload(tokens=1024, batch=64, chunks=chunks) for chunks in (1, 4))
+    )
+    assert 0 < turns[0].bubble < plain[0].bubble
+    assert plain[1].activations < turns[1].activations <= plain[1].activations * (1 + 3 / 16) * 1.001
+    assert pipeline_stages(QWEN3_30B, 16, 99)[0].chunks == 3  # a chunk is a layer or more
 
 
 @pytest.mark.long
@@ -362,5 +378,5 @@ def test_a_mistake_on_the_command_line_is_one_line(command, text, capsys):
 def test_shipped_machines_say_where_every_number_is_from():
     for name in ("h100", "h200"):
         machine = read_machine(name)
-        numbers = {"memory", "peak_flops", "product_flops", "grouped_flops", "attention_flops", "memory_bandwidth"}
-        assert machine.sources.keys() == numbers | {"node", "network", "host", "overlap"}
+        said = machine.to_dict().keys() - {"name", "gpu", "device", "gpus_per_node", "reserved", "sources", "measured"}
+        assert machine.sources.keys() == said

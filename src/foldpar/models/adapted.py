@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -88,29 +89,30 @@ class _Doorman:
     """Before every forward: whether other modules are here than the last time."""
 
     def __init__(self, groups: FoldedGroups) -> None:
-        self.groups, self.seen = groups, list[int]()
+        self.groups = groups
+        self.places = list[dict[str, nn.Module | None]]()
+        self.seen = list[nn.Module | None]()
+        self.all_have_families = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Doorman, (self.groups,)  # of a copy of the model nothing has been seen yet
 
     def __call__(self, model: nn.Module, arguments: object) -> None:
         if torch.compiler.is_compiling():
             return
-        now = _modules_of(model)
-        if now == self.seen:
-            return
-        _fit_all(model, self.groups)
-        if torch.is_grad_enabled():
+        if not self.places or self.places[0] is not model._modules or _children(self.places) != self.seen:
+            _fit_all(model, self.groups)
+            self.places = [module._modules for module in model.modules()]
+            self.seen, self.all_have_families = _children(self.places), False
+        if torch.is_grad_enabled() and not self.all_have_families:
             if sharded_module(model) is None:  # shard_model asks for all families
                 resolve_parameters(model, self.groups)
-            self.seen = now
+            self.all_have_families = True
 
 
-def _modules_of(model: nn.Module) -> list[int]:
-    """Who is there, as numbers. Every forward waits for it, and ``model.modules()`` takes several times as long."""
-    found, left = list[int](), [model]
-    while left:
-        module = left.pop()
-        found.append(id(module))
-        left += [child for child in module._modules.values() if child is not None]
-    return found
+def _children(places: list[dict[str, nn.Module | None]]) -> list[nn.Module | None]:
+    """All that stands in these places, without a loop in Python: every forward waits for it."""
+    return list(chain.from_iterable(map(dict.values, places)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from foldpar.parameters.boxes import Box, Share, pieces, replaced_at
 from foldpar.parameters.fsdp import (
     Stage,
     bring_back_shards,
+    computes_in_own_dtype,
     data_replicas,
     fsdp_modules,
     is_fsdp_module,
@@ -58,6 +59,7 @@ from foldpar.parameters.replicas import (
 from foldpar.parameters.steps import (
     declare_reduced,
     mark_replaced,
+    refuse_gradient_hooks,
     refuse_reduced,
     refuse_unreduced_gradients,
     stamp,
@@ -78,6 +80,7 @@ __all__ = [
     "check_before_reduction",
     "check_replicas",
     "compare_in_stage",
+    "computes_in_own_dtype",
     "data_replicas",
     "declare_reduced",
     "explicitly_marked",
@@ -104,6 +107,7 @@ __all__ = [
     "pieces",
     "plain_name",
     "record_shards",
+    "refuse_gradient_hooks",
     "refuse_reduced",
     "refuse_replaced",
     "refuse_unreduced",
