@@ -156,11 +156,12 @@ class MemoryModel:
         unit_dense, unit_expert, root, extra = self._units(layout, pipeline, stage > 0)
         layers = pipeline.dense + pipeline.moe
         shards_dense = stage > 0 and (layout.dp * layout.cp > 1 or work.precision == "mixed")
-        shards_expert = stage > 0 and (layout.edp > 1 or work.precision == "mixed")
+        shards_expert = stage > 0 and layout.edp > 1
+        converted = unit_expert if stage > 0 and layout.edp == 1 and work.precision == "mixed" else 0  # one at a time
         own = (held.dense_shard if shards_dense else held.dense) + (held.expert_shard if shards_expert else held.expert)
         whole = (held.dense if shards_dense else 0) + (held.expert if shards_expert else 0)
         parameters, optimizer = stored * own, stored * own * work.optimizer_states
-        of_unit = max(unit_dense if shards_dense else 0, unit_expert if shards_expert else 0)
+        of_unit = max(unit_dense if shards_dense else 0, unit_expert if shards_expert else 0, converted)
         of_block = (unit_dense if shards_dense else 0) + (unit_expert if shards_expert else 0)
         of_root = root if shards_dense else 0
         summed = 4 if work.precision == "mixed" else stored  # dtype in which shards are summed
@@ -172,6 +173,7 @@ class MemoryModel:
         gathered = 0.0 if stage == 0 else float(item * whole)
         if stage == 3:  # one block, and the next one without its experts
             gathered = first_layer + item * (unit_dense if shards_dense else 0)
+        gathered += item * converted
         whole_gradients = float(summed * whole) if stage == 1 and several else 0.0
         of_one_unit = float(item * of_unit) if stage else 0.0  # its gradient, and a copy that is summed over ranks
         copied = float(summed * of_unit) if stage else 0.0

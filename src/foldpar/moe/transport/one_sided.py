@@ -332,7 +332,7 @@ class _Dispatch(Function):
             room, sizes = _learned(ends, memory, num_experts)
         if reads_places and room > exchange.slots:
             tables = ids.new_zeros((2, room), dtype=torch.int32)  # behind the last row too it is one that can be read
-            apart, arriving, weights_of = Places(*tables, places), exchange.slots, places.shape
+            apart, arriving, weights_of = Places(*tables, places, ends), exchange.slots, places.shape
         else:
             apart, arriving, weights_of = None, room, torch.Size([room])
         rows = x.new_empty((arriving, exchange.dim))
