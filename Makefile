@@ -2,6 +2,7 @@
 # make demo STEPS=4  the same, shorter
 # make test          lint, format, types, tests, doctests
 # make test-long     the full matrices
+# make test-kernels  tests of the Triton kernels in Triton's interpreter, for machines without a GPU
 # make docs          the pages of docs/, with warnings as errors, into build/docs
 # make dist          sdist and wheel into dist/, and a look at the wheel in an empty environment
 
@@ -15,7 +16,7 @@ INSTALLED := .venv/.installed
 export PYTHONDONTWRITEBYTECODE := # empty: workers and spawned ranks share the bytecode of what they import
 IN_PARALLEL := --numprocesses=$(WORKERS) --dist=worksteal
 
-.PHONY: help setup demo test test-long lint format types docs dist clean
+.PHONY: help setup demo test test-long test-kernels lint format types docs dist clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -37,6 +38,14 @@ test: lint $(INSTALLED)
 
 test-long: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(IN_PARALLEL) $(PYTEST_ARGS)
+
+# The interpreter of Triton 3.6 makes numbers of arrays with one element, which numpy 2.4 refuses.
+test-kernels: $(INSTALLED)
+	test -d build/triton || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--target build/triton triton==3.6.0 'numpy<2.4'
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=build/triton $(BIN)/python -m pytest $(IN_PARALLEL) \
+		-W 'ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning' \
+		tests/moe/test_kernels.py tests/moe/test_products.py tests/moe/test_decisions.py tests/moe/test_onesided.py $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

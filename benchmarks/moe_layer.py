@@ -9,7 +9,8 @@ both turns, of the slowest rank, with its spread. A peer is any command that tak
 --experts --topk`` (tokens of one TP group) and prints one line of JSON with ``fwdbwd_ms`` and ``peak_gib``. foldpar's
 values and expert gradients are checked against a plain expert loop before anything is timed.
 
-Rows travel in messages or one-sided (``--ways``); ``graph`` is one-sided, captured in a CUDA graph and replayed.
+Rows travel in messages or one-sided (``--ways``); ``graph`` is one-sided, captured in a CUDA graph and replayed. Peak
+memory is that of torch's allocator and what GPUs share.
 
 The floor is serial: the GEMM at the rate of a large product measured here, plus each row's bytes once per destination
 rank at the rate of a large all-to-all measured here.
@@ -217,7 +218,7 @@ def rank_main(options: argparse.Namespace) -> None:
             shape = SHAPES[name]
             for routing in options.routing:
                 for lanes, way, tokens in itertools.product(options.lanes, options.ways, options.tokens):
-                    one_sided = None if way == "messages" else foldpar.OneSided(tokens, slack=options.slack)
+                    one_sided = None if way == "messages" else foldpar.OneSided(slack=options.slack)
                     layer: Any = build_layer(shape, groups, lanes, routing, like, one_sided)
                     error = check(layer, shape, groups, lanes, like) if layout.edp * layout.etp == 1 else None
                     report = measure(layer, shape, tokens, groups, lanes, like, (flops, link), way == "graph")
@@ -259,7 +260,8 @@ def measure(
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     times = timed(captured(step) if replay else step, like["device"])
-    peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else float("nan")
+    shared = sum(memory.own.numel() for each in groups.keep(PeerMemories).found.values() for memory in each.made)
+    peak = (torch.cuda.max_memory_allocated() + shared) / 2**30 if gpu else float("nan")
     with torch.no_grad():
         own = x.detach()[:tokens] if lanes == "replicated" else x.detach()
         routing = layer.router(own)
@@ -398,7 +400,7 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", default=["messages"], choices=["messages", "one-sided", "graph"], help="how rows travel"
     )
-    parser.add_argument("--slack", type=float, default=2.0, help="room for one-sided rows, times the balanced number")
+    parser.add_argument("--slack", type=float, help="room for one-sided rows, times the balanced number; else for all")
     parser.add_argument("--routing", nargs="+", default=["uniform"], choices=["uniform", "zipf"])
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--turns", type=int, default=2, choices=[1, 2])

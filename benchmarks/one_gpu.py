@@ -31,6 +31,7 @@ from moe_layer import Shape, build_layer, captured, timed
 from torch import Tensor, nn
 
 import foldpar
+from foldpar.comm.peers import PeerMemories
 from foldpar.hf import register_with_transformers
 
 SHAPES = {
@@ -213,7 +214,7 @@ def main() -> None:
                     flush=True,
                 )
                 append(options.csv, around | row)
-                groups.kept.clear()
+                groups.keep(PeerMemories).found.clear()
                 gc.collect()  # a captured step is a cycle, and its memory would count in the next peak
                 if options.device == "cuda":
                     torch.cuda.empty_cache()

@@ -97,7 +97,7 @@ def measure(case: Case, device: str, steps: int) -> dict[str, object]:
         step()
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
-        for _ in range(steps):
+        for _ in range(max(1, steps)):
             began = time.perf_counter()
             step()
             torch.cuda.synchronize()
@@ -142,6 +142,8 @@ def main() -> None:
     options = parser.parse_args()
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if world == 1:  # shards are FSDP2's, which wants process groups of one rank too
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     rows = []
     for case in cases(world, options.quick):
         try:

@@ -18,6 +18,7 @@ myst_heading_anchors = 3  # links to headings, as on the pages of a repository
 myst_enable_extensions = ["colon_fence"]
 
 autodoc_member_order = "bysource"
+autodoc_default_options = {"exclude-members": "extra_repr"}  # what printing a module calls
 autodoc_typehints = "none"  # the signatures have them
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False

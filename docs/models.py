@@ -29,6 +29,21 @@ HERE = Path(__file__).parent
 PAGE = HERE / "models.md"
 LAYERS, EXPERTS = 8, 16
 ONE = foldpar.solve_layout(1)
+INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 128,
+    "indexer_budget": 512,
+    "indexer_compress_ratio": 4,
+}
+LACKING: dict[str, dict[str, dict[str, Any]]] = {
+    "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * (LAYERS - 1)]}},
+    "diffusion_gemma": {"text_config": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 64}},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": {"": INDEXER},
+}
+"""What a default configuration leaves out, so that it makes no model; by part."""
 HEAD = """# Models of transformers
 
 Every model type of transformers {version} whose code has experts, as `fold_model` takes it. *Compared*: trained
@@ -36,16 +51,20 @@ folded and in one process, with `tp`, `ep` and `etp`, all gradients equal
 ([tests/models/test_fold_parity.py](../tests/models/test_fold_parity.py)). *Proven*: each block is equal to its folded
 self, which `fold_model` finds out anew each time; it folds over `ep` and `etp` with `tp = 1`, and over `tp` with an
 adapter of one line, which is then yours to compare. *Unproven*: the plan works, and a block could not be run beside
-its folded self. *Refused*: before anything is touched. Written by `docs/models.py`.
+its folded self. *Refused*: before anything is touched. [Why](#why-not) is below the table. Written by `docs/models.py`.
 
-| `model_type` | block | folding | |
-|---|---|---|---|
+| `model_type` | folding | block |
+|---|---|---|
+"""
+REASONS = """
+## Why not
+
 """
 
 
 def compared() -> dict[str, Any]:
     """Families that the tests compare with one process, tiny ones, by the class of their configuration."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
+    sys.path.insert(0, str(HERE.parent / "tests" / "support"))
     from hf_models import FAMILIES
 
     return {family.config: family for name, family in FAMILIES.items() if name != "jetmoe"}
@@ -73,13 +92,17 @@ def small(model_type: str) -> PreTrainedConfig:
         whole = AutoConfig.for_model(model_type, **given)
     for part in (whole, *(getattr(whole, name, None) for name in whole.sub_configs)):
         for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
-            if isinstance(getattr(part, name, None), int) and getattr(part, name) > EXPERTS:
-                setattr(part, name, EXPERTS)
+            with suppress(AttributeError, ValueError, RuntimeError):  # numbers that differ between layers stay
+                if isinstance(getattr(part, name, None), int) and getattr(part, name) > EXPERTS:
+                    setattr(part, name, EXPERTS)
+    for place, values in LACKING.get(model_type, {}).items():
+        for name, value in values.items():
+            setattr(getattr(whole, place) if place else whole, name, value)
     return whole
 
 
 def row(model_type: str, known: dict[str, Any]) -> tuple[str, ...] | None:
-    """The cells of a type; ``None`` where its model has no experts at all."""
+    """The cells of a type, and why it is not folded; ``None`` where its model has no experts at all."""
     try:
         config = small(model_type)
         family = known.get(type(config).__name__)
@@ -98,7 +121,9 @@ def row(model_type: str, known: dict[str, Any]) -> tuple[str, ...] | None:
         found = survey(model, ONE, ())
     except foldpar.FoldingError as error:
         if "has no MoE block to fold" in str(error):
-            return None
+            experts = sorted({name for each in model.modules() if "Experts" in (name := type(each).__name__)})
+            why = f"{', '.join(experts)}: no stacked weights of the common interface, and the block is not known"
+            return (f"`{model_type}`", "", "refused", why) if experts else None
         return (f"`{model_type}`", "", "refused", brief(error))
     blocks = sorted({type(block.module).__name__ for block in found.blocks})
     cells = f"`{model_type}`", ", ".join(f"`{block}`" for block in blocks)
@@ -112,7 +137,7 @@ def row(model_type: str, known: dict[str, Any]) -> tuple[str, ...] | None:
     unproven = [line for line in said if "not compared" in line]
     if unproven:
         return (*cells, "unproven", brief(unproven[0]))
-    return (*cells, "proven", "its experts alone" if any("experts alone" in line for line in said) else "")
+    return (*cells, "proven, its experts alone" if any("experts alone" in line for line in said) else "proven", "")
 
 
 PROOFS: dict[type, str] = {}
@@ -134,13 +159,20 @@ def brief(error: object) -> str:
 
 def page() -> str:
     known = compared()
-    rows = []
+    rows, reasons = [], []
     for model_type in sorted(types_with_experts()):
         cells = row(model_type, known)
         if cells is not None:
             print(*cells, file=sys.stderr, flush=True)
-            rows.append(f"| {' | '.join(cells)} |")
-    return HEAD.format(version=transformers.__version__) + "\n".join(rows) + "\n"
+            rows.append(line_of(cells))
+            if cells[3]:
+                reasons.append(f"- {cells[0]}: {cells[3]}\n")
+    return HEAD.format(version=transformers.__version__) + "".join(rows) + REASONS + "".join(reasons)
+
+
+def line_of(cells: tuple[str, ...]) -> str:
+    model_type, blocks, folding, _ = cells
+    return f"| {model_type} | {folding} | {blocks} |\n"
 
 
 def main() -> None:

@@ -82,7 +82,8 @@ class Experts(nn.Module):
         y = torch.zeros_like(x)
         for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
             token, choice = (ids == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(x[token], gate_up).chunk(2, dim=-1)
+            columns = F.linear(x[token], gate_up)
+            gate, up = rearrange(columns, "rows (gate_up units) -> gate_up rows units", gate_up=2)
             y = y.index_add(0, token, F.linear(F.silu(gate) * up, down) * weights[token, choice, None])
         return y
 

@@ -27,11 +27,13 @@ import sysconfig
 import tempfile
 import time
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -110,7 +112,7 @@ def encode(options: argparse.Namespace, windows: int, vocabulary: int) -> Tensor
     if len(ids) < need:
         raise SystemExit(f"{need} tokens are wanted and the standard library has {len(ids)}: fewer --steps, please.")
     shuffled = torch.randperm(windows, generator=torch.Generator().manual_seed(options.seed))
-    return torch.tensor(ids[:need]).view(windows, options.length + 1)[shuffled]
+    return rearrange(torch.tensor(ids[:need]), "(windows place) -> windows place", windows=windows)[shuffled]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +139,13 @@ class Folded:
             precision = None
             if stored_dtype(self.options) != compute_dtype(self.options):
                 precision = MixedPrecisionPolicy(compute_dtype(self.options), reduce_dtype=torch.float32)
-            foldpar.shard_model(model, self.groups, stage=self.options.shard_stage, mixed_precision=precision)
+            foldpar.shard_model(
+                model,
+                self.groups,
+                stage=self.options.shard_stage,
+                mixed_precision=precision,
+                blocks=[] if dense_numbers(model) < FEW else None,
+            )
         self.model = model
         return model
 
@@ -215,6 +223,14 @@ class OfTransformers:
         return found
 
 
+FEW = 2**27
+"""With fewer numbers in dense layers, one gather of all of them costs less than one for each block."""
+
+
+def dense_numbers(model: nn.Module) -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." not in name)
+
+
 Engine = Folded | OfTransformers
 ENGINES: dict[str, type[Engine]] = {"foldpar": Folded, "transformers": OfTransformers}
 
@@ -249,7 +265,8 @@ def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
     """The mean cross-entropy of the next token."""
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return F.cross_entropy(wide.flatten(0, 1), windows[:, 1:].flatten())
+    rows = rearrange(wide, "batch length vocab -> (batch length) vocab")
+    return F.cross_entropy(rows, rearrange(windows[:, 1:], "batch length -> (batch length)"))
 
 
 def own_micro_batches(windows: Tensor, engine: Engine, accumulate: int) -> list[Tensor]:
@@ -265,17 +282,26 @@ def evaluate(model: nn.Module, windows: Tensor, engine: Engine, accumulate: int)
     return engine.mean(torch.stack(parts).mean())
 
 
-def train(model: nn.Module, windows: Tensor, engine: Engine, options: argparse.Namespace) -> tuple[list[float], float]:
-    """The mean loss of every step, and the seconds that the steps after the first took."""
+def train(
+    model: nn.Module, windows: Tensor, engine: Engine, options: argparse.Namespace
+) -> tuple[list[float], list[float]]:
+    """The mean loss of every step, and the seconds that it took."""
     rate = RATES[options.preset] if options.rate is None else options.rate
-    optimizer = torch.optim.AdamW(engine.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-6)
+    optimizer = torch.optim.AdamW(
+        engine.parameters(),
+        lr=rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        eps=1e-6,
+        fused=engine.device.type == "cuda",
+    )
     warmup = max(1, options.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * step / options.steps)),
     )
     losses: list[float] = []
-    began = time.perf_counter()
+    ends = [time.perf_counter()]
     bar = tqdm(range(options.steps), desc=options.engine, unit="step", disable=engine.groups.rank != 0)
     for step in bar:
         batch = windows[step * options.global_batch : (step + 1) * options.global_batch].to(engine.device)
@@ -294,9 +320,8 @@ def train(model: nn.Module, windows: Tensor, engine: Engine, options: argparse.N
         schedule.step()
         losses.append(engine.mean(total + loss.detach()))  # also waits for the device
         bar.set_postfix(loss=f"{losses[-1]:.3f}", norm=f"{float(norm):.2f}")
-        if step == 0:
-            began = time.perf_counter()
-    return losses, time.perf_counter() - began
+        ends.append(time.perf_counter())
+    return losses, [end - start for start, end in pairwise(ends)]
 
 
 def plot(path: str, losses: list[float], before: float, after: float) -> None:
@@ -419,7 +444,7 @@ def main() -> None:
                 "loss_before": before,
                 "loss_after": after,
                 "losses": losses,
-                "tokens_per_second": round(tokens / seconds, 1) if options.steps > 1 else None,
+                "tokens_per_second": round(tokens / sum(seconds[1:]), 1) if options.steps > 1 else None,
                 "peak_memory_bytes": memory,
             }
             print(json.dumps(result) if options.json else summary(result, options), flush=True)

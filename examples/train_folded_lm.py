@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from byte_lm import ByteLM, Config, MoE
+from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
@@ -57,7 +58,8 @@ def fold(model: ByteLM, groups: foldpar.FoldedGroups) -> ByteLM:
 def mean_loss(model: ByteLM, batch: Tensor) -> Tensor:
     """Cross-entropy of the next byte, for logits that may be sharded over the vocabulary."""
     logits = model(batch[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    rows = rearrange(logits, "batch length vocab -> (batch length) vocab")
+    return F.cross_entropy(rows, rearrange(batch[:, 1:], "batch length -> (batch length)"))
 
 
 def train_folded(model: ByteLM, groups: foldpar.FoldedGroups, batches: DataLoader, rate: float) -> list[float]:
@@ -103,7 +105,8 @@ class SourceText(Dataset[Tensor]):
             text += file.read_bytes()
             if len(text) >= need:
                 break
-        self.windows = torch.tensor(list(text[:need]), device=device).view(windows, length + 1)
+        apart = "(windows place) -> windows place"
+        self.windows = rearrange(torch.tensor(list(text[:need]), device=device), apart, windows=windows)
 
     def __len__(self) -> int:
         return len(self.windows)

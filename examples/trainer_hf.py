@@ -20,6 +20,7 @@ import os
 import resource
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,7 @@ class Halves(Dataset[dict[str, Tensor]]):
     """Windows of source, whose first half is given and whose second half is to be written."""
 
     def __init__(self, windows: int, length: int, vocabulary: int) -> None:
-        text = library_text(8 * windows * length + 100_000)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(text[:1_000_000], vocabulary))
-        self.windows = torch.tensor(tokenizer(text)["input_ids"][: windows * length]).view(windows, length)
+        self.windows = encoded(windows * length, vocabulary).view(windows, length)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -56,6 +55,13 @@ class Halves(Dataset[dict[str, Tensor]]):
         ids = self.windows[place]
         given = torch.arange(len(ids)) < len(ids) // 2 + place % 5  # sequences differ in how much is given
         return {"input_ids": ids, "labels": ids.masked_fill(given, -100)}
+
+
+@cache
+def encoded(tokens: int, vocabulary: int) -> Tensor:
+    text = library_text(8 * tokens + 100_000)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(text[:1_000_000], vocabulary))
+    return torch.tensor(tokenizer(text)["input_ids"][:tokens])
 
 
 class Clock(TrainerCallback):
@@ -81,13 +87,14 @@ def start_folder(options: argparse.Namespace, parent: str) -> str:
     if int(os.environ["RANK"]) == 0:
         torch.manual_seed(0)
         config = Qwen3MoeConfig(**PRESETS[options.preset], tie_word_embeddings=False, use_cache=False)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     dist.barrier()
     return folder
 
 
 def load(folder: str, options: argparse.Namespace) -> Any:
-    foldpar.hf.register_with_transformers()
+    foldpar.hf.register_with_transformers(one_sided=foldpar.OneSided() if options.one_sided else None)
     distributed = DistributedConfig(
         tp_size=options.tp,
         fsdp_size=int(os.environ["WORLD_SIZE"]) // options.tp,
@@ -98,7 +105,9 @@ def load(folder: str, options: argparse.Namespace) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=distributed)
 
 
-def trained(options: argparse.Namespace, folder: str, output: str) -> dict[str, Any]:
+def trained(
+    options: argparse.Namespace, folder: str, output: str, callbacks: tuple[TrainerCallback, ...] = ()
+) -> dict[str, Any]:
     data_ranks = int(os.environ["WORLD_SIZE"]) // options.tp
     windows = options.steps * options.batch * options.accumulate * data_ranks
     clock = Clock()
@@ -121,7 +130,7 @@ def trained(options: argparse.Namespace, folder: str, output: str) -> dict[str, 
             seed=0,
         ),
         train_dataset=Halves(windows, options.length, PRESETS[options.preset]["vocab_size"]),
-        callbacks=[clock],
+        callbacks=[clock, *callbacks],
     )
     trainer.train()
     logged = [each for each in trainer.state.log_history if "loss" in each]
@@ -159,6 +168,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=64, help="tokens per sequence")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward")
+    parser.add_argument("--one-sided", action="store_true", help="let foldpar's rows travel through shared GPU memory")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16; weights stay float32")
     options = parser.parse_args()
     if "RANK" not in os.environ:

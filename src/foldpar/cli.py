@@ -97,7 +97,7 @@ _NUMBERS = (
     "shared_hidden",
 )  # fmt: skip
 _NEEDED = ("hidden", "layers", "heads", "vocab")
-_SIZES = ("gpus", "gpus_per_node", "tokens", "batch", "tp", "cp", "pp", "ep", "etp", "micro", "best")
+_SIZES = ("gpus", "gpus_per_node", "tokens", "batch", "chunks", "tp", "cp", "pp", "ep", "etp", "micro", "best")
 _PLAN = (*_SIZES, "stage", "precision", "lanes", "load", "order", "recompute", "transport")
 
 
@@ -148,6 +148,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", metavar="P", help="mixed, bfloat16 or float32 (default: mixed)")
     command.add_argument("--lanes", metavar="L", help="replicated, or sharded: sequence parallelism")
     command.add_argument("--load", type=float, metavar="X", help="rows of the slowest rank, times the balanced number")
+    command.add_argument("--chunks", type=int, metavar="N", help="chunks of layers a pipeline stage, interleaved")
     for name in ("tp", "cp", "pp", "ep", "etp", "stage", "micro"):
         command.add_argument(f"--{name}", type=int, metavar="N", help=f"only this {name}")
     command.add_argument("--order", help=f"only this order: {' or '.join(ORDERS)}")

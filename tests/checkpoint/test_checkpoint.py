@@ -11,7 +11,8 @@ from typing import Any
 import checkpoint_cases as cases
 import pytest
 import torch
-from checkpoint_cases import CONFIG, Run, assembled, fresh, optimizer_of, ready, shares_of, train
+from boxes import Held, assembled, held_by
+from checkpoint_cases import CONFIG, Run, fresh, optimizer_of, ready, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -185,12 +186,12 @@ def save_stages(layout: foldpar.FoldedLayout, path: Path) -> None:
         save_checkpoint(path, model, optimizer, groups, step=1)
 
 
-def load_stages(layout: foldpar.FoldedLayout, path: Path) -> cases.Shares:
+def load_stages(layout: foldpar.FoldedLayout, path: Path) -> Held:
     with foldpar.create_groups(layout) as groups:
         model, optimizer = stage_of(groups, seed=1)
         load_checkpoint(path, model, optimizer, groups)
         one_step(model, optimizer)
-        return shares_of(model, groups)
+        return held_by(model, groups)
 
 
 def test_pipeline_stages_meet_by_the_names_of_parameters(tmp_path):
@@ -291,7 +292,7 @@ def bytes_read(run: Run, path: Path) -> dict[str, int]:
         with Allocated() as made:
             load_checkpoint(path, model, optimizer, groups)
         states = [tensor for state in optimizer.state.values() for tensor in state.values()]
-        share = sum(tensor.nbytes for _, tensor in shares_of(model, groups).values())
+        share = sum(tensor.nbytes for _, tensor in held_by(model, groups).values())
         return {
             "largest": max(pieces),
             "read": sum(pieces),
@@ -442,11 +443,11 @@ def test_casting_and_loading_the_model_alone(tmp_path):
 # -- In the background ------------------------------------------------------------------------------------------------
 
 
-def save_while_training(folder: Path) -> cases.Shares:
+def save_while_training(folder: Path) -> Held:
     run = Run(solve(4, tp=2, ep=4))
     with ready(run) as (groups, model, optimizer):
         train(model, optimizer, groups, run, range(2))
-        now = shares_of(model, groups)
+        now = held_by(model, groups)
         trained, write = threading.Event(), checkpoint_dcp.Writing.write
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint_dcp.Writing, "write", lambda *given: (trained.wait(30), write(*given))[1])

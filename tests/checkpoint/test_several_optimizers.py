@@ -194,6 +194,42 @@ def test_states_without_a_place_are_refused_after_the_first_step() -> None:
     assert all("exp_avg_sq_row" in text and "use an optimizer whose states have the shapes" in text for text in texts)
 
 
+def adafactor(layout: foldpar.FoldedLayout) -> str:
+    with foldpar.create_groups(layout) as groups:
+        model = copy.deepcopy(base())
+        foldpar.fold_model(model, groups)
+        optimizer = torch.optim.Adafactor(foldpar.parameter_groups(model), lr=0.1)
+        try:
+            step(model, [optimizer], 0, range(1), groups)
+            foldpar.check_optimizer(model, optimizer, groups)
+        except (foldpar.CheckpointError, RuntimeError) as error:
+            return str(error)
+        return "trains"
+
+
+def test_adafactor_of_torch_is_refused_in_its_first_step_or_after_it() -> None:
+    """By torch, whose DTensors cannot square a row's partial norm in place; or by its states' shapes."""
+    for text in run_ranks(adafactor, 2, foldpar.solve_layout(2, tp=2, ep=2), backend="threads"):
+        assert "placement" in text or "where such a state belongs in another layout cannot be told" in text
+
+
+class Codes(Tensor):
+    """As torchao's eight-bit states: the parameter's shape, kept as codes and scales."""
+
+
+def test_states_that_are_no_plain_tensors_are_refused(tmp_path: Path) -> None:
+    model, groups = small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    parameter = model[1].weight
+    optimizer.state[parameter]["exp_avg"] = torch.zeros(3, 3).as_subclass(Codes)
+    text = r"'exp_avg' of 1.weight is a Codes, .* use an optimizer whose states are plain tensors"
+    with pytest.raises(foldpar.CheckpointError, match=text):
+        foldpar.check_optimizer(model, optimizer, groups)
+    with pytest.raises(foldpar.CheckpointError, match=text):
+        foldpar.save_checkpoint(tmp_path / "step-1", model, optimizer, groups)
+    assert not (tmp_path / "step-1").exists()
+
+
 # -- Averages of weights ----------------------------------------------------------------------------------------------
 
 

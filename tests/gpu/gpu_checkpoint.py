@@ -11,6 +11,7 @@ from pathlib import Path
 import checkpoint_cases as cases
 import torch
 import torch.distributed as dist
+from boxes import Held, assembled, held_by
 from checkpoint_cases import Run
 from run import Runner
 
@@ -30,24 +31,24 @@ def check(first: Run, second: Run, folder: Path) -> None:
     """Train and save in the background in one layout; load in the other, compare everything, and train on."""
     with cases.ready(first) as (groups, model, optimizer):
         cases.train(model, optimizer, groups, first, range(2))
-        saved = gathered(cases.shares_of(model, groups))
+        saved = gathered(held_by(model, groups))
         pending = save_checkpoint(folder / "c", model, optimizer, groups, step=2, asynchronous=True)
         cases.train(model, optimizer, groups, first, range(2, 3))
         assert pending is not None
         pending.wait()
     with cases.ready(second, seed=1) as (groups, model, optimizer):
         load_checkpoint(folder / "c", model, optimizer, groups, verify=True)
-        loaded = gathered(cases.shares_of(model, groups))
+        loaded = gathered(held_by(model, groups))
         for name, tensor in saved.items():
             assert torch.equal(tensor, loaded[name]), name
         cases.train(model, optimizer, groups, second, range(2, 3))
         save_checkpoint(folder / "d", model, optimizer, groups, step=3)
 
 
-def gathered(shares: cases.Shares) -> dict[str, torch.Tensor]:
-    of_ranks: list[cases.Shares] = [{}] * dist.get_world_size()
+def gathered(shares: Held) -> dict[str, torch.Tensor]:
+    of_ranks: list[Held] = [{}] * dist.get_world_size()
     dist.all_gather_object(of_ranks, {name: (share, local.cpu()) for name, (share, local) in shares.items()})
-    return cases.assembled(of_ranks)
+    return assembled(of_ranks)
 
 
 def main(runner: Runner) -> None:

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from dense import dense_experts, feed_forward
 from torch import Tensor
 from torch.nn import functional as F
 
-from foldpar.moe import grouped_feed_forward
+from foldpar.moe import Places, grouped_feed_forward
 from foldpar.moe.kernels import products
 from foldpar.moe.kernels.permutation import place_experts
 
@@ -58,17 +59,6 @@ def ids_of(case: Case) -> Tensor:
     return ids.to("cuda", torch.int32)
 
 
-def loop(case: Case, ids: Tensor, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """In float32, an expert after the other."""
-    y = torch.zeros_like(x)
-    for expert in range(case.experts):
-        token, choice = (ids == expert).nonzero(as_tuple=True)
-        gate, up = (x[token] @ gate_up[expert].T).chunk(2, -1)
-        rows = (F.silu(gate) * up * weights[token, choice, None]) @ down[expert].T
-        y = y.index_add(0, token, rows)
-    return y
-
-
 def run(case: Case) -> None:
     ids = ids_of(case)
     generator = torch.Generator("cuda").manual_seed(1)
@@ -78,14 +68,15 @@ def run(case: Case) -> None:
     down = (draw(case.experts, case.dim, case.hidden) * case.hidden**-0.5).to(case.dtype)
     weights = torch.rand(ids.shape, generator=generator, device="cuda")
     assignments = int((ids >= 0).sum())
-    slots, source, copies, ends = place_experts(ids, case.experts, assignments)
+    slots, source, copies, ends, _ = place_experts(ids, case.experts, assignments)
     given = [each.requires_grad_() for each in (x, weights, gate_up, down)]
     assert products.takes(x, gate_up, down, assignments, "swiglu", plain=True), "the kernels do not take this case"
 
     def forward() -> Tensor:
-        picked = weights.flatten()[slots.long()]
         if case.gathered:
-            return grouped_feed_forward(x, gate_up, down, ends, "swiglu", weights=picked, places=(source, copies))
+            places = Places(source, slots, copies, ends)
+            return grouped_feed_forward(x, gate_up, down, ends, "swiglu", weights=weights, places=places)
+        picked = weights.flatten()[slots.long()]
         junk = x.new_full((JUNK, case.dim), float("nan"))
         rows = torch.cat([x[source.long()], junk])
         out = grouped_feed_forward(rows, gate_up, down, ends, "swiglu", weights=F.pad(picked, (0, JUNK)))
@@ -104,7 +95,8 @@ def run(case: Case) -> None:
         allowed = 1.05 * (assignments * 2 * case.hidden + y.numel()) * x.element_size() + 16 * assignments + 2**20
         assert kept < allowed, f"{kept / 2**20:.0f} MiB are kept"
     exact = [each.detach().float().requires_grad_() for each in given]
-    wanted_y = loop(case, ids, *exact)
+    exact_x, exact_weights, *stacks = exact
+    wanted_y = dense_experts(exact_x, ids, exact_weights, feed_forward(*stacks))
     wanted = [wanted_y.detach(), *torch.autograd.grad(wanted_y, exact, dy.float())]
     for name, one, other in zip(("y", "x", "weights", "gate_up", "down"), got, wanted, strict=True):
         parts = len(other) if other.dim() == 3 else 1  # each expert by itself

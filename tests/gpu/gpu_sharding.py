@@ -7,20 +7,18 @@ pre-multiplied sum would lose them.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import parity
 import torch
 import torch.distributed as dist
-from gpu_parity import BF16, PLAIN, ReplayFolded, gradients_in_one_process
-from parity import Case, batch_of, fold, fresh_model, share_of
+from bf16 import BF16, bf16_ratios
+from parity import PLAIN, Case
 from run import Runner
-from sharded_parity import Run, shard_of, train_alone, train_sharded
-from torch import Tensor
+from sharded_parity import Run, train_alone, train_sharded
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
-from torch.nn import functional as F
 
-import foldpar
 from foldpar.sharding.shard import shard_model
 
 SEEDS = range(7, 10)
@@ -62,41 +60,6 @@ def worst_of(run: Run, stages: list[int], options: dict[str, Any]) -> tuple[floa
     return max(found)
 
 
-def bf16_ratios(case: Case, stage: int, policy: MixedPrecisionPolicy) -> dict[str, float]:
-    """Per tensor, the sharded bf16 run's error over the single-process bf16 run's, both against float32, over seeds."""
-    totals: dict[str, Tensor] = {}
-    for seed in SEEDS:
-        exact = replace(case, seed=seed, dtype=torch.float32)
-        rough = replace(case, seed=seed, dtype=torch.bfloat16)
-        want, routing = gradients_in_one_process(exact, None)
-        alone, _ = gradients_in_one_process(rough, routing)
-        with foldpar.create_groups(case.layout) as groups:
-            model = fresh_model(exact)
-            fold(model, groups, exact)
-            for index, block in enumerate(model.blocks):
-                mine = [routing[str(index)][groups.dp_cp.index]]
-                block.moe.router = foldpar.mark_parameters(
-                    ReplayFolded(block.moe.router, mine, groups.tp), foldpar.families.ROUTER_OWN_TOKENS
-                )
-            before = dict(model.named_parameters())
-            shard_model(model, groups, stage=stage, mixed_precision=policy)
-            tokens = batch_of(exact, groups.dp_cp.index, 0)
-            logits = model(tokens[:, :-1]).float()
-            F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-            foldpar.reduce_gradients(model, groups)
-            for name, parameter in model.named_parameters():
-                exact_share, alone_share = (
-                    shard_of(share_of(name, full[name], before[name], groups, case), parameter).double()
-                    for full in (want, alone)
-                )
-                got = parity._local(parameter.grad).double()
-                squares = [(got - exact_share).square().sum(), (alone_share - exact_share).square().sum()]
-                totals[name] = totals.get(name, 0) + torch.stack(squares)
-    for value in totals.values():
-        dist.all_reduce(value)
-    return {name: float((value[0] / value[1]).sqrt()) for name, value in totals.items()}
-
-
 def main(runner: Runner) -> None:
     for run, stages, options in runs(runner.world, runner.device):
         error, name = worst_of(run, stages, options)
@@ -105,7 +68,7 @@ def main(runner: Runner) -> None:
         case = Case(runner.world, tp, ep, device=runner.device, config=BF16, length=128)
         for stage, reduce_dtype, limit in [(3, torch.float32, 1.5), (2, torch.bfloat16, 2.0)]:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
-            ratios = bf16_ratios(case, stage, policy)
+            ratios = bf16_ratios(case, SEEDS, partial(shard_model, stage=stage, mixed_precision=policy))
             name = max(ratios, key=ratios.__getitem__)
             what = f"stage {stage}, summed in {str(reduce_dtype)[6:]}"
             runner.say(ratios[name] <= limit, f"{ratios[name]:.2f}x bf16", case, what, name)

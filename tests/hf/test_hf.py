@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from fold_parity import share
 from hf_models import FAMILIES, VOCAB, tiny_model
 from live_bytes import LiveBytes
 from safetensors import safe_open
@@ -25,6 +24,7 @@ from foldpar.hf import ExportReport, ImportReport, export, import_
 from foldpar.models.fold import fold_model
 from foldpar.sharding.shard import shard_model
 from foldpar.testing import run_ranks
+from foldpar.testing.shares import Shares
 
 TP2_EP4 = {"tp": 2, "ep": 4}
 WITH_ETP = {"tp": 2, "ep": 2, "etp": 2}
@@ -81,8 +81,9 @@ def check_round_trip(family: str, layout: dict[str, Any], tmp_path: Path) -> Non
         own = [local_tensor(tensor) for tensor in model.state_dict().values()]
         assert read.bytes_read == sum(tensor.numel() * tensor.element_size() for tensor in own) < read.bytes_stored
         values = original.state_dict()
+        shares = Shares(model, groups)
         for name, parameter in model.named_parameters():
-            mine = share(name, values[name], model, parameter, groups)
+            mine = shares.share_of(name, values[name])
             assert torch.equal(local_tensor(parameter).reshape(mine.shape), mine), name
         for name in values.keys() - dict(model.named_parameters()).keys():
             assert torch.equal(model.state_dict()[name], values[name]), name
@@ -155,8 +156,9 @@ def test_a_model_with_values_is_overwritten_in_its_dtype(tmp_path: Path) -> None
         before = list(model.parameters())
         import_(model, tmp_path / "hub", groups)
         assert all(one is other for one, other in zip(before, model.parameters(), strict=True))
+        shares = Shares(model, groups)
         for name, parameter in model.named_parameters():
-            mine = share(name, original.state_dict()[name], model, parameter, groups)
+            mine = shares.share_of(name, original.state_dict()[name])
             assert torch.equal(local_tensor(parameter), mine.float()), name
 
     on_ranks(TP2_EP4, work)

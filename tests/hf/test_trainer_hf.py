@@ -15,6 +15,7 @@ import pytest
 import torch
 from hf_models import tiny_model
 from pages import DOCS, blocks
+from transformers import PreTrainedTokenizerFast
 
 import foldpar
 from foldpar.testing import run_ranks
@@ -39,7 +40,7 @@ def both(folder: str, **options: Any) -> list[dict[str, Any]]:
 def on_a_rank(folder: str) -> list[dict[str, Any]]:
     return both(
         folder, preset="tiny", tp=1, ep=2, steps=2, batch=1, accumulate=2, length=32,
-        clip=0.5, checkpointing=False, bfloat16=False,
+        clip=0.5, checkpointing=False, bfloat16=False, one_sided=False,
     )  # fmt: skip
 
 
@@ -83,6 +84,51 @@ def test_losses_are_those_of_all_to_all(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(EXAMPLE.parent))
     for found, theirs in run_ranks(on_a_rank, 2, str(tmp_path), timeout=200):
         check(found, theirs, 2)
+
+
+def with_trl(folder: str) -> list[tuple[list[float], list[float]]]:
+    """The second program of the page, with each implementation: losses and norms."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from datasets import Dataset
+    from finetune_hf import library_text, train_tokenizer
+    from trainer_hf import load, start_folder
+
+    rank, text = os.environ["RANK"], library_text(60_000)
+    halves = [{"prompt": text[at : at + 150], "completion": text[at + 150 : at + 250]} for at in range(0, 19_200, 300)]
+    lines = Path(folder) / f"{rank}.jsonl"
+    lines.write_text("\n".join(map(json.dumps, halves)))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(text, 500), eos_token="<eos>", pad_token="<pad>"
+    )
+    found = []
+    for implementation in IMPLEMENTATIONS:
+        options = Namespace(preset="tiny", tp=1, ep=2, implementation=implementation, bfloat16=False, one_sided=False)
+        given: dict[str, Any] = {
+            "output": f"{folder}/{implementation}",
+            "model": load(start_folder(options, folder), options),
+            "data": Dataset.from_json(str(lines), cache_dir=f"{folder}/cache-{rank}"),
+            "tokenizer": tokenizer,
+        }
+        program = blocks("python", DOCS["migration"], "Trainer and TRL")[1].text
+        more = (
+            "max_grad_norm=0.5, use_cpu=True, bf16=False, logging_steps=1, gradient_accumulation_steps=2, max_length=96"
+        )
+        exec(program.replace("max_steps=2", f"max_steps=2, {more}"), given)
+        logged = [each for each in given["trainer"].state.log_history if "grad_norm" in each]
+        found.append(([float(each["loss"]) for each in logged], [float(each["grad_norm"]) for each in logged]))
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_trl_trains_as_with_all_to_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", reason="SFTTrainer is tested with trl, which is not installed")
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    for (losses, norms), theirs in run_ranks(with_trl, 4, str(tmp_path), timeout=300):
+        assert len(losses) == 2 and min(norms) > 0.5  # so that clipping changes every step
+        assert (losses, norms) == (pytest.approx(theirs[0], rel=1e-4), pytest.approx(theirs[1], rel=1e-4))
 
 
 def check(found: dict[str, Any], theirs: dict[str, Any], steps: int) -> None:

@@ -97,6 +97,7 @@ BAD: list[tuple[str, Callable[[], object]]] = [
     ("fold_model swapped", lambda: foldpar.fold_model(g, hub)),
     ("fold_model none", lambda: foldpar.fold_model(hub, None)),
     ("fold_model partition", lambda: foldpar.fold_model(tiny_model("qwen3_moe"), g, partition="x")),
+    ("fold_model one_sided", lambda: foldpar.fold_model(tiny_model("qwen3_moe"), g, one_sided=100)),
     ("fold_model check", lambda: foldpar.fold_model(tiny_model("qwen3_moe"), g, check="x")),
     (
         "fold_model adapters one",

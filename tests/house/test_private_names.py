@@ -11,7 +11,9 @@ SOURCE = Path(foldpar.__file__).parent
 TREES = {str(path.relative_to(SOURCE)): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
 PAGE = Path(__file__).parents[2] / "docs" / "house.md"
 
-EVERYWHERE = re.compile(r"_parameters|_buffers|_modules|_apply|_foreach_\w+|_C|_fields|_current_frames|_pytest")
+EVERYWHERE = re.compile(
+    r"_parameters|_buffers|_modules|_backward_hooks|_apply|_foreach_\w+|_C|_fields|_current_frames|_pytest"
+)
 """Of ``nn.Module`` and torch's optimizers, as old as they are; the door to torch's C++; two of Python's own; pytest."""
 
 

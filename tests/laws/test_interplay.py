@@ -24,7 +24,6 @@ from toys import (
     plain_gradients,
     plain_model,
     relative,
-    share,
     tokens_of,
     worst,
 )
@@ -33,6 +32,7 @@ import foldpar
 from foldpar import families
 from foldpar.errors import GroupsError, ShapeError
 from foldpar.testing import run_ranks
+from foldpar.testing.shares import Shares
 
 LAYOUT = foldpar.solve_layout(4, tp=2, ep=4)
 WITH_ETP = foldpar.solve_layout(4, tp=2, ep=2, etp=2, order="consecutive")
@@ -155,8 +155,9 @@ def under_autocast(
         loss.backward()
         assert all(parameter.grad.dtype is torch.float32 for parameter in model.parameters())
         foldpar.reduce_gradients(model, groups)
+        shares = Shares(model, groups)
         for name, parameter in model.named_parameters():
-            exact, near = (share(name, gradients[name], parameter, groups) for gradients in (want, rounded))
+            exact, near = (shares.share_of(name, gradients[name]) for gradients in (want, rounded))
             assert relative(parameter.grad, exact) < 3 * relative(near, exact) + 2e-3, name
 
 

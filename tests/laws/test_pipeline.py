@@ -5,7 +5,6 @@ Values, gradients, the total norm and a clipped SGD step equal one process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,6 @@ from toys import (
     plain_gradients,
     plain_model,
     relative,
-    share,
     tokens_of,
     worst,
 )
@@ -35,6 +33,7 @@ from toys import (
 import foldpar
 from foldpar.errors import FamilyError, GroupsError
 from foldpar.testing import run_ranks
+from foldpar.testing.shares import Shares
 
 MAX_NORM, RATE = 0.3, 0.5
 Step = dict[str, Any]
@@ -50,20 +49,17 @@ def plain_step(plain: Model, data_ranks: int, micro_batches: int = 1) -> Step:
     return {"gradients": gradients, "norm": float(norm), "after": after}
 
 
-def assert_step_equals(
-    model: nn.Module, want: Step, groups: foldpar.FoldedGroups, of_block: Sequence[foldpar.FoldedGroups] = ()
-) -> None:
+def assert_step_equals(model: nn.Module, want: Step, groups: foldpar.FoldedGroups) -> None:
     """Gradients are reduced: compare them, clip, step, and compare the parameters."""
-    own = of_block or [groups, groups]
-    error, name = worst(gradient_errors(model, want["gradients"], own))
+    error, name = worst(gradient_errors(model, want["gradients"], groups))
     assert error < 1e-12, (name, error)
     assert float(foldpar.clip_grad_norm_(model, MAX_NORM, groups)) == pytest.approx(want["norm"], rel=1e-12)
     assert float(foldpar.get_total_norm(model, groups)) == pytest.approx(MAX_NORM, rel=1e-5)
     torch.optim.SGD(model.parameters(), lr=RATE).step()
     foldpar.check_replicas(model, groups)
+    shares = Shares(model, groups)
     for name, parameter in model.named_parameters():
-        block = int(name.split(".")[1]) if name.startswith("blocks.") else 0
-        assert relative(parameter, share(name, want["after"][name], parameter, own[block])) < 1e-13, name
+        assert relative(parameter, shares.share_of(name, want["after"][name])) < 1e-13, name
 
 
 # -- Pipeline stages --------------------------------------------------------------------------------------------------
@@ -141,7 +137,7 @@ def one_step(plain: Model, want: Step, layouts: list[foldpar.FoldedLayout], hook
         else:
             loss_of(model, tokens).backward()
             foldpar.reduce_gradients(model, groups)
-        assert_step_equals(model, want, groups, of_block)
+        assert_step_equals(model, want, groups)
     for groups in groups_of.values():
         groups.destroy()
 

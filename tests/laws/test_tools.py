@@ -415,7 +415,7 @@ def _(of: Folded) -> bool:
     return of.holds()
 
 
-@tool("`torch.nn.utils.prune`", "prune before `fold_model`")
+@tool("`torch.nn.utils.prune`", "prune, and `prune.remove`, before `fold_model`")
 def _(of: Folded) -> bool:
     alone = nn.Module()
     alone.weight = nn.Parameter(of.whole[EXPERT].clone())
@@ -430,7 +430,7 @@ class Twice(nn.Module):
         return weight * 2
 
 
-@tool("`parametrize` of experts", "parametrize before `fold_model`")
+@tool("`parametrize` of experts", "a model that is not sharded")
 def _(of: Folded) -> bool:
     own = local_tensor(of.experts.gate_up_proj.detach())
     own.mul_(2)

@@ -170,25 +170,7 @@ def test_experts_keep_their_storage(stored: Stored, layout: foldpar.FoldedLayout
         def forward(self, x: Tensor) -> Tensor:
             return x + self.layers["moe"](self.layers["norm"](x))
 
-    def share(name: str, whole: Tensor, groups: foldpar.FoldedGroups) -> Tensor | None:
-        """By hand: the rank's experts, and of each the hidden units of its slice."""
-        if ".experts." not in name:
-            return None
-        number, units = EXPERTS // groups.ep.size, HIDDEN // groups.etp.size
-        mine = whole[groups.ep.index * number :][:number]
-        own = range(groups.etp.index * units, (groups.etp.index + 1) * units)
-        short = name.rpartition(".")[2]
-        if short == stored.storage.down_bias:
-            return mine
-        if short == "down_proj":
-            return mine[:, list(own)] if stored.storage.transposed else mine[:, :, list(own)]
-        if stored.storage.interleaved:
-            columns = [2 * unit + half for unit in own for half in (0, 1)]
-        else:
-            columns = [half * HIDDEN + unit for half in (0, 1) for unit in own]
-        return mine[..., columns] if mine.dim() == 2 or stored.storage.transposed else mine[:, columns]
-
-    check(Sequence, adapter, layout, share=share)
+    check(Sequence, adapter, layout)
 
 
 # -- A forward that cannot stay ----------------------------------------------------------------------------------------

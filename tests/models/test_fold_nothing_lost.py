@@ -9,12 +9,15 @@ import torch
 from hand_made import EXPERTS, HAND_MADE, HIDDEN, Model
 from hf_models import tiny_model
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import foldpar
+from foldpar import hf
 from foldpar.errors import ModelError
 from foldpar.models.fold import fold_model
 from foldpar.models.known import ExpertWeights
 from foldpar.models.plan import plan_fold
+from foldpar.testing import run_ranks
 
 ALONE = foldpar.solve_layout(1)
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4")
@@ -126,3 +129,103 @@ def test_hooks_of_the_experts_are_carried_along() -> None:
         handle.remove()
         model(input_ids=tokens)
         assert len(seen) == before + 1
+
+
+def gradient_hook(parameter: nn.Parameter) -> Any:
+    return parameter.register_hook(lambda gradient: 3 * gradient)
+
+
+def accumulation_hook(parameter: nn.Parameter) -> Any:
+    return parameter.register_post_accumulate_grad_hook(lambda parameter: None)
+
+
+@pytest.mark.parametrize("register", [gradient_hook, accumulation_hook])
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.experts.down_proj", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
+)
+def test_a_hook_on_a_gradient_whose_parameter_is_replaced_is_refused(name: str, register: Any) -> None:
+    model = tiny_model("qwen3_moe")
+    handle = register(model.get_parameter(name))
+    layout = foldpar.solve_layout(2, tp=2, ep=2)
+    with pytest.raises(ModelError, match=f"{name} has a hook on its gradient .* Folding puts another parameter"):
+        plan_fold(model, layout)
+    handle.remove()
+    plan_fold(model, layout)
+
+
+def test_a_hook_on_the_gradient_of_what_stays_stays() -> None:
+    model = tiny_model("qwen3_moe")
+    seen = []
+    for name in ("model.norm.weight", "model.layers.0.mlp.gate.weight", "model.layers.0.self_attn.q_proj.weight"):
+        model.get_parameter(name).register_hook(lambda gradient, name=name: seen.append(name))
+    with foldpar.create_groups(ALONE) as groups:
+        fold_model(model, groups)
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long)).logits.sum().backward()
+    assert len(seen) == 3
+
+
+def test_loading_and_sharding_would_lose_a_hook_too(tmp_path: Any) -> None:
+    text = "norm.weight has a hook on its gradient"
+    with foldpar.create_groups(ALONE) as groups:
+        model = tiny_model("qwen3_moe")
+        model.save_pretrained(tmp_path)
+        with torch.device("meta"):
+            empty = tiny_model("qwen3_moe")
+        fold_model(empty, groups)
+        gradient_hook(empty.model.norm.weight)
+        with pytest.raises(ModelError, match=f"{text} .* Loading into a model on the meta device puts"):
+            hf.import_(empty, tmp_path, groups)
+
+    def shard() -> None:
+        model = tiny_model("qwen3_moe")
+        with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+            fold_model(model, groups)
+            gradient_hook(model.model.norm.weight)
+            with pytest.raises(ModelError, match=f"{text} .* Sharding puts"):
+                foldpar.shard_model(model, groups, stage=2)
+
+    run_ranks(shard, 2, backend="threads")
+
+
+def test_what_is_noted_on_a_parameter_stays_noted() -> None:
+    def note() -> None:
+        model = tiny_model("qwen3_moe")
+        names = dict(model.named_parameters())
+        for name, parameter in names.items():
+            parameter.no_decay = name  # type: ignore[attr-defined]
+        with foldpar.create_groups(foldpar.solve_layout(2, tp=2, ep=2)) as groups:
+            fold_model(model, groups)
+            assert {name: parameter.no_decay for name, parameter in model.named_parameters()} == {
+                name: name for name in names
+            }
+
+    run_ranks(note, 2, backend="threads")
+
+
+def test_parametrized_experts_are_refused_until_their_results_are_kept() -> None:
+    class Twice(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    model = tiny_model("qwen3_moe")
+    experts = experts_of(model)
+    parametrize.register_parametrization(experts, "down_proj", Twice())
+    with pytest.raises(ModelError, match=r"layers.0.mlp.experts computes down_proj by a parametrization"):
+        plan_fold(model, ALONE)
+    parametrize.remove_parametrizations(experts, "down_proj", leave_parametrized=True)
+    plan_fold(model, ALONE)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "self_attn.q_norm"])
+def test_a_hook_that_would_see_a_lanes_part_is_refused(name: str) -> None:
+    model = tiny_model("qwen3_moe")
+    name = f"model.layers.1.{name}"
+    handle = model.get_submodule(name).register_forward_hook(lambda module, given, out: out / out.norm())
+    text = rf"{name} \(\w+\) has hooks, and with tp = 2 it sees this lane's .* hook model.layers.1.self_attn,"
+    with pytest.raises(ModelError, match=text):
+        plan_fold(model, foldpar.solve_layout(2, tp=2, ep=2))
+    plan_fold(model, foldpar.solve_layout(2, ep=2))
+    handle.remove()
+    for whole in ("model.layers.1.self_attn", "model.layers.1.mlp", "model.embed_tokens", "lm_head"):
+        model.get_submodule(whole).register_forward_hook(lambda module, given, out: None)
+    plan_fold(model, foldpar.solve_layout(2, tp=2, ep=2))

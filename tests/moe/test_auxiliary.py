@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense import dense_experts, feed_forward
 from lane_cases import (
     ALL_FOLDS,
     DIM,
@@ -16,7 +17,6 @@ from lane_cases import (
     TOP_K,
     Fold,
     batches,
-    dense_experts,
     of_lane,
     reference,
     run_folded,
@@ -125,7 +125,7 @@ def check_auxiliary(fold: Fold, scope: str, score: str, loss: str) -> None:
         for x in inputs:
             logits = F.linear(x, router)
             scores, ids = (logits.softmax(-1) if score == "softmax" else logits.sigmoid()).topk(TOP_K)
-            outputs.append(dense_experts(x, gate_up, down, ids, scores / scores.sum(-1, keepdim=True), None))
+            outputs.append(dense_experts(x, ids, scores / scores.sum(-1, keepdim=True), feed_forward(gate_up, down)))
         return task_loss(outputs) + auxiliary[0]
 
     want = reference(fold.data_ranks, step_loss)
@@ -307,7 +307,9 @@ def bias_by_hand(data_ranks: int) -> list[Tensor]:
                     counts[number] += ids[~padding].flatten().bincount(minlength=EXPERTS)
                     chosen = scores.gather(1, ids)
                     mask = ~padding[:, None].expand(ids.shape)
-                    x = x + dense_experts(x, gate_up, down, ids, chosen / chosen.sum(-1, keepdim=True), mask)
+                    x = x + dense_experts(
+                        x, ids, chosen / chosen.sum(-1, keepdim=True), feed_forward(gate_up, down), mask
+                    )
         for number in range(2):
             biases[number] += RATE * (counts[number].double().mean() - counts[number]).sign()
         seen += counts.unbind()

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from dense import dense_experts, feed_forward, softmax_routing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lane_cases import (
@@ -18,7 +19,6 @@ from lane_cases import (
     Fold,
     assert_near,
     batches,
-    dense_experts,
     of_lane,
     reference,
     run_folded,
@@ -26,7 +26,6 @@ from lane_cases import (
     weights,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import foldpar
 from foldpar import Capacity, LaneState, Routing, TopKRouter, limit_capacity
@@ -103,11 +102,10 @@ def capacity_loss(capacity: Capacity) -> Callable[..., Tensor]:
     def loss(inputs: list[Tensor], router: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         outputs, dropped = [], 0
         for x in inputs:
-            scores, ids = F.linear(x, router).softmax(-1).topk(TOP_K)
-            scores = scores / scores.sum(-1, keepdim=True)
+            ids, scores = softmax_routing(x, router, TOP_K)
             mask = kept_by_hand(ids, scores, capacity.of(len(x), TOP_K, EXPERTS), capacity.drop)
             dropped += int((~mask).sum())
-            outputs.append(dense_experts(x, gate_up, down, ids, scores, mask))
+            outputs.append(dense_experts(x, ids, scores, feed_forward(gate_up, down), mask))
         assert dropped > 0, "this test must drop something"
         return task_loss(outputs)
 
@@ -154,11 +152,10 @@ def dropped_rows(fold: Fold, drop: str) -> list[int]:
         routing.weights.retain_grad()
         y.square().sum().backward()
 
-        scores, ids = F.linear(whole, router_weight).softmax(-1).topk(TOP_K)
-        scores = scores / scores.sum(-1, keepdim=True)
+        ids, scores = softmax_routing(whole, router_weight, TOP_K)
         limit = capacity.of(int((~padding).sum()), TOP_K, EXPERTS)
         mask = kept_by_hand(ids, scores, limit, drop, padding)
-        want = dense_experts(whole, gate_up, down, ids, scores, mask)
+        want = dense_experts(whole, ids, scores, feed_forward(gate_up, down), mask)
         assert_near("output", y.detach(), of_lane(want, fold, groups))
         assert torch.equal(moe.lane_state.gather(routing.mask), mask)
         assert (routing.weights.grad[~routing.mask] == 0).all()

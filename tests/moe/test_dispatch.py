@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from dense import dense_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import foldpar
 from foldpar.errors import ShapeError
+from foldpar.moe.transport import messages
 from foldpar.testing import run_ranks
 from foldpar.testing.strategies import layouts
 
@@ -31,15 +35,6 @@ LAYOUTS = [
 def expert(e: int, x: Tensor) -> Tensor:
     """Some non-linear function of its own for each global expert."""
     return torch.tanh(x * (e + 1)) + e * x
-
-
-def dense_loop(x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    y = x * 0.0
-    for token, choice in mask.nonzero().tolist():
-        y = y.index_add(
-            0, torch.tensor([token]), weights[token, choice] * expert(int(ids[token, choice]), x[token])[None]
-        )
-    return y
 
 
 def own_problem(tokens: int, num_experts: int, routing: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,7 +68,7 @@ def through_the_fold(
         cotangent = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
         gradients = torch.autograd.grad(y, [x, weights], cotangent)
 
-        want = dense_loop(x, ids, weights, mask)
+        want = dense_experts(x, ids, weights, [partial(expert, e) for e in range(num_experts)], mask)
         expected = torch.autograd.grad(want, [x, weights], cotangent, allow_unused=True)
         torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
         for got, right in zip(gradients, expected, strict=True):
@@ -128,6 +123,36 @@ def test_dispatch_and_combine_in_any_layout(data: st.DataObject) -> None:
     tokens = tuple(data.draw(st.lists(st.integers(0, 6), min_size=layout.world, max_size=layout.world)))
     routing = data.draw(st.sampled_from(["random", "one expert", "few experts", "masked"]))
     check(layout, tokens, data.draw(st.integers(1, 3)), routing, data.draw(st.integers(0, 99)))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+@pytest.mark.parametrize("routing", ["random", "one expert", "few experts", "masked"])
+def test_many_experts_on_one_rank(routing: str, tokens: int) -> None:
+    check(foldpar.solve_layout(1), (tokens,), messages.MOST_LISTED + 1, routing, 0)
+
+
+def step(partition: str) -> list[Tensor]:
+    """Output and gradients of a layer whose ranks have all experts."""
+    with foldpar.create_groups(foldpar.solve_layout(2, tp=2)) as groups:
+        experts = foldpar.GroupedExperts(16, DIM, 8, groups, seed=0, dtype=torch.float64)
+        torch.manual_seed(0)
+        router = foldpar.TopKRouter(DIM, 16, 3, dtype=torch.float64)
+        moe = foldpar.FoldedMoE(router, experts, groups, partition=partition)
+        x = torch.randn(5, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = moe(x)
+        gradients = torch.autograd.grad(y, [x, *moe.parameters()], y.detach().cos())
+        return [y.detach(), *(foldpar.comm.local_tensor(each) for each in gradients)]
+
+
+@pytest.mark.parametrize("partition", ["tokens", "assignments"])
+def test_what_stays_without_waiting_is_what_would_have_been_counted(
+    partition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_home = run_ranks(step, 2, partition, backend="threads")
+    monkeypatch.setattr(messages, "MOST_LISTED", 16)
+    counted = run_ranks(step, 2, partition, backend="threads")
+    for one, other in zip(at_home, counted, strict=True):
+        assert all(torch.equal(got, wanted) for got, wanted in zip(one, other, strict=True))
 
 
 def lanes_of_assignments(order: str) -> list[list[int]]:
@@ -188,6 +213,37 @@ def ids_out_of_range() -> str:
 def test_an_id_out_of_range_on_one_rank_raises_on_every_rank() -> None:
     for text in run_ranks(ids_out_of_range, 4):
         assert "Expert ids outside [0, 8) on the rank(s) at (ep, etp) = [(2, 0)]" in text
+
+
+class Five:
+    """What a GPU tells late: only five assignments found their expert."""
+
+    def __init__(self, number: Tensor | None = None) -> None: ...
+
+    def value(self) -> int:
+        return 5
+
+
+def test_an_id_out_of_range_that_is_told_late_is_raised_before_the_layer_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups = foldpar.create_groups(foldpar.solve_layout(1))
+    ids, text = torch.zeros(3, 2, dtype=torch.int64), r"Expert ids outside \[0, 9\) .* = \[\(0, 0\)\]"
+    with pytest.raises(ShapeError, match=text):
+        foldpar.plan_dispatch(ids + 9, groups, num_experts=9)
+    late = replace(foldpar.plan_dispatch(ids, groups, num_experts=9), placed=Five())
+    with pytest.raises(ShapeError, match=text):
+        foldpar.dispatch(torch.zeros(3, DIM), late)
+
+    experts = foldpar.GroupedExperts(9, DIM, 8, groups, seed=0)
+    moe = foldpar.FoldedMoE(foldpar.TopKRouter(DIM, 9, 2), experts, groups)
+    plan_dispatch = messages.plan_dispatch
+    monkeypatch.setattr(
+        "foldpar.moe.transport.journey.plan_dispatch",
+        lambda *given, **options: replace(plan_dispatch(*given, **options), placed=Five()),
+    )
+    with pytest.raises(ShapeError, match=text):
+        moe(torch.zeros(3, DIM))
 
 
 def nan_stays_where_it_is() -> bool:

@@ -38,7 +38,7 @@ class OwnExperts(nn.Module):
         ),
         (
             {"one_sided": foldpar.OneSided(8), "bias": True},
-            "in messages: the experts have biases, whose gradients are sums over all rows",
+            "in messages: it needs GPUs, and this is cpu",
         ),
     ],
     ids=name_of,
@@ -66,18 +66,37 @@ def test_rows_go_one_sided_where_everything_that_is_known_before_allows_it(monke
     monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
     groups = foldpar.create_groups(foldpar.solve_layout(1))
     moe = layer(groups, one_sided=foldpar.OneSided(8))
-    assert "one-sided where ranks can read each other's memory" in moe.explain()
+    assert "one-sided where ranks can read each other's memory: up to 8 tokens of a rank, more in messages" in told(moe)
+    assert "reads all rows" not in told(moe)
+    biased = layer(groups, one_sided=foldpar.OneSided(most_bytes=2**20), bias=True)
+    assert "up to 11898 tokens of a rank, more in messages; the host waits for sizes, since the experts" in told(biased)
     moe.double()
     assert "in messages: the rows are torch.float64, and the kernels add up in float32" in moe.explain()
-    sliced = run_ranks(explained, 4, 2, backend="threads")[0]
-    assert "in messages: etp = 2, and slices of an expert share rows in messages" in sliced
+    assert "more in messages; beyond 699050 the host waits for sizes" in wide_apart(None)
+    assert "waits" not in wide_apart(2.0)
 
 
-def test_experts_of_another_kind_travel_in_messages() -> None:
+def wide_apart(slack: float | None) -> str:
+    def rank() -> str:
+        with foldpar.create_groups(foldpar.solve_layout(4, ep=4)) as groups:
+            experts = foldpar.GroupedExperts(8, DIM, 8, groups, seed=0)
+            way = foldpar.OneSided(slack=slack, most_bytes=2**40)
+            return told(foldpar.FoldedMoE(foldpar.TopKRouter(DIM, 8, 2), experts, groups, one_sided=way))
+
+    return run_ranks(rank, 4, backend="threads")[0]
+
+
+def told(moe: foldpar.FoldedMoE) -> str:
+    return " ".join(moe.explain().split())
+
+
+def test_of_experts_of_another_kind_the_host_learns_how_many_rows_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
     groups = foldpar.create_groups(foldpar.solve_layout(1))
     router = foldpar.TopKRouter(DIM, EXPERTS, 2)
-    told = foldpar.FoldedMoE(router, OwnExperts(), groups, one_sided=foldpar.OneSided(8)).explain()
-    assert "in messages: OwnExperts may not leave rows alone that hold nothing, as GroupedExperts do" in told
+    moe = foldpar.FoldedMoE(router, OwnExperts(), groups, one_sided=foldpar.OneSided(8))
+    why = "the host waits for sizes, since OwnExperts may not leave rows alone that hold nothing, as GroupedExperts do"
+    assert why in told(moe)
 
 
 def explained(etp: int, one_sided: foldpar.OneSided | None = foldpar.OneSided(8)) -> str:  # noqa: B008 (frozen)

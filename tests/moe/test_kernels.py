@@ -74,6 +74,18 @@ def test_tables(tokens: int, experts: int, top_k: int, ranks: int, kind: str) ->
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_ids_of_no_expert_go_nowhere_and_leave_tables_that_can_be_read(top_k: int) -> None:
+    ids = torch.tensor([[0, 9, 2], [-1, 3, 1], [2**40, 1, 4]], device=DEVICE)[:, :top_k].contiguous()
+    slots, rows, inverse, ends, sizes = kernels.place_experts(ids, 4, ids.numel())
+    wanted = permutation.place_experts(ids, 4, ids.numel())
+    placed = int(ends[-1])
+    assert placed == int(((ids >= 0) & (ids < 4)).sum()) == int(sizes.sum())
+    assert torch.equal(slots[:placed], wanted[0][:placed].int()) and torch.equal(inverse, wanted[2].int())
+    assert all(int(each.min()) >= 0 and int(each.max()) < ids.numel() for each in (slots, rows))
+    assert torch.equal(ends, wanted[3]) and torch.equal(sizes, wanted[4])
+
+
 def test_illegal_ids_are_counted_and_go_nowhere() -> None:
     ids = torch.tensor([[0, 9], [-1, 3], [2**40, 1]], device=DEVICE)
     counts = permutation.count_rows(ids, None, 4, 2)
@@ -107,7 +119,7 @@ def test_rows_with_their_weights(tokens: int, dim: int, top_k: int, dtype: torch
     sent = int(counts[:, 0].sum())
     token_of_sent, sent_of_token, local_ids = permutation.place_rows(ids, mask, counts, 16)
     assignments = int(counts[:, 1].sum())
-    slots, _, copies, _ = permutation.place_experts(local_ids[:sent].contiguous(), 4, assignments)
+    slots, _, copies, _, _ = permutation.place_experts(local_ids[:sent].contiguous(), 4, assignments)
     close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-3}  # one rounding
 
     x, weights = draw(tokens, dim, dtype=dtype), draw(tokens, top_k, seed=1)
@@ -145,3 +157,13 @@ def test_swiglu(rows: int, hidden: int, dtype: torch.dtype, weighted: bool) -> N
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, **close)
+
+
+def test_weights_of_swiglu_that_lie_by_slot() -> None:
+    gate_up, grad, weights = draw(5, 16), draw(5, 8, seed=1), draw(4, 2, seed=2)
+    slots = torch.tensor([6, 0, 3, 1, 4], device=DEVICE, dtype=torch.int32)
+    *wanted, of_weights = kernels.swiglu_backward(grad, gate_up, weights.flatten()[slots.long()])
+    *got, by_slot = kernels.swiglu_backward(grad, gate_up, weights, None, slots)
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+    assert torch.equal(by_slot.flatten()[slots.long()], of_weights)
+    assert by_slot.shape == weights.shape and int((by_slot == 0).sum()) == 3, "where nothing is computed"

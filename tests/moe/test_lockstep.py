@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fold_parity import batch_of, float64_stays, share
+from fold_parity import batch_of, float64_stays
 from hf_models import tiny_model
 from pages import DOCS, blocks
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from foldpar.comm.dtensors import local_tensor
 from foldpar.errors import ArgumentError
 from foldpar.moe.stand_ins import lockstep
 from foldpar.testing import run_ranks
+from foldpar.testing.shares import Shares
 
 DIM, EXPERTS = 4, 8
 PROGRAM = blocks("python", DOCS["start"], "Lockstep")[0].text
@@ -102,10 +103,10 @@ def hub_step(model: nn.Module, layout: foldpar.FoldedLayout, wanted: dict[str, T
         names = {"foldpar": foldpar, "torch": torch, "model": model, "groups": groups, "loader": loader, "batch": batch}
         exec(PROGRAM, names)
         foldpar.reduce_gradients(model, groups, loss="sum")
-        wrong = []
+        wrong, shares = [], Shares(model, groups)
         for name, parameter in model.named_parameters():
             if name in wanted:
-                want = share(name, wanted[name], model, parameter, groups)
+                want = shares.share_of(name, wanted[name])
                 got: Any = parameter.grad
                 if not torch.allclose(local_tensor(got), want, rtol=1e-10, atol=1e-12):
                     wrong.append(name)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hf_models import tiny_model
 from pages import DOCS, blocks
+from sharded_parity import shard_of
 from torch import Tensor, nn
-from toys import fold, gathered, loss_of, plain_model, relative, share, tokens_of
+from toys import fold, loss_of, plain_model, relative, tokens_of
 
 import foldpar
 from foldpar.testing import run_ranks
+from foldpar.testing.shares import Shares
 
 MICRO_BATCHES, COEFFICIENT = 2, 0.5
 
@@ -36,15 +38,13 @@ def predicted(tokens: Tensor) -> int:
     return tokens.shape[0] * (tokens.shape[1] - 1)
 
 
-def worst(model: nn.Module, wanted: dict[str, Tensor], groups: foldpar.FoldedGroups) -> float:
-    """The largest relative difference of a gradient."""
-    found = {name: gathered(parameter.grad) for name, parameter in model.named_parameters()}
-    assert found.keys() == wanted.keys()
-    lanes = {
-        name: wanted[name] if each.shape == wanted[name].shape else share(name, wanted[name], each, groups)
-        for name, each in found.items()
-    }
-    return max(relative(found[name], lanes[name]) for name in found)
+def worst(model: nn.Module, wanted: dict[str, Tensor], shares: Shares) -> float:
+    """The largest relative difference of a gradient; shares are those before the model was sharded."""
+    assert dict(model.named_parameters()).keys() == wanted.keys()
+    return max(
+        relative(parameter.grad, shard_of(shares.share_of(name, wanted[name]), parameter))
+        for name, parameter in model.named_parameters()
+    )
 
 
 def auxiliary_reference(family: str, data_ranks: int) -> dict[str, Tensor]:
@@ -64,6 +64,7 @@ def auxiliary(family: str, tp: int, stage: int, wanted: dict[str, Tensor]) -> fl
         model = tiny_model(family, dtype=torch.float64)
         assert model.router_aux_loss_coef == COEFFICIENT
         foldpar.fold_model(model, groups)
+        shares = Shares(model, groups)
         if stage:
             foldpar.shard_model(model, groups, stage=stage)
         batches = [batch(groups.dp_cp.index, number) for number in range(MICRO_BATCHES)]
@@ -77,7 +78,7 @@ def auxiliary(family: str, tp: int, stage: int, wanted: dict[str, Tensor]) -> fl
                 exec(recipe("router_aux_loss_coef"), given)
                 given["loss"].backward()
         foldpar.reduce_gradients(model, groups, loss="sum")
-        return worst(model, wanted, groups)
+        return worst(model, wanted, shares)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -97,6 +98,7 @@ def test_every_familys_auxiliary_loss_counts_once(family: str) -> None:
 def penalty(etp: int, stage: int, how: str, wanted: dict[str, Tensor]) -> float:
     with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=2, etp=etp)) as groups:
         model = fold(plain_model(), groups)
+        shares = Shares(model, groups)
         if stage:
             foldpar.shard_model(model, groups, stage=stage)
         for number in range(2):  # the penalty goes to gradients that stay tensors too
@@ -106,7 +108,7 @@ def penalty(etp: int, stage: int, how: str, wanted: dict[str, Tensor]) -> float:
             foldpar.clip_grad_norm_(model, 1e9, groups)
             if number == 0:
                 model.zero_grad(set_to_none=False)
-        return worst(model, wanted, groups)
+        return worst(model, wanted, shares)
 
 
 @pytest.mark.parametrize(("etp", "stage", "how"), [(1, 0, "square"), (2, 0, "abs"), (1, 3, "square")])

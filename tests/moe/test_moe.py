@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense import dense_experts, feed_forward, softmax_routing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import own
@@ -16,6 +17,7 @@ import foldpar
 from foldpar import families
 from foldpar.errors import GroupsError, ReplicaError, ShapeError
 from foldpar.testing import run_ranks
+from foldpar.testing.shares import Shares
 
 DIM, HIDDEN, EXPERTS, TOP_K = 4, 6, 8, 2
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-13}
@@ -31,15 +33,7 @@ def weights(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dense(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """A plain expert loop over ``[tokens, dim]``."""
-    scores, ids = F.linear(x, router).softmax(-1).topk(TOP_K)
-    scores = scores / scores.sum(-1, keepdim=True)
-    y = x * 0.0
-    for expert in range(EXPERTS):
-        token, choice = (ids == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, -1)
-        y = y.index_add(0, token, F.linear(F.silu(gate) * up, down[expert]) * scores[token, choice, None])
-    return y
+    return dense_experts(x, *softmax_routing(x, router, TOP_K), feed_forward(gate_up, down))
 
 
 def layer(groups: foldpar.FoldedGroups, **options: Any) -> foldpar.FoldedMoE:
@@ -47,10 +41,6 @@ def layer(groups: foldpar.FoldedGroups, **options: Any) -> foldpar.FoldedMoE:
     top_k = foldpar.TopKRouter(DIM, EXPERTS, TOP_K)
     top_k.weight = nn.Parameter(router)
     return foldpar.FoldedMoE.from_dense(top_k, gate_up, down, groups, **options)
-
-
-def own_experts(full: Tensor, groups: foldpar.FoldedGroups) -> Tensor:
-    return full.chunk(groups.ep.size)[groups.ep.index]
 
 
 # -- Gradients before any reduction (so that two errors cannot cancel) -------------------------------------------------
@@ -91,10 +81,7 @@ def raw_gradients(layout: foldpar.FoldedLayout, partition: str, tokens: int) -> 
                 if output.requires_grad:
                     (gradient,) = torch.autograd.grad(output, used, cotangent)
                     parts[edp] += gradient / data_ranks
-        want = own_experts(parts[groups.edp.index], groups) * data_ranks
-        hidden = HIDDEN // layout.etp
-        units = slice(groups.etp.index * hidden, (groups.etp.index + 1) * hidden)
-        want = torch.cat([half[:, units] for half in want.chunk(2, dim=1)], dim=1)
+        want = Shares(moe, groups).share_of("experts.gate_up_proj", parts[groups.edp.index]) * data_ranks
         torch.testing.assert_close(own(moe.experts.gate_up_proj.grad, want), want, **TOLERANCE)
 
 
@@ -102,21 +89,19 @@ def dense_of_lane(
     x: Tensor, router: Tensor, gate_up: Tensor, used: Tensor, down: Tensor, lane: int, lanes: int, partition: str
 ) -> Tensor:
     """The dense loop in which the lane's own assignments use ``used``, and all others the constant weight."""
-    scores, ids = F.linear(x, router).softmax(-1).topk(TOP_K)
-    scores = scores / scores.sum(-1, keepdim=True)
-    bounds = torch.tensor([0, *foldpar.comm.collectives.even_row_counts(len(x), lanes)]).cumsum(0)
-    y = x * 0.0
-    for expert in range(EXPERTS):
-        token, choice = (ids == expert).nonzero(as_tuple=True)
-        if partition == "tokens":
-            mine = (token >= bounds[lane]) & (token < bounds[lane + 1])
-        else:
-            mine = torch.arange(len(token)) % lanes == lane
-        for chosen, weight in ((mine, used), (~mine, gate_up)):
-            gate, up = F.linear(x[token[chosen]], weight[expert]).chunk(2, -1)
-            part = F.linear(F.silu(gate) * up, down[expert]) * scores[token[chosen], choice[chosen], None]
-            y = y.index_add(0, token[chosen], part)
-    return y
+    ids, scores = softmax_routing(x, router, TOP_K)
+    if partition == "tokens":
+        lane_of_token = torch.arange(lanes).repeat_interleave(
+            torch.tensor(foldpar.comm.collectives.even_row_counts(len(x), lanes))
+        )
+        mine = (lane_of_token == lane)[:, None]
+    else:  # the assignments of an expert, in the order of tokens, go to one lane after the other
+        before = F.one_hot(ids.flatten(), EXPERTS).cumsum(0) - 1
+        mine = (before.gather(1, ids.flatten()[:, None]) % lanes == lane).view_as(ids)
+    return sum(
+        dense_experts(x, ids, scores, feed_forward(weight, down), mask)
+        for mask, weight in ((mine, used), (~mine, gate_up))
+    )
 
 
 @pytest.mark.parametrize("order", ["tp-lane-major", "consecutive"])

@@ -23,9 +23,9 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from foldpar.comm.peers import check_room, memory_of  # noqa: E402
+from foldpar.comm.peers import check_room, memories_of  # noqa: E402
+from foldpar.moe.kernels.permutation import collect, pick, spread  # noqa: E402
 from foldpar.moe.transport.one_sided import (  # noqa: E402
-    OneSided,
     OneSidedWay,
     RowExchange,
     combine_one_sided,
@@ -41,8 +41,11 @@ pytestmark = [
 class TurnMemory:
     """What ``PeerMemory`` is, for threads: one runs at a time, until it comes to a barrier."""
 
-    def __init__(self, ranks: int, rank: int, own: list[Tensor], turn: threading.Lock, gate: threading.Barrier) -> None:
-        self.group, self.own, self._last = SimpleNamespace(index=rank, size=ranks), own[rank], "sums"
+    def __init__(
+        self, rank: int, own: list[Tensor], halves: tuple[int, int], turn: threading.Lock, gate: threading.Barrier
+    ) -> None:
+        self.group = SimpleNamespace(index=rank, size=len(own), ranks=tuple(range(len(own))))
+        self.own, self.halves, self._last = own[rank], halves, "sums"
         self.addresses = torch.tensor([buffer.data_ptr() for buffer in own], device=DEVICE)
         self.flags = torch.zeros(3, dtype=torch.int32, device=DEVICE)
         self._turn, self._gate, self.barriers = turn, gate, 0
@@ -62,14 +65,15 @@ class TurnMemory:
 
 
 def on_ranks(ranks: int, exchange: RowExchange, work: Callable[[int, TurnMemory], Any]) -> list[Any]:
-    own = [torch.full((exchange.offsets()["end"],), 255, dtype=torch.uint8, device=DEVICE) for _ in range(ranks)]
+    halves = (exchange.halves()[0] + 512, exchange.halves()[1])  # a half may be larger than what is in it
+    own = [torch.full((sum(halves),), 255, dtype=torch.uint8, device=DEVICE) for _ in range(ranks)]
     turn, gate = threading.Lock(), threading.Barrier(ranks)
     results: list[Any] = [None] * ranks
 
     def run(rank: int) -> None:
         with turn:
             try:
-                results[rank] = work(rank, TurnMemory(ranks, rank, own, turn, gate))
+                results[rank] = work(rank, TurnMemory(rank, own, halves, turn, gate))
             except BaseException as error:
                 results[rank] = error
                 gate.abort()
@@ -102,21 +106,43 @@ def one_expert(rows: Tensor, expert: Tensor) -> Tensor:
     return rows * (1 + expert[:, None] / 8).to(rows.dtype) + expert[:, None].to(rows.dtype) / 4
 
 
-@pytest.mark.parametrize("kind", ["random", "masked", "one rank"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("counts", "dim", "top_k", "experts"),
-    [((5,), 8, 2, 4), ((3, 7), 16, 2, 8), ((4, 0, 6, 1), 24, 3, 8), ((2, 2, 2, 2), 8, 4, 4)],
+    ("kind", "dtype", "waits"),
+    [
+        ("random", torch.float32, False),
+        ("random", torch.bfloat16, True),
+        ("masked", torch.float32, True),
+        ("one rank", torch.float32, False),
+    ],
+)
+@pytest.mark.parametrize(
+    ("counts", "dim", "top_k", "experts", "etp", "reads_places"),
+    [
+        ((5,), 8, 2, 4, 1, False),
+        ((3, 7), 16, 2, 8, 1, True),
+        ((4, 0, 6, 1), 24, 3, 8, 1, False),
+        ((4, 0, 6, 1), 24, 3, 8, 2, True),
+        ((2, 2, 2, 2), 8, 4, 4, 4, False),
+    ],
 )
 def test_rows_come_back_as_one_rank_computes_them(
-    counts: tuple[int, ...], dim: int, top_k: int, experts: int, dtype: torch.dtype, kind: str
+    counts: tuple[int, ...],
+    dim: int,
+    top_k: int,
+    experts: int,
+    etp: int,
+    reads_places: bool,
+    waits: bool,
+    dtype: torch.dtype,
+    kind: str,
 ) -> None:
     ranks = len(counts)
     if DEVICE == "cuda" and ranks > 1:
         pytest.skip("one thread runs the backward of all ranks of a GPU; tests/gpu/run.py has processes")
-    local = experts // ranks
+    local = experts * etp // ranks
     exchange = RowExchange(ranks, max(counts) + 1, dim, top_k, dtype)
-    room = exchange.room(local, slack=float(ranks))
+    most = exchange.most(local)
+    apart: set[bool] = set()
 
     def work(rank: int, memory: TurnMemory) -> tuple[Tensor, ...]:
         x, weights, ids, mask, grad = draw(rank, counts[rank], dim, top_k, experts, dtype, kind)
@@ -124,16 +150,28 @@ def test_rows_come_back_as_one_rank_computes_them(
         weights.requires_grad_()
         for _ in range(2):  # the second journey reuses the memory
             x.grad = weights.grad = None
-            way = OneSidedWay(memory, exchange, room)
-            rows, row_weights, plan = dispatch_one_sided(x, weights, ids, mask, way, num_experts=experts)
+            way = OneSidedWay(memory, exchange, None if waits else most)
+            rows, row_weights, plan = dispatch_one_sided(
+                x, weights, ids, mask, way, num_experts=experts, etp=etp, reads_places=reads_places
+            )
             sizes = torch.diff(plan.ends, prepend=plan.ends.new_zeros(1)).long()
-            expert = torch.repeat_interleave(torch.arange(local, device=DEVICE) + rank * local, sizes)
             filled = int(plan.ends[-1])
-            computed = one_expert(rows[:filled], expert) * row_weights[:filled, None].to(dtype)
-            y = combine_one_sided(torch.cat([computed, computed.new_full((room - filled, dim), torch.nan)]), plan)
-            y.backward(grad)
-        assert memory.flags.tolist() == [0, room, 0]
-        return y.detach(), x.grad, weights.grad
+            assert plan.room == (filled if waits else most)
+            assert plan.sizes == (tuple(sizes.tolist()) if waits else None)
+            expert = torch.repeat_interleave(torch.arange(local, device=DEVICE) + rank // etp * local, sizes)
+            apart.add(plan.apart is not None)
+            if plan.apart is not None:
+                rows = spread(rows, plan.apart.source, plan.places)
+                row_weights = pick(row_weights, plan.apart.slots, plan.places)
+            # Each slice computes its part: together they are one expert.
+            computed = one_expert(rows[:filled], expert) * (row_weights[:filled, None] / etp).to(dtype)
+            computed = torch.cat([computed, computed.new_full((plan.room - filled, dim), torch.nan)])
+            if plan.apart is not None:
+                computed = collect(computed, plan.apart.source, plan.places)
+            combine_one_sided(computed, plan).backward(grad)
+            y = combine_one_sided(computed.detach(), plan)
+        assert memory.flags.tolist() == [0, most, 0]
+        return y, x.grad, weights.grad
 
     for rank, got in enumerate(on_ranks(ranks, exchange, work)):
         x, weights, ids, mask, grad = draw(rank, counts[rank], dim, top_k, experts, dtype, kind)
@@ -145,6 +183,7 @@ def test_rows_come_back_as_one_rank_computes_them(
         close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 4e-2, "atol": 6e-2}
         for one, other in zip(got, (y, x.grad, weights.grad), strict=True):
             torch.testing.assert_close(one.float(), other, **(close if one.dim() else {}))
+    assert True in apart if reads_places and not waits else True not in apart or reads_places
 
 
 def test_what_finds_no_room_is_left_out_and_told() -> None:
@@ -160,6 +199,33 @@ def test_what_finds_no_room_is_left_out_and_told() -> None:
     first, second = on_ranks(2, exchange, work)
     assert first == ([16, 10, 0], [8, 10], True)
     assert second == ([0, 10, 0], [0, 0], True)
+
+
+def test_where_the_host_waits_for_sizes_there_is_room_for_what_comes() -> None:
+    exchange = RowExchange(2, 4, 8, 2, torch.float32)
+
+    def work(rank: int, memory: TurnMemory) -> tuple[int, tuple[int, ...] | None]:
+        x, weights = torch.ones(4, 8, device=DEVICE), torch.ones(4, 2, device=DEVICE)
+        ids = torch.tensor([[0, 1]] * 4, device=DEVICE)  # all to rank 0: 16 rows
+        rows, _, plan = dispatch_one_sided(x, weights, ids, None, OneSidedWay(memory, exchange, None), num_experts=4)
+        return rows.shape[0], plan.sizes
+
+    assert on_ranks(2, exchange, work) == [(16, (8, 8)), (0, (0, 0))]
+
+
+def test_where_the_host_waits_for_sizes_an_illegal_id_raises_on_every_rank() -> None:
+    exchange = RowExchange(2, 3, 8, 2, torch.float32)
+
+    def work(rank: int, memory: TurnMemory) -> str:
+        ids = torch.tensor([[0, 9 if rank else 1]], device=DEVICE)
+        x, weights, way = torch.ones(1, 8, device=DEVICE), torch.ones(1, 2, device=DEVICE), None
+        way = OneSidedWay(memory, exchange, None)
+        with pytest.raises(ShapeError, match=r"outside \[0, 4\) on a rank of \(0, 1\)") as told:
+            dispatch_one_sided(x, weights, ids, None, way, num_experts=4)
+        return str(told.value) + str(memory.flags.tolist())
+
+    first, second = on_ranks(2, exchange, work)
+    assert first == second and first.endswith("[0, 0, 0]")
 
 
 def test_an_illegal_id_travels_nowhere_and_is_told() -> None:
@@ -179,11 +245,10 @@ def test_an_illegal_id_travels_nowhere_and_is_told() -> None:
 def test_the_check_names_the_numbers_and_starts_over() -> None:
     groups = create_groups(solve_layout(1))
     check_room(groups)
-    exchange = RowExchange(1, 2, 8, 2, torch.float32)
-    memory = memory_of(groups, exchange.offsets()["end"], torch.device(DEVICE))
-    if isinstance(memory, str):
-        pytest.skip(memory)
-    assert memory_of(groups, exchange.offsets()["end"], torch.device(DEVICE)) is memory
+    memories = memories_of(groups, torch.device(DEVICE), ask=True)
+    if memories.reason is not None:
+        pytest.skip(memories.reason)
+    memory = memories.holding((100, 100))
     memory.flags.copy_(torch.tensor([16, 10, 0]))
     with pytest.raises(ShapeError, match=r"were sent 16 rows and have room for 10: .* Skip the step"):
         check_room(groups)
@@ -192,33 +257,6 @@ def test_the_check_names_the_numbers_and_starts_over() -> None:
     with pytest.raises(ShapeError, match=r"An expert id was outside \[0, num_experts\)"):
         check_room(groups)
     groups.destroy()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({"max_tokens": 0}, "max_tokens = 0 is not a number of tokens"),
-        ({"max_tokens": 4, "slack": 0.5}, "slack = 0.5 must be 1 or more: 1 is room for perfectly balanced routing"),
-    ],
-)
-def test_room_that_cannot_be_is_refused(arguments: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        OneSided(**arguments)
-
-
-def test_there_is_never_more_room_than_rows_can_come() -> None:
-    exchange = RowExchange(4, 100, 8, 2, torch.float32)
-    assert exchange.room(local_experts=1, slack=1.5) == 301
-    assert exchange.room(local_experts=1, slack=9.0) == 400
-    assert exchange.room(local_experts=8, slack=9.0) == 800
-
-
-def test_more_tokens_than_promised_are_refused() -> None:
-    exchange = RowExchange(1, 2, 8, 2, torch.float32)
-    with pytest.raises(ShapeError, match=r"routes 3 tokens, but one_sided=OneSided\(max_tokens=2\)"):
-        dispatch_one_sided(
-            torch.ones(3, 8), torch.ones(3, 2), torch.zeros(3, 2), None, OneSidedWay(None, exchange, 4), num_experts=4
-        )
 
 
 def test_a_half_that_is_written_twice_waits_in_between() -> None:

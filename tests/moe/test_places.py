@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foldpar.moe import collect, grouped_feed_forward, spread
+from foldpar.moe import Places, collect, grouped_feed_forward, pick, spread
 from foldpar.moe.kernels import products
 from foldpar.moe.kernels.permutation import place_experts
 
@@ -20,8 +20,8 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def tables(kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``source``, ``copies`` and ``ends``; one expert and one token have nothing to do."""
+def tables(kind: str) -> tuple[Places, Tensor]:
+    """Where rows lie, and the ends of the groups; one expert and one token have nothing to do."""
     scores = torch.rand(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0))
     scores[:, 2] = -1
     ids = scores.topk(TOP_K).indices.int()
@@ -30,8 +30,9 @@ def tables(kind: str) -> tuple[Tensor, Tensor, Tensor]:
         ids[3] = -1
     if kind == "nothing":
         ids[:] = -1
-    _, source, copies, ends = place_experts(ids, EXPERTS, int((ids >= 0).sum()))
-    return source, copies, ends
+    slots, source, copies, ends, sizes = place_experts(ids, EXPERTS, int((ids >= 0).sum()))
+    assert torch.equal(sizes.cumsum(0), ends)
+    return Places(source, slots, copies, ends), ends
 
 
 @pytest.mark.parametrize("kind", ["all", "masked", "nothing"])
@@ -40,16 +41,17 @@ def tables(kind: str) -> tuple[Tensor, Tensor, Tensor]:
 def test_places_are_spread_before_and_collect_after(
     activation: Any, interleaved: bool, biased: bool, kind: str
 ) -> None:
-    source, copies, ends = tables(kind)
+    places, ends = tables(kind)
+    source, copies = places.source, places.copies
     columns = HIDDEN if activation == "gelu" else 2 * HIDDEN
-    rows, weights = draw(TOKENS, DIM, seed=2), draw(len(source), seed=3)
+    rows, weights = draw(TOKENS, DIM, seed=2), draw(TOKENS, TOP_K, seed=3)
     parameters = [draw(EXPERTS, columns, DIM, seed=4), draw(EXPERTS, DIM, HIDDEN, seed=5)]
     biases = [draw(EXPERTS, columns, seed=6), draw(EXPERTS, DIM, seed=7)] if biased else []
-    options: dict[str, Any] = {"weights": weights, "interleaved": interleaved}
+    options: dict[str, Any] = {"interleaved": interleaved}
     options |= dict(zip(("gate_up_bias", "down_bias"), biases, strict=False))
 
-    at_once = grouped_feed_forward(rows, *parameters, ends, activation, places=(source, copies), **options)
-    spread_rows = spread(rows, source, copies)
+    at_once = grouped_feed_forward(rows, *parameters, ends, activation, weights=weights, places=places, **options)
+    options["weights"], spread_rows = pick(weights, places.slots, copies), spread(rows, source, copies)
     in_steps = collect(grouped_feed_forward(spread_rows, *parameters, ends, activation, **options), source, copies)
     assert torch.equal(at_once, in_steps)
     given, grad = [rows, weights, *parameters, *biases], draw(TOKENS, DIM, seed=8)

@@ -43,6 +43,7 @@ class Problem:
         generator = torch.Generator().manual_seed(1)
         self.source = torch.randint(0, 7, (self.places,), generator=generator).to(DEVICE, torch.int32)
         self.scales = torch.rand(self.places, generator=generator).to(DEVICE)
+        self.slots = torch.randperm(self.places, generator=generator).to(DEVICE, torch.int32)
         self.gate_up = draw(self.experts, 2 * hidden, dim, seed=2) * dim**-0.5
         self.down = draw(self.experts, dim, hidden, seed=3) * hidden**-0.5
 
@@ -82,12 +83,13 @@ def test_products(sizes: tuple[int, ...], dim: int, hidden: int, gathered: bool,
     table = kernels.tiles_of(problem.ends, problem.places, blocks.rows)
 
     rows, source = problem.side(dim, gathered, seed=4)
-    scales = problem.scales if gathered else None
-    got = kernels.first_product(rows, source, problem.gate_up, scales, table, problem.places, blocks)
+    scales, slots = (problem.scales, problem.slots) if gathered else (None, None)
+    got = kernels.first_product(rows, source, problem.gate_up, scales, table, problem.places, blocks, slots)
     wide_rows, wide_weight, wide_scales = wide(rows[: None if gathered else problem.rows], problem.gate_up, scales)
     places = None if source is None else source[: problem.rows]
+    slots = None if slots is None else slots[: problem.rows]
     for one, other in zip(
-        got, products.first_product(wide_rows, places, wide_weight, wide_scales, problem.ends), strict=True
+        got, products.first_product(wide_rows, places, wide_weight, wide_scales, problem.ends, slots), strict=True
     ):
         problem.near(one, other)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense import dense_experts, feed_forward
 from lane_cases import (
     ALL_FOLDS,
     DIM,
@@ -16,7 +17,6 @@ from lane_cases import (
     TOP_K,
     Fold,
     batches,
-    dense_experts,
     reference,
     run_folded,
     task_loss,
@@ -145,7 +145,7 @@ def family_loss(family: str) -> Callable[..., Tensor]:
     def loss(inputs: list[Tensor], router: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         routed = [FAMILIES[family][0](F.linear(x, router), BIAS) for x in inputs]
         outputs = [
-            dense_experts(x, gate_up, down, ids, weights, None)
+            dense_experts(x, ids, weights, feed_forward(gate_up, down))
             for x, (ids, weights) in zip(inputs, routed, strict=True)
         ]
         return task_loss(outputs)
@@ -270,7 +270,7 @@ def replayed(fold: Fold, recorded: list[Tensor], record: bool) -> Tensor:
             assert torch.equal(seen, ids)
             logits = F.linear(x, router.weight)
             scores = logits.softmax(-1).gather(1, ids)
-            want = dense_experts(x, gate_up, down, ids, scores / scores.sum(-1, keepdim=True), None)
+            want = dense_experts(x, ids, scores / scores.sum(-1, keepdim=True), feed_forward(gate_up, down))
             torch.testing.assert_close(y[0], want, rtol=1e-11, atol=1e-12)
         return seen
 
@@ -327,7 +327,7 @@ def padded_tokens(fold: Fold) -> None:
         y.sum().backward()
         want_x = x.detach().clone().requires_grad_()
         ids, scores = mixtral(F.linear(want_x, router_weight), BIAS)
-        want = dense_experts(want_x, gate_up, down, ids, scores, ~padding[:, None])
+        want = dense_experts(want_x, ids, scores, feed_forward(gate_up, down), ~padding[:, None])
         want.sum().backward()
         torch.testing.assert_close(y, want, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(x.grad, want_x.grad, rtol=1e-11, atol=1e-12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +13,13 @@ from toys import name_of
 
 import foldpar
 import foldpar.moe.transport.messages
+from foldpar.comm import DeviceMemories
 from foldpar.moe.transport import journey as journeys
 from foldpar.moe.transport.one_sided import OneSided
 from foldpar.testing import run_ranks
 
 DIM, EXPERTS = 8, 4
-SHARED = OneSided(8, slack=4.0)
+SHARED = OneSided(8)
 
 
 class OwnExperts(nn.Module):
@@ -35,7 +38,7 @@ def layer(groups: foldpar.FoldedGroups, kind: str = "plain", **options: Any) -> 
         options["counters"] = foldpar.LayerCounters()
     torch.manual_seed(0)
     router = foldpar.TopKRouter(DIM, EXPERTS, 2, dtype=dtype)
-    return foldpar.FoldedMoE(router, experts, groups, one_sided=SHARED, **options)
+    return foldpar.FoldedMoE(router, experts, groups, **{"one_sided": SHARED, **options})
 
 
 # -- The way that is told is the way that is taken ---------------------------------------------------------------------
@@ -54,6 +57,7 @@ def rows_meet_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
     monkeypatch.setattr("foldpar.comm.peers.why_no_peers", lambda device: None)
+    monkeypatch.setattr(DeviceMemories, "holding", lambda self, halves: SimpleNamespace(halves=halves))
     monkeypatch.setattr(journeys, "dispatch_one_sided", sets_out)
 
 
@@ -86,7 +90,9 @@ def test_a_layer_takes_the_way_that_it_tells(
 ) -> None:
     for before, took, after in run_ranks(ways, etp, kind, etp, autocast, gradients, backend="threads"):
         assert took == after.partition(":")[0] == before.partition(":")[0].partition(" where")[0]
-        assert (took == "one-sided") == (kind == "plain" and etp == 1)
+        assert (took == "one-sided") == (kind not in ("counters", "float64"))
+        waits = "the host waits for sizes" in before
+        assert waits == (kind in ("biases", "foreign"))
         assert before == after or "where" in before
 
 
@@ -96,18 +102,57 @@ def test_on_cpu_every_layer_takes_messages_and_says_so(kind: str) -> None:
     assert before == after and before.startswith("in messages: ") and took == "in messages"
 
 
-def test_without_gradients_rows_that_may_find_no_room_travel_in_messages(rows_meet_on_gpus: None) -> None:
-    def rank(ep: int) -> tuple[str, str]:
-        with foldpar.create_groups(foldpar.solve_layout(ep, ep=ep)) as groups, torch.no_grad():
-            experts = foldpar.GroupedExperts(EXPERTS, DIM, 8, groups, seed=0)
-            moe = foldpar.FoldedMoE(foldpar.TopKRouter(DIM, EXPERTS, 2), experts, groups, one_sided=OneSided(8, 1.0))
-            return told(moe), taken(moe, torch.ones(6, DIM))
+def test_all_ranks_go_the_same_way_whoever_has_the_most_tokens(rows_meet_on_gpus: None) -> None:
+    """More than the bound on one rank, then on the other, then on none: nobody waits for anybody in another way."""
 
-    assert run_ranks(rank, 1, 1, backend="threads") == [
-        ("one-sided where ranks can read each other's memory", "one-sided")
-    ]
-    why = "in messages: without gradients nobody reads the flag that tells of missing room"
-    assert run_ranks(rank, 2, 2, backend="threads") == [(why, "in messages")] * 2
+    def rank() -> list[str]:
+        with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+            moe = layer(groups, one_sided=OneSided(8))
+            counts = [(6, 6), (9, 6), (6, 9), (8, 0), (100, 100), (0, 0)]
+            return [taken(moe, torch.ones(count[groups.rank], DIM)) for count in counts]
+
+    way = ["one-sided", "in messages", "in messages", "one-sided", "in messages", "one-sided"]
+    assert run_ranks(rank, 2, backend="threads") == [way, way]
+
+
+@pytest.mark.parametrize(
+    ("slack", "gradients", "unasked", "room"),
+    [
+        (None, True, 36 * 32, 48),
+        (None, True, 36 * 32 - 1, None),
+        (2.0, True, 0, 25),
+        (2.0, False, 0, None),
+        (math.inf, False, 0, 48),
+    ],
+)
+def test_there_is_room_for_all_rows_or_for_what_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+    rows_meet_on_gpus: None,
+    slack: float | None,
+    gradients: bool,
+    unasked: int,
+    room: int | None,
+) -> None:
+    """Of 6 tokens, 2 experts each, four ranks send up to 48 rows to one, four times the balanced number: 36 x 32 bytes
+    may not come.
+    """
+    seen: list[int | None] = []
+
+    def sets_out(*given: Any, **_: Any) -> None:
+        seen.append(given[4].room)
+        raise TakenError
+
+    monkeypatch.setattr(journeys, "dispatch_one_sided", sets_out)
+    monkeypatch.setattr("foldpar.moe.transport.one_sided.UNASKED", unasked)
+
+    def rank() -> None:
+        with foldpar.create_groups(foldpar.solve_layout(4, ep=4)) as groups, torch.set_grad_enabled(gradients):
+            experts = foldpar.GroupedExperts(8, DIM, 8, groups, seed=0)
+            way = OneSided(slack=slack)
+            taken(foldpar.FoldedMoE(foldpar.TopKRouter(DIM, 8, 2), experts, groups, one_sided=way), torch.ones(6, DIM))
+
+    run_ranks(rank, 4, backend="threads")
+    assert seen == [room] * 4
 
 
 def test_what_is_set_on_a_layer_later_changes_neither_what_it_says_nor_what_it_does() -> None:
@@ -165,11 +210,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
             SEEN[group.ranks[group.index]].append(rows * width * x.element_size())
 
     exchange, all_to_all = messages.exchange_rows, messages.all_to_all_rows
-    gather, scatter = messages.all_gather_rows, messages.reduce_scatter_rows
+    gather, scatter = messages.all_gather_rows, messages.scatter_sum_rows
 
     def exchange_rows(x: Tensor, send: Any, receive: Any, group: foldpar.AxisGroup) -> Tensor:
-        if x.dtype == torch.uint8:
-            leaving(group, send, x)
+        leaving(group, send, x)
         return exchange(x, send, receive, group)
 
     def all_to_all_rows(x: Tensor, send: Any, receive: Any, group: foldpar.AxisGroup) -> Tensor:
@@ -180,11 +224,11 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
         leaving(group, [x.shape[0]] * group.size, x)
         return gather(x, group, **options)
 
-    def reduce_scatter_rows(x: Tensor, group: foldpar.AxisGroup, *, row_counts: Any) -> Tensor:
+    def scatter_sum_rows(x: Tensor, row_counts: Any, group: foldpar.AxisGroup) -> Tensor:
         leaving(group, row_counts, x)
-        return scatter(x, group, row_counts=row_counts)
+        return scatter(x, row_counts, group)
 
-    for each in (exchange_rows, all_to_all_rows, all_gather_rows, reduce_scatter_rows):
+    for each in (exchange_rows, all_to_all_rows, all_gather_rows, scatter_sum_rows):
         monkeypatch.setattr(messages, each.__name__, each)
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+
+import pytest
+import torch
 
 import foldpar
 from foldpar import cli
-from foldpar.planning import ModelShape, plan, read_machine
-from foldpar.planning.calibrate import fit_link, measure
+from foldpar.planning import HostCost, Machine, ModelShape, plan, read_machine
+from foldpar.planning.calibrate import fit_link, measure_links
+from foldpar.planning.host_costs import measure_host
 from foldpar.testing import run_ranks
 
 
 def test_calibrate_writes_a_machine_that_plan_takes(tmp_path, capsys):
     file = tmp_path / "here.json"
     assert cli.main(["calibrate", str(file), "--quick"]) == 0
-    assert "Not measured here: attention_flops, network, overlap, peak_flops, node" in capsys.readouterr().out
+    assert "Not measured here: node, ring, network, overlap, peak_flops" in capsys.readouterr().out
     machine = read_machine(file)
     assert (machine.name, machine.device) == ("here", "cpu")
     assert machine.sources["product_flops"].startswith("measured here")
@@ -25,18 +30,39 @@ def test_calibrate_writes_a_machine_that_plan_takes(tmp_path, capsys):
     assert "measured: product flops" in str(found)
 
 
-def _measured() -> tuple[str, list[object]]:
+def test_calibrate_measures_nothing_for_a_file_that_cannot_be(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", str(tmp_path / "missing" / "here.json")])
+    assert "is not a folder, so" in capsys.readouterr().err
+
+
+def _linked() -> Machine:
     with foldpar.create_groups(foldpar.solve_layout(2)) as groups:
-        machine = measure("two", groups, quick=True)
-    which = "node" if machine.sources["node"].startswith("measured") else "network"
-    assert machine.sources[which].endswith("all-to-all over 2 ranks")
-    return which, machine.measured[which]
+        return measure_links(read_machine("h100"), groups, torch.device("cpu"), "here", quick=True)
 
 
 def test_ranks_measure_the_link_between_them():
-    for which, points in run_ranks(_measured, 2, backend="threads"):
-        assert which in ("node", "network")
-        assert [size for size, _ in points] == [4096, 65536]
+    for machine in run_ranks(_linked, 2, backend="threads"):
+        assert machine.sources["node"] == "here: all-to-all over 2 ranks"
+        assert machine.sources["ring"] == "here: all-gather and all-reduce over 2 ranks"
+        assert [size for size, _ in machine.measured["node"]] == [4096, 65536]
+        assert machine.node == fit_link(machine.measured["node"])
+        assert machine.network == read_machine("h100").network
+
+
+def _host_of_two() -> HostCost:
+    return measure_host(read_machine("h100").host, 2, torch.device("cpu"), quick=True)[0]
+
+
+@pytest.mark.long
+def test_two_ranks_measure_what_launching_costs_them():
+    """One-sided rows need GPUs, so that cost is the shipped one; all others were measured."""
+    shipped = read_machine("h100").host
+    for found in run_ranks(_host_of_two, 2):
+        assert found.one_sided == shipped.one_sided
+        assert found.attention > 0
+        assert found.parameter > 0
+        assert all(cost >= 0 for cost in asdict(found).values())
 
 
 def test_a_link_is_the_line_through_its_points_and_noise_is_no_negative_one():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
-from toys import loss_of, plain_gradients, plain_model, relative, share, tokens_of
+from toys import loss_of, plain_gradients, plain_model, relative, tokens_of
 
 import foldpar
 from foldpar import create_groups, families, solve_layout
@@ -27,6 +28,7 @@ from foldpar.models.plan import FoldPlan, FoldPlanRow
 from foldpar.sharding.memory import LocalParameter, planned_parameters, predict_memory
 from foldpar.sharding.shard import accumulate, shard_model
 from foldpar.testing import run_ranks
+from foldpar.testing.shares import Shares
 
 STAGES = (1, 2, 3)
 
@@ -38,15 +40,11 @@ def local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def errors(
-    model: nn.Module, before: dict[str, Tensor], want: dict[str, Tensor], groups: Any, factor: float = 1.0
-) -> tuple[float, str]:
-    """The worst relative difference of a gradient; ``before`` are the folded parameters that were sharded."""
+def errors(model: nn.Module, shares: Shares, want: dict[str, Tensor], factor: float = 1.0) -> tuple[float, str]:
+    """The worst relative difference of a gradient; shares are those before the model was sharded."""
     found = []
     for name, parameter in model.named_parameters():
-        block = int(name.split(".")[1]) if name.startswith("blocks.") else 0
-        of_block = groups[block] if isinstance(groups, list) else groups
-        wanted = shard_of(share(name, want[name], before[name], of_block), parameter) * factor
+        wanted = shard_of(shares.share_of(name, want[name]), parameter) * factor
         assert parameter.grad is not None, f"{name} has no gradient"
         assert toys.own(parameter.grad, wanted).shape == wanted.shape, name
         found.append((relative(parameter.grad, wanted), name))
@@ -71,13 +69,13 @@ def gradients_of_every_family(
     with create_groups(layout) as groups:
         for stage in STAGES:
             model = toys.fold(plain, groups)
-            before = dict(model.named_parameters())
+            shares = Shares(model, groups)
             shard_model(model, groups, stage=stage, replicas=replicas)
             for loss in ("mean", "sum"):
                 micro_batches(model, groups.dp_cp.index, 2, 0.5)
                 foldpar.reduce_gradients(model, groups, loss=loss)
                 factor = 1.0 if loss == "mean" else float(layout.dp * layout.cp)
-                error, name = errors(model, before, want, groups, factor)
+                error, name = errors(model, shares, want, factor)
                 assert error < 1e-12, (layout, stage, loss, name, error)
                 if loss == "mean":
                     check_norms(model, groups, want)
@@ -190,13 +188,13 @@ def fewer_rows_than_ranks(layout: foldpar.FoldedLayout) -> None:
         for stage in STAGES:
             model = Gained(toys.fold_moe(plain.moe, groups))
             foldpar.mark_parameters(model, families.REPLICATED)
-            before = dict(model.named_parameters())
+            shares = Shares(model, groups)
             shard_model(model, groups, stage=stage)
             assert [name for name, p in model.named_parameters() if data_axis(p) is None] == ["gain"]
             assert model.moe.experts.down_proj.to_local().shape[0] == (2, 2, 0)[groups.edp.index]
             model(x[groups.dp.index]).square().mean().backward()
             foldpar.reduce_gradients(model, groups)
-            error, name = errors(model, before, want, groups)
+            error, name = errors(model, shares, want)
             assert error < 1e-12, name
             foldpar.clip_grad_norm_(model, 1.0, groups)
             labels = {(group["family"], len(group["params"])) for group in foldpar.parameter_groups(model)}
@@ -215,12 +213,12 @@ def folds_of_two_layers() -> None:
     want = plain_gradients(plain, 2)
     with create_groups(solve_layout(4, tp=2, ep=2)) as first, create_groups(solve_layout(4, tp=2)) as second:
         model = toys.fold(plain, [first, second])
-        before = dict(model.named_parameters())
+        shares = Shares(model, first)
         shard_model(model, first, stage=3)
         assert [block.moe.experts.down_proj.device_mesh["edp"].size() for block in model.blocks] == [2, 4]
         loss_of(model, tokens_of(first.dp_cp.index)).backward()
         foldpar.reduce_gradients(model, first)
-        error, name = errors(model, before, want, [first, second])
+        error, name = errors(model, shares, want)
         assert error < 1e-12, name
 
 
@@ -231,14 +229,14 @@ def stages_of_a_pipeline(layout: foldpar.FoldedLayout, replicas: int) -> None:
         want = [plain_gradients(model, layout.dp) for model in plain]
         here = groups.pp.index
         model = toys.fold(plain[here], groups)
-        before = dict(model.named_parameters())
+        shares = Shares(model, groups)
         shard_model(model, groups, stage=3, replicas=replicas)
         ranks = torch.arange(here * layout.dp, (here + 1) * layout.dp)
         blocks = ranks if replicas == 1 else rearrange(ranks, "(replica rank) -> replica rank", replica=replicas)
         assert torch.equal(model.embedding.weight.device_mesh.mesh, blocks)
         loss_of(model, tokens_of(groups.dp_cp.index)).backward()
         foldpar.reduce_gradients(model, groups)
-        error, name = errors(model, before, want[here], groups)
+        error, name = errors(model, shares, want[here])
         assert error < 1e-12, name
         flat = torch.cat([gradient.flatten() for stage in want for gradient in stage.values()])
         assert relative(foldpar.get_total_norm(model, groups), flat.norm()) < 1e-12
@@ -448,7 +446,8 @@ def in_mixed_precision(layout: foldpar.FoldedLayout) -> None:
             nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
             foldpar.reduce_gradients(model, groups)
             for name, parameter in model.named_parameters():
-                assert data_axis(parameter) is not None, name
+                is_alone = layout.edp == 1 and ".experts." in name
+                assert (data_axis(parameter) is None) == is_alone, name
                 assert parameter.dtype is parameter.grad.dtype is torch.float32
                 wanted = shard_of(toys.own(want[name].grad).float(), parameter)
                 assert relative(local(parameter.grad), wanted) < 0.03, (stage, name)
@@ -461,17 +460,57 @@ def test_mixed_precision_tracks_a_bf16_model(layout: foldpar.FoldedLayout) -> No
     run_ranks(in_mixed_precision, layout.world, layout)
 
 
+def converted_and_given_back() -> None:
+    """Experts that no other rank holds compute in bf16 without FSDP2, in whatever way the forward runs."""
+    plain = plain_model().float()
+    with create_groups(solve_layout(4, tp=2, ep=4)) as groups:
+        tokens = tokens_of(groups.dp_cp.index)
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        gradients = []
+        for recompute in (None, True, False):
+            model = toys.fold(plain, groups)
+            shard_model(model, groups, stage=3, mixed_precision=policy)
+            experts = model.blocks[0].moe.experts
+            copies: list[Tensor] = []
+            experts.register_forward_pre_hook(lambda module, _, seen=copies: seen.append(module.down_proj))
+            if recompute is not None:
+                for block in model.blocks:
+                    block.forward = partial(checkpoint, block.forward, use_reentrant=recompute)
+            if recompute is None:
+                with torch.no_grad():
+                    model(tokens[:, :-1])
+            loss = loss_of(model, tokens)
+            assert all(copy.dtype is torch.bfloat16 for copy in copies)
+            assert experts.down_proj.dtype is torch.float32
+            if recompute is not True:  # which runs its forward without gradients first
+                assert local(copies[-1]).untyped_storage().nbytes() == 0
+            loss.backward()
+            loss_of(model, tokens).backward()
+            foldpar.reduce_gradients(model, groups)
+            assert experts.down_proj.grad.dtype is torch.float32
+            gradients.append([local(parameter.grad) for parameter in model.parameters()])
+        for others in gradients[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(gradients[0], others, strict=True))
+        with pytest.raises(ShapeError, match="rows_per_expert must be"):
+            experts(torch.zeros(1, 1), torch.zeros(1))
+        assert experts.down_proj.dtype is torch.float32  # what failed has left nothing
+
+
+def test_experts_of_one_rank_are_converted_for_each_pass() -> None:
+    run_ranks(converted_and_given_back, 4)
+
+
 def offloaded(layout: foldpar.FoldedLayout, replicas: int) -> None:
     plain = plain_model(bias=True)
     want = plain_gradients(plain, layout.dp, 2)
     with create_groups(layout) as groups:
         for stage in STAGES:
             model = toys.fold(plain, groups)
-            before = dict(model.named_parameters())
+            shares = Shares(model, groups)
             shard_model(model, groups, stage=stage, replicas=replicas, offload=CPUOffloadPolicy(pin_memory=False))
             micro_batches(model, groups.dp_cp.index, 2, 0.5)
             foldpar.reduce_gradients(model, groups)
-            error, name = errors(model, before, want, groups)
+            error, name = errors(model, shares, want)
             assert error < 1e-12, name
             foldpar.clip_grad_norm_(model, 1.0, groups)
             torch.optim.AdamW(foldpar.parameter_groups(model)).step()

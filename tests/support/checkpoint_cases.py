@@ -15,6 +15,7 @@ from typing import Any
 import parity
 import pytest
 import torch
+from boxes import Held, held_by
 from byte_lm import ByteLM, Config
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,8 +25,6 @@ import foldpar
 from foldpar.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from foldpar.checkpoint import dcp as checkpoint_dcp
 from foldpar.errors import CheckpointError, FoldingError
-from foldpar.parameters.boxes import Share
-from foldpar.parameters.placements import parameter_placements
 from foldpar.sharding.shard import shard_model
 
 CONFIG = Config(vocab=24, dim=16, heads=8, layers=2, experts=8, top_k=2, hidden=8, shared_hidden=8)
@@ -151,56 +150,27 @@ def ready(run: Run, seed: int = 7) -> Iterator[tuple[foldpar.FoldedGroups, nn.Mo
         yield groups, *fresh(run, groups, seed)
 
 
-Shares = dict[str, tuple[Share, Tensor]]
-
-
-def shares_of(model: nn.Module, groups: foldpar.FoldedGroups) -> Shares:
-    return {
-        placement.name: (placement.share, placement.local(placement.parameter).detach().clone())
-        for placement in parameter_placements(model, groups)
-    }
-
-
-def assembled(of_ranks: Sequence[Shares]) -> dict[str, Tensor]:
-    """Global tensors from the ranks' shares; every element must come from somewhere."""
-    whole: dict[str, Tensor] = {}
-    for shares in of_ranks:
-        for name, (share, local) in shares.items():
-            target = whole.setdefault(name, torch.full(share.shape, torch.nan, dtype=local.dtype))
-            assert target.shape == share.shape
-            for box in share.boxes:
-                to, of = (
-                    tuple(slice(start, start + size) for start, size in zip(starts, box.sizes, strict=True))
-                    for starts in (box.offsets, box.starts)
-                )
-                target[to] = local[of]
-    assert not [name for name, tensor in whole.items() if tensor.isnan().any()]
-    return whole
-
-
-def train_and_save(run: Run, path: Path, steps: int, **options: Any) -> tuple[list[float], Shares]:
+def train_and_save(run: Run, path: Path, steps: int, **options: Any) -> tuple[list[float], Held]:
     with ready(run) as (groups, model, optimizer):
         scheduler = scheduler_of(optimizer, run.schedule)
         losses = train(model, optimizer, groups, run, range(steps), scheduler)
         if scheduler is not None:
             options["schedulers"] = scheduler
         save_checkpoint(path, model, optimizer, groups, step=steps, extra={"note": [1, "two"]}, **options)
-        return losses, shares_of(model, groups)
+        return losses, held_by(model, groups)
 
 
-def load_and_train(
-    run: Run, path: Path, steps: int, **options: Any
-) -> tuple[CheckpointInfo, list[float], Shares, Shares]:
+def load_and_train(run: Run, path: Path, steps: int, **options: Any) -> tuple[CheckpointInfo, list[float], Held, Held]:
     """Info, the losses of further steps, and the weights before and after these."""
     with ready(run, seed=1) as (groups, model, optimizer):
         scheduler = scheduler_of(optimizer, run.schedule)
         if scheduler is not None:
             options["schedulers"] = scheduler
         info = load_checkpoint(path, model, optimizer, groups, **options)
-        loaded = shares_of(model, groups)
+        loaded = held_by(model, groups)
         assert info.step is not None
         losses = train(model, optimizer, groups, run, range(info.step, info.step + steps), scheduler)
-        return info, losses, loaded, shares_of(model, groups)
+        return info, losses, loaded, held_by(model, groups)
 
 
 def train_and_save_in_pieces(run: Run, path: Path, piece_bytes: int) -> None:

@@ -15,11 +15,10 @@ from hf_models import VOCAB, tiny_model
 from torch import Tensor, nn
 
 import foldpar
-from foldpar.comm.dtensors import is_dtensor, local_tensor
+from foldpar.comm.dtensors import local_tensor
 from foldpar.models.fold import fold_model
-from foldpar.moe import ExpertShare, is_gated
 from foldpar.testing import run_ranks
-from foldpar.testing.shares import placed
+from foldpar.testing.shares import Shares
 
 BATCH, LENGTH = 2, 6
 
@@ -109,6 +108,7 @@ def train_folded(model: nn.Module, case: Case, reference: Trace) -> dict[str, tu
     with foldpar.create_groups(case.layout) as groups:
         fold_model(model, groups, partition=case.partition, check=case.check)
         found: dict[str, tuple[float, float]] = {}
+        shares = Shares(model, groups)
         for step in range(case.steps):
             model.zero_grad()
             torch.manual_seed(groups.dp.index)  # the lanes of a TP group alike
@@ -125,42 +125,11 @@ def train_folded(model: nn.Module, case: Case, reference: Trace) -> dict[str, tu
                     assert parameter.grad is None or not local_tensor(parameter.grad).any(), name
                     continue
                 seen.add(name)
-                want = share(name, reference.gradients[step][name], model, parameter, groups)
+                want = shares.share_of(name, reference.gradients[step][name])
                 _note(found, f"gradient of {name} at step {step}", local_tensor(parameter.grad), want)
             assert seen == set(reference.gradients[step])
             _sgd(model, case.rate)
         return found
-
-
-def share(name: str, whole: Tensor, model: nn.Module, parameter: Tensor, groups: foldpar.FoldedGroups) -> Tensor:
-    """This rank's part of a tensor of one process; of experts by hand, not with the slices that folding used."""
-    owner, _, own_name = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if isinstance(module, ExpertShare):
-        return share_of_experts(own_name, whole, module)
-    if is_dtensor(parameter):
-        return placed(whole, parameter)
-    if whole.shape != parameter.shape:
-        return whole.chunk(groups.tp.size)[groups.tp.index]
-    return whole
-
-
-def share_of_experts(name: str, whole: Tensor, experts: ExpertShare) -> Tensor:
-    groups, storage = experts.groups, experts.storage
-    per_rank, hidden = experts.num_experts // groups.ep.size, experts.hidden_dim // groups.etp.size
-    mine = whole[groups.ep.index * per_rank : (groups.ep.index + 1) * per_rank]
-    units = list(range(groups.etp.index * hidden, (groups.etp.index + 1) * hidden))
-    if name == storage.down_bias:
-        return mine
-    if name == "down_proj":
-        return mine[:, units] if storage.transposed else mine[..., units]
-    if not is_gated(experts.activation):
-        columns = units
-    elif storage.interleaved:
-        columns = [column for unit in units for column in (2 * unit, 2 * unit + 1)]
-    else:
-        columns = units + [experts.hidden_dim + unit for unit in units]
-    return mine[..., columns] if storage.transposed or mine.dim() == 2 else mine[:, columns]
 
 
 def model_of(case: Case) -> nn.Module:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from dense import dense_experts, feed_forward
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -89,7 +90,7 @@ class Experts(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
         parts = 2 if case.activation in ("swiglu", "geglu") else 1
-        self.elementwise = {"swiglu": F.silu, "geglu": F.gelu, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}[
+        self.activation = {"swiglu": F.silu, "geglu": F.gelu, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}[
             case.activation
         ]
         self.gate_up_proj = nn.Parameter(torch.randn(case.experts, parts * case.hidden, DIM) / 2)
@@ -97,12 +98,11 @@ class Experts(nn.Module):
         self.gate_up_bias = nn.Parameter(torch.randn(case.experts, parts * case.hidden) / 2) if case.bias else None
         self.down_bias = nn.Parameter(torch.randn(case.experts, DIM) / 2) if case.bias else None
 
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        biases = (None, None) if self.down_bias is None else (self.gate_up_bias[expert], self.down_bias[expert])
-        hidden = F.linear(x, self.gate_up_proj[expert], biases[0])
-        gate, *up = hidden.split(self.down_proj.shape[2], dim=-1)
-        hidden = self.elementwise(gate) * up[0] if up else self.elementwise(gate)
-        return F.linear(hidden, self.down_proj[expert], biases[1])
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
+        experts = feed_forward(
+            self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias, activation=self.activation
+        )
+        return dense_experts(x, ids, weights, experts, mask)
 
 
 class Router(nn.Module):
@@ -134,12 +134,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.router(x, self.case)
         self.seen = F.linear(x, self.router.weight), ids
-        active = kept(x.detach(), ids) if self.case.masked else torch.ones_like(ids, dtype=torch.bool)
-        y = x * 0.0 if self.shared is None else self.shared(x)
-        for expert in range(self.case.experts):
-            token, choice = ((ids == expert) & active).nonzero(as_tuple=True)
-            y = y.index_add(0, token, self.experts(x[token], expert) * weights[token, choice, None])
-        return y
+        y = self.experts(x, ids, weights, kept(x.detach(), ids) if self.case.masked else None)
+        return y if self.shared is None else y + self.shared(x)
 
 
 class Layer(nn.Module):

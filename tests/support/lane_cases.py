@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 from toys import own
 
 import foldpar
 from foldpar.comm.collectives import all_reduce_
+from foldpar.testing.shares import Shares
 
 DIM, HIDDEN, EXPERTS, TOP_K = 4, 6, 8, 2
 TOLERANCE = 1e-11
@@ -108,18 +107,6 @@ def of_lane(whole: Tensor, fold: Fold, groups: foldpar.FoldedGroups) -> Tensor:
     return whole.split(counts)[groups.tp.index]
 
 
-def dense_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, scores: Tensor, mask: Tensor | None) -> Tensor:
-    """A plain expert loop over ``[tokens, dim]``."""
-    y = x * 0.0
-    for expert in range(EXPERTS):
-        chosen = ids == expert if mask is None else (ids == expert) & mask
-        token, choice = chosen.nonzero(as_tuple=True)
-        columns = F.linear(x[token], gate_up[expert])
-        gate, up = rearrange(columns, "rows (gate_up units) -> gate_up rows units", gate_up=2)
-        y = y.index_add(0, token, F.linear(F.silu(gate) * up, down[expert]) * scores[token, choice, None])
-    return y
-
-
 Reference = dict[str, Any]
 
 
@@ -172,20 +159,11 @@ def run_folded(
         scale = fold.data_ranks if loss == "sum" else 1
         assert_near("input", grad * scale, of_lane(want["inputs"][mine], fold, groups))
         assert_near("router", moe.router.weight.grad, want["router.weight"])
-        for name, parameter in (("gate_up_proj", moe.experts.gate_up_proj), ("down_proj", moe.experts.down_proj)):
-            share = _share(want[f"experts.{name}"], name, groups)
-            assert_near(name, own(parameter.grad, share), share)
+        shares = Shares(moe, groups)
+        for name in ("experts.gate_up_proj", "experts.down_proj"):
+            share = shares.share_of(name, want[name])
+            assert_near(name, own(shares.parameters[name].grad, share), share)
         return float(of_rank.detach())
-
-
-def _share(full: Tensor, name: str, groups: foldpar.FoldedGroups) -> Tensor:
-    mine = full.chunk(groups.ep.size)[groups.ep.index]
-    hidden = HIDDEN // groups.etp.size
-    units = slice(groups.etp.index * hidden, (groups.etp.index + 1) * hidden)
-    if name == "down_proj":
-        return mine[..., units]
-    apart = rearrange(mine, "experts (gate_up units) dim -> experts gate_up units dim", gate_up=2)
-    return rearrange(apart[:, :, units], "experts gate_up units dim -> experts (gate_up units) dim")
 
 
 def assert_near(what: str, got: Tensor, want: Tensor) -> None:

@@ -16,18 +16,21 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 from torch.nn import functional as F
 
 import foldpar
 from foldpar import families
+from foldpar.testing.shares import Shares
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from byte_lm import ByteLM, Config, MoE
 
 CONFIG = Config(vocab=32, dim=16, heads=8, layers=2, experts=8, top_k=2, hidden=8, shared_hidden=8)
 LENGTH, BATCH = 6, 2
+PLAIN = {"tp": 1, "ep": 1, "etp": 1, "cp": 1, "order": "tp-lane-major", "consumer": "replicated", "partition": "tokens"}
+"""What a case is changed to for the model in one process."""
 
 # What stands above the last MoE layer. The first two give every lane the same gradient by themselves; the others work
 # on other columns or tokens per lane, and are converted where they start or declared partial down to the embedding.
@@ -133,6 +136,7 @@ def train_folded(case: Case, reference: Trace) -> dict[str, Any]:
     with foldpar.create_groups(case.layout) as groups:
         model = fold(fresh_model(case), groups, case)
         start = {name: _local(parameter).detach().clone() for name, parameter in model.named_parameters()}
+        shares = Shares(model, groups)
         errors: dict[str, Any] = {}
         losses = []
         for step in range(case.steps):
@@ -141,11 +145,11 @@ def train_folded(case: Case, reference: Trace) -> dict[str, Any]:
             losses.append(backward(model, tokens, groups, case))
             foldpar.reduce_gradients(model, groups)
             for name, parameter in model.named_parameters():
-                want = share_of(name, reference.gradients[step][name], parameter, groups, case)
+                want = shares.share_of(name, reference.gradients[step][name])
                 _note(errors, f"gradient of {name} at step {step}", _local(parameter.grad), want)
             _sgd(model, case.rate)
         for name, parameter in model.named_parameters():
-            want = share_of(name, reference.updates[name], parameter, groups, case)
+            want = shares.share_of(name, reference.updates[name])
             resolution = case.steps * torch.finfo(case.dtype).eps / 2 * start[name]
             _note(errors, f"update of {name}", _local(parameter).detach() - start[name], want, resolution)
         mean = torch.tensor(losses[-1] / case.data_ranks, device=case.device)
@@ -173,7 +177,7 @@ def fold(model: ByteLM, groups: foldpar.FoldedGroups, case: Case) -> ByteLM:
     if case.consumer == "vocabulary" and case.tp > 1:
         parallelize_module(model.head, mesh, ColwiseParallel(use_local_output=False))
     if case.consumer.startswith("columns"):
-        model.head.weight = nn.Parameter(_columns(model.head.weight.detach(), groups).clone())
+        model.head.weight = nn.Parameter(model.head.weight.detach().chunk(groups.tp.size)[groups.tp.index].clone())
         foldpar.mark_parameters(model.head, families.DENSE_SHARDED)
     if case.consumer == "own-tokens":
         foldpar.mark_parameters(model.head, families.REPLICATED_PARTIAL)
@@ -213,27 +217,6 @@ def column_parallel_loss(logits: Tensor, targets: Tensor, tp: foldpar.AxisGroup)
     return (total.log() - picked).mean()
 
 
-def share_of(name: str, full: Tensor, parameter: Tensor, groups: foldpar.FoldedGroups, case: Case) -> Tensor:
-    """The part of a single-process tensor that this rank should hold."""
-    if ".experts." in name:
-        experts = case.config.experts // case.ep
-        mine = full[groups.ep.index * experts : (groups.ep.index + 1) * experts]
-        hidden = case.config.hidden // case.etp
-        units = slice(groups.etp.index * hidden, (groups.etp.index + 1) * hidden)
-        if name.endswith("down_proj"):
-            return mine[:, :, units]
-        apart = rearrange(mine, "experts (gate_up units) dim -> experts gate_up units dim", gate_up=2)
-        return rearrange(apart[:, :, units], "experts gate_up units dim -> experts (gate_up units) dim")
-    if isinstance(parameter, DTensor):
-        return foldpar_distribute(full, parameter)
-    return _columns(full, groups) if full.shape != parameter.shape else full
-
-
-def foldpar_distribute(full: Tensor, like: DTensor) -> Tensor:
-    replicated = DTensor.from_local(full, like.device_mesh, [Replicate()], run_check=False)
-    return replicated.redistribute(placements=like.placements).to_local()
-
-
 def worst(results: list[dict[str, Any]]) -> tuple[float, str]:
     """The largest relative L2 difference of any tensor, over all ranks' shares, and its name."""
     relative = {}
@@ -244,10 +227,6 @@ def worst(results: list[dict[str, Any]]) -> tuple[float, str]:
         relative[name] = max(0.0, difference - resolution) / norm if norm else difference
     name = max(relative, key=lambda key: (math.isnan(relative[key]), relative[key]))
     return relative[name], name
-
-
-def _columns(full: Tensor, groups: foldpar.FoldedGroups) -> Tensor:
-    return full.chunk(groups.tp.size, dim=0)[groups.tp.index]
 
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:

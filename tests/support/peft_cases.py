@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from boxes import cut
 from hf_models import FAMILIES
 from torch import Tensor, nn
 
@@ -135,17 +136,7 @@ def differences(case: Case, values: dict[str, Tensor], want: dict[str, Tensor]) 
         found = {"the norm": float(abs(norm - total) / total)}
         for placement in foldpar.parameters.parameter_placements(model, groups):
             if (name := placement.name) in want:
-                own = share_of(want[name], placement.share)
+                own = cut(want[name], placement.share)
                 found[name] = float((placement.local(placement.parameter.grad) - own).norm() / want[name].norm())
         assert found.keys() == {*want, "the norm"}
         return found
-
-
-def share_of(whole: Tensor, share: foldpar.parameters.Share) -> Tensor:
-    assert whole.shape == share.shape
-    own = torch.zeros(share.local, dtype=whole.dtype)
-    for box in share.boxes:
-        here = tuple(slice(start, start + size) for start, size in zip(box.starts, box.sizes, strict=True))
-        there = tuple(slice(start, start + size) for start, size in zip(box.offsets, box.sizes, strict=True))
-        own[here] = whole[there]
-    return own

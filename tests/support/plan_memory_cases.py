@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,12 +36,13 @@ class Case:
     micro: int = 4
     micro_batches: int = 1
     tokens: int = 256
+    transport: str = "messages"
 
     def __str__(self) -> str:
         degrees = "".join(f" {name}{size}" for name, size in self.degrees.items())
         return (
             f"{self.model} {self.precision} world {self.world}{degrees} stage {self.stage} recompute {self.recompute} "
-            f"{self.micro_batches} x {self.micro} x {self.tokens}"
+            f"{self.transport} {self.micro_batches} x {self.micro} x {self.tokens}"
         )
 
     @property
@@ -68,19 +68,14 @@ class Case:
         batch = self.micro * self.micro_batches * self.layout.dp
         work = Workload(tokens=self.tokens, batch=batch, precision=self.precision)  # type: ignore[arg-type]
         return MemoryModel(shape, work, device).of(
-            self.layout, stage=self.stage, recompute=self.recompute, transport="messages", micro=self.micro,
+            self.layout, stage=self.stage, recompute=self.recompute, transport=self.transport, micro=self.micro,
         )  # type: ignore[arg-type]  # fmt: skip
 
-    def measured(
-        self,
-        groups: foldpar.FoldedGroups,
-        device: str,
-        peak_of: Callable[[Callable[[], None]], int],
-        around: Callable[[], AbstractContextManager[object]] | None = None,
-    ) -> int:
-        """The peak of the second step, as ``peak_of`` counts it; beside it what is held before, on CPUs."""
+    def training(self, groups: foldpar.FoldedGroups, device: str) -> Training:
+        """The model as a program would have it, folded and sharded, with its optimizer and a batch."""
         model = self.build(device)
-        foldpar.fold_model(model, groups, check=False)
+        one_sided = foldpar.OneSided(self.own_tokens) if self.transport == "one-sided" else None
+        foldpar.fold_model(model, groups, one_sided=one_sided, check=False)
         route_evenly(model, groups.dp.index)
         if self.recompute == "full":
             model.gradient_checkpointing_enable()
@@ -92,23 +87,64 @@ class Case:
             precision = mixed if self.precision == "mixed" else None
             foldpar.shard_model(model, groups, stage=self.stage, mixed_precision=precision)
         optimizer = torch.optim.AdamW(foldpar.parameter_groups(model), lr=1e-4)
-        ids = torch.arange(self.micro * self.tokens, device=device).view(self.micro, -1) % self.config["vocab_size"]
+        return Training(model, groups, optimizer, self.ids(device), self.micro_batches)
 
-        def step() -> None:
-            with foldpar.accumulate(model):
-                for _ in range(self.micro_batches - 1):
-                    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            foldpar.reduce_gradients(model, groups)
-            optimizer.step()
-            optimizer.zero_grad()
+    def ids(self, device: str) -> Tensor:
+        """Of the tokens of a micro-batch."""
+        ids = torch.arange(self.micro * self.tokens, device=device).view(self.micro, -1)
+        return ids % int(self.config["vocab_size"])
 
-        step()
+    @property
+    def own_tokens(self) -> int:
+        """Those that a rank routes in a forward."""
+        return -(-self.micro * self.tokens // self.layout.tp)
+
+    def measured(
+        self,
+        groups: foldpar.FoldedGroups,
+        device: str,
+        peak_of: Callable[[Callable[[], None]], int],
+    ) -> int:
+        """The peak of the second step, as ``peak_of`` counts it; beside it what is held before, on CPUs."""
+        training = self.training(groups, device)
+        training.step()
         gc.collect()
+        model, optimizer = training.model, training.optimizer
         held = 0 if device == "cuda" else bytes_of(model.parameters()) + bytes_of(
             value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
         )  # fmt: skip
-        return held + peak_of(step)
+        return held + peak_of(training.step)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model in training, and one step of it in phases."""
+
+    model: nn.Module
+    groups: foldpar.FoldedGroups
+    optimizer: torch.optim.Optimizer
+    ids: Tensor
+    micro_batches: int
+
+    def step(self, after: Callable[[str], None] = lambda phase: None) -> None:
+        """One step; ``after`` is called with the name of each phase that has ended on the host."""
+        with foldpar.accumulate(self.model):
+            for _ in range(self.micro_batches - 1):
+                self._forward().backward()
+        after("earlier")
+        loss = self._forward()
+        after("forward")
+        loss.backward()
+        after("backward")
+        foldpar.reduce_gradients(self.model, self.groups)
+        after("reduce")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        after("optimizer")
+
+    def _forward(self) -> Tensor:
+        loss: Tensor = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        return loss
 
 
 def bytes_of(tensors: Any) -> int:

@@ -10,13 +10,14 @@ from typing import Any
 
 import parity
 import torch
-from parity import Case, batch_of, fold, fresh_model, share_of
+from parity import Case, batch_of, fold, fresh_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 import foldpar
 from foldpar.sharding.shard import accumulate, shard_model
+from foldpar.testing.shares import Shares
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,13 @@ def _train_stage(run: Run, stage: int, alone: History, options: dict[str, Any]) 
     case, errors, losses, norms = run.case, {}, [], []
     with foldpar.create_groups(case.layout) as groups:
         model = fold(fresh_model(case), groups, case)
-        before = dict(model.named_parameters())
+        shares = Shares(model, groups)
         if stage:
             shard_model(model, groups, stage=stage, **options)
         optimizer = run.optimizer_of(foldpar.parameter_groups(model))
 
         def note(what: str, name: str, got: Tensor, full: Tensor, resolution: Any = 0.0) -> None:
-            want = shard_of(share_of(name, full, before[name], groups, case), dict(model.named_parameters())[name])
+            want = shard_of(shares.share_of(name, full), dict(model.named_parameters())[name])
             parity._note(errors, f"{what} of {name}", parity._local(got).detach(), want.to(got.device), resolution)
 
         for step in range(run.steps):

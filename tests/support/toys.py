@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense import dense_experts, feed_forward, softmax_routing
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ import foldpar
 from foldpar import families
 from foldpar.comm.dtensors import is_dtensor, local_tensor
 from foldpar.moe.kernels import activations
+from foldpar.testing.shares import Shares
 
 VOCABULARY, DIM, HIDDEN, EXPERTS, TOP_K, LENGTH = 12, 8, 4, 8, 2, 6
 GATE_UP = "experts gate_up units ... -> experts (gate_up units) ..."
@@ -49,17 +51,9 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(x, "... dim -> (...) dim")
-        weights, ids = F.linear(tokens, self.router.weight).softmax(-1).topk(TOP_K)
-        weights = weights / weights.sum(-1, keepdim=True)
-        y, of = tokens * 0.0, self.experts
-        for expert in range(EXPERTS):
-            token, choice = (ids == expert).nonzero(as_tuple=True)
-            biases = (None, None) if of.down_bias is None else (of.gate_up_bias[expert], of.down_bias[expert])
-            columns = F.linear(tokens[token], of.gate_up_proj[expert], biases[0])
-            gate, up = rearrange(columns, "rows (gate_up units) -> gate_up rows units", gate_up=2)
-            output = F.linear(F.silu(gate) * up, of.down_proj[expert], biases[1])
-            y = y.index_add(0, token, (output * weights[token, choice, None]).to(y.dtype))
-        y = y.view_as(x)
+        of = self.experts
+        experts = feed_forward(of.gate_up_proj, of.down_proj, of.gate_up_bias, of.down_bias)
+        y = dense_experts(tokens, *softmax_routing(tokens, self.router.weight, TOP_K), experts).view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
 
@@ -205,19 +199,6 @@ def row_counts(x: Tensor, group: foldpar.AxisGroup) -> tuple[int, ...]:
     return tuple(foldpar.comm.collectives.all_gather(torch.tensor([x.shape[0]]), group).flatten().tolist())
 
 
-def share(name: str, full: Tensor, parameter: Tensor, groups: foldpar.FoldedGroups) -> Tensor:
-    """The part of a tensor of the plain model that this rank should hold."""
-    if ".experts." in f".{name}":
-        mine = full.chunk(groups.ep.size)[groups.ep.index]
-        if "gate_up" in name:
-            return torch.cat([half.chunk(groups.etp.size, 1)[groups.etp.index] for half in mine.chunk(2, 1)], dim=1)
-        return mine.chunk(groups.etp.size, -1)[groups.etp.index] if name.endswith("down_proj") else mine
-    for dim, (whole, part) in enumerate(zip(full.shape, parameter.shape, strict=True)):
-        if whole != part:
-            return full.chunk(groups.tp.size, dim)[groups.tp.index]
-    return full
-
-
 def relative(got: Tensor, want: Tensor) -> float:
     """The relative L2 difference; the difference itself where zero is wanted."""
     with torch.no_grad():
@@ -225,16 +206,12 @@ def relative(got: Tensor, want: Tensor) -> float:
         return float((got - want).norm()) / (float(want.norm()) or 1.0)
 
 
-def gradient_errors(
-    model: nn.Module, want: dict[str, Tensor], groups: foldpar.FoldedGroups | Sequence[foldpar.FoldedGroups]
-) -> dict[str, float]:
+def gradient_errors(model: nn.Module, want: dict[str, Tensor], groups: foldpar.FoldedGroups) -> dict[str, float]:
     """Of every parameter, the relative difference between its gradient and this rank's share of the plain one."""
-    errors = {}
+    errors, shares = {}, Shares(model, groups)
     for name, parameter in model.named_parameters():
-        block = int(name.split(".")[1]) if name.startswith("blocks.") else 0
-        of_block = groups[block] if isinstance(groups, Sequence) else groups
         assert parameter.grad is not None, f"{name} has no gradient"
-        wanted = share(name, want[name], parameter, of_block)
+        wanted = shares.share_of(name, want[name])
         assert own(parameter.grad, wanted).shape == wanted.shape, name
         errors[name] = relative(parameter.grad, wanted)
     return errors

@@ -178,6 +178,13 @@ def _state(placement: Placement, key: str, value: Any, entries: list[Entry], gro
     if not isinstance(value, Tensor):
         return StateRecord("value", value=_plain_option(name, value))
     tensor = local_tensor(value).detach()
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        raise CheckpointError(
+            f"The optimizer's state {key!r} of {placement.name} is a {type(tensor).__qualname__}, a tensor with "
+            f"parts of its own, such as codes and the scales of blocks of them. Which of them belong to which element "
+            f"cannot be told, so it could not be cut for another layout. Save with optimizer=None, or use an optimizer "
+            f"whose states are plain tensors."
+        )
     if value.shape == placement.parameter.shape and tensor.shape == local_tensor(placement.parameter).shape:
         tensor = placement.local(value).detach()
         entries.append(Entry(name, placement.share, tensor, placement.replica, placement.replicas))

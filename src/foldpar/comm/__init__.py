@@ -5,7 +5,7 @@
     agreement    whether values that must be equal on several ranks are; ``first_step``: when that is asked
     c10d         every private name of torch's process groups
     dtensors     torch's DTensor and meshes: how a parameter lies on ranks, their private names
-    peers        memory that the GPUs of a group read from each other
+    peers        memory that the GPUs of a group read from each other; ``host_meeting``: where their hosts agree
     world        all ranks of a job over Gloo, for files
 
 Laws: a backward is the transpose of its forward, or says which factor it adds; whatever can be refused is refused on
@@ -35,6 +35,7 @@ from foldpar.comm.collectives import (
     gather_rows,
     reduce_scatter_rows,
     scale_gradient,
+    scatter_sum_rows,
     split_rows,
     start_all_reduce,
 )
@@ -43,6 +44,7 @@ from foldpar.comm.dtensors import (
     MeshDim,
     adopt,
     communication_device,
+    converted,
     data_was_assigned,
     distributed_parameter,
     is_dtensor,
@@ -57,11 +59,12 @@ from foldpar.comm.dtensors import (
 )
 from foldpar.comm.first_step import When, can_compare
 from foldpar.comm.groups import AxisGroup, FoldedGroups, Kept, create_groups
-from foldpar.comm.peers import PeerMemory, check_room, known_memory_of, memory_of, why_no_peers
+from foldpar.comm.peers import DeviceMemories, PeerMemory, check_room, memories_of, why_no_peers
 from foldpar.comm.world import Ranks, attempt, raise_interruption, told
 
 __all__ = [
     "AxisGroup",
+    "DeviceMemories",
     "FoldedGroups",
     "Kept",
     "MeshAxes",
@@ -82,6 +85,7 @@ __all__ = [
     "checksum",
     "communication_device",
     "compare_settings",
+    "converted",
     "copy_to_group",
     "create_groups",
     "data_was_assigned",
@@ -94,11 +98,10 @@ __all__ = [
     "gather_rows",
     "is_dtensor",
     "is_sharding",
-    "known_memory_of",
     "living_groups",
     "local_parts",
     "local_tensor",
-    "memory_of",
+    "memories_of",
     "own_part",
     "partial_dimension",
     "placed_like",
@@ -106,6 +109,7 @@ __all__ = [
     "reduce_scatter_rows",
     "refuse_foreign_scalers",
     "scale_gradient",
+    "scatter_sum_rows",
     "split_rows",
     "start_all_reduce",
     "told",

@@ -30,6 +30,7 @@ __all__ = [
     "MeshDim",
     "adopt",
     "communication_device",
+    "converted",
     "data_was_assigned",
     "distributed_parameter",
     "is_dtensor",
@@ -225,6 +226,46 @@ def local_parts(*tensors: Tensor | None, partial_over: str | None = None) -> tup
     return tuple(parts)
 
 
+def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Copies in another dtype, DTensors of DTensors that lie alike: one autograd function for all of them.
+
+    Backward:
+        Gradients in the dtypes of the tensors, as each comes: a sum over ranks that is still partial stays so.
+    """
+    return cast("tuple[Tensor, ...]", cast(Any, _Converted).apply(dtype, *tensors))
+
+
+class _Converted(Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        copies = tuple(_in_dtype(tensor, dtype) for tensor in tensors)
+        frozen = (copy for copy, of in zip(copies, tensors, strict=True) if not of.requires_grad)
+        ctx.mark_non_differentiable(*frozen)
+        return copies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *(
+            None if grad is None else _in_dtype(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy; not by DTensor's own rules, which cost more than the copy."""
+    if not is_dtensor(tensor):
+        return tensor.to(dtype, copy=True)
+    return type(tensor).from_local(
+        local_tensor(tensor).to(dtype, copy=True),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
 def _traced_part(tensor: DTensor, partial_over: str | None) -> Tensor:
     placements = _placements_of_gradient(tensor.device_mesh, tensor.placements, partial_over)
     return tensor.to_local(grad_placements=placements)
@@ -300,16 +341,18 @@ class MeshAxes:
 
     def __init__(self) -> None:
         self._known: dict[tuple[FoldedGroups, DeviceMesh, int], tuple[tuple[int, ...], frozenset[str]]] = {}
+        self._shared: dict[DeviceMesh, tuple[int, ...]] = {}
 
     def dims(self, tensor: DTensor, groups: FoldedGroups) -> list[MeshDim]:
         """The mesh dimensions of more than one rank."""
-        mesh, dims = tensor.device_mesh, []
-        for dim, placement in enumerate(tensor.placements):
-            if mesh.size(dim) > 1:
-                if (groups, mesh, dim) not in self._known:
-                    self._known[groups, mesh, dim] = self._look_up(groups, mesh, dim)
-                ranks, axes = self._known[groups, mesh, dim]
-                dims.append(MeshDim(dim, _dim_name(mesh, dim), ranks, axes, placement))
+        mesh, placements, dims = tensor.device_mesh, tensor.placements, []
+        if mesh not in self._shared:
+            self._shared[mesh] = tuple(dim for dim in range(mesh.ndim) if mesh.size(dim) > 1)
+        for dim in self._shared[mesh]:
+            if (groups, mesh, dim) not in self._known:
+                self._known[groups, mesh, dim] = self._look_up(groups, mesh, dim)
+            ranks, axes = self._known[groups, mesh, dim]
+            dims.append(MeshDim(dim, _dim_name(mesh, dim), ranks, axes, placements[dim]))
         return dims
 
     def _look_up(self, groups: FoldedGroups, mesh: DeviceMesh, dim: int) -> tuple[tuple[int, ...], frozenset[str]]:

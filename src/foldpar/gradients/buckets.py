@@ -59,38 +59,39 @@ class PieceCutter:
         self._loss, self._reduce_dtype = loss, reduce_dtype
         self._axes = MeshAxes()
         self._folds = {groups: 0}
+        self._factors: dict[tuple[ParameterFamily, FoldedGroups], float] = {}
 
     def piece(self, resolved: ResolvedParameter) -> Piece:
         """The piece of a parameter with the gradient that it has now, placed like the parameter."""
-        parameter, family = resolved.parameter, self._family_over_lanes(resolved)
-        grad = parameter.grad
+        parameter, placements = resolved.parameter, self._placements(resolved)
+        family, grad = _family_over_lanes(resolved, placements), parameter.grad
         if grad is not None and grad.layout is not torch.strided:
             raise ShapeError(
                 f"The gradient of {resolved.name} is sparse ({grad.layout}). Buckets are dense: build the embedding "
                 f"with sparse=False."
             )
         if grad is not None and is_dtensor(grad):
-            for (placement, is_lane), given in zip(self._placements(resolved), grad.placements, strict=True):
+            for (placement, is_lane), given in zip(placements, grad.placements, strict=True):
                 if is_lane and given != placement:  # DTensor declares the state, whatever the mark
                     summand = given.is_partial() and getattr(given, "reduce_op", "sum") == "sum"
                     family = replace(family, reduction=Reduction.SUM if summand else Reduction.AVERAGE)
             # A DTensor gradient is one global tensor, so placing it like its parameter is always right; a batch
             # without tokens, for example, leaves shards in other places.
-            wanted = self._wanted_placements(resolved, grad)
+            wanted = _wanted_placements(placements, grad)
             if wanted != list(grad.placements):
                 parameter.grad = grad = grad.redistribute(placements=wanted)
         return self._piece(resolved, family, grad)
 
     def without_gradient(self, resolved: ResolvedParameter) -> Piece:
         """What is known before there is a gradient: groups, dtype and size."""
-        return self._piece(resolved, self._family_over_lanes(resolved), None)
+        return self._piece(resolved, _family_over_lanes(resolved, self._placements(resolved)), None)
 
     def is_placed(self, resolved: ResolvedParameter) -> bool:
         """Whether the gradient can become a piece without communication."""
         grad = resolved.parameter.grad
         if grad is None or not is_dtensor(grad):
             return True
-        return self._wanted_placements(resolved, grad) == list(grad.placements)
+        return _wanted_placements(self._placements(resolved), grad) == list(grad.placements)
 
     def _piece(self, resolved: ResolvedParameter, family: ParameterFamily, grad: Tensor | None) -> Piece:
         groups = resolved.groups
@@ -100,13 +101,18 @@ class PieceCutter:
             resolved.parameter,
             values=local_tensor(resolved.parameter.detach()),
             gradient=None if grad is None else local_tensor(grad),
-            factor=float(gradient_factor(family, groups.layout, self._loss)),
+            factor=self._factor(family, groups),
             lane=_lane_of(family, groups),
             data=AxisGroup(data.axis, (groups.rank,), 0, None) if resolved.sharded else data,
             dtype=self._reduce_dtype or _gradient_dtype(resolved.parameter),
             device=resolved.communication_device,
             fold=self._folds.setdefault(groups, len(self._folds)),
         )
+
+    def _factor(self, family: ParameterFamily, groups: FoldedGroups) -> float:
+        if (family, groups) not in self._factors:
+            self._factors[family, groups] = float(gradient_factor(family, groups.layout, self._loss))
+        return self._factors[family, groups]
 
     def _placements(self, resolved: ResolvedParameter) -> list[tuple[Placement, bool]]:
         """Of a DTensor, per mesh dimension: the placement, and whether the dimension is the lanes that hold copies."""
@@ -120,18 +126,20 @@ class PieceCutter:
         }
         return [(placement, number in lanes) for number, placement in enumerate(parameter.placements)]
 
-    def _wanted_placements(self, resolved: ResolvedParameter, grad: DTensor) -> list[Placement]:
-        """Those of the parameter; but what is partial over the lanes stays so, and is summed in a bucket."""
-        placements = zip(self._placements(resolved), grad.placements, strict=True)
-        return [given if given.is_partial() and is_lane else placement for (placement, is_lane), given in placements]
 
-    def _family_over_lanes(self, resolved: ResolvedParameter) -> ParameterFamily:
-        over_lanes = any(is_lane for _, is_lane in self._placements(resolved))
-        if over_lanes and (resolved.family.reduction is Reduction.SKIP or resolved.sharded):
-            # A rank without a gradient cannot know whether it is partial elsewhere, so such copies always meet. And a
-            # partial gradient that came to FSDP2 was placed like its parameter there, so it is whole already.
-            return replace(resolved.family, reduction=Reduction.AVERAGE)
-        return resolved.family
+def _wanted_placements(placements: list[tuple[Placement, bool]], grad: DTensor) -> list[Placement]:
+    """Those of the parameter; but what is partial over the lanes stays so, and is summed in a bucket."""
+    pairs = zip(placements, grad.placements, strict=True)
+    return [given if given.is_partial() and is_lane else placement for (placement, is_lane), given in pairs]
+
+
+def _family_over_lanes(resolved: ResolvedParameter, placements: list[tuple[Placement, bool]]) -> ParameterFamily:
+    over_lanes = any(is_lane for _, is_lane in placements)
+    if over_lanes and (resolved.family.reduction is Reduction.SKIP or resolved.sharded):
+        # A rank without a gradient cannot know whether it is partial elsewhere, so such copies always meet. And a
+        # partial gradient that came to FSDP2 was placed like its parameter there, so it is whole already.
+        return replace(resolved.family, reduction=Reduction.AVERAGE)
+    return resolved.family
 
 
 def _lane_of(family: ParameterFamily, groups: FoldedGroups) -> AxisGroup | None:

@@ -81,7 +81,7 @@ class _Products:
     def __init__(self, experts: Any, num_experts: int, dim: int) -> None:
         self.experts, self.num_experts, self.dim = experts, num_experts, dim
 
-    def why_not_one_sided(self) -> str | None:
+    def needs_sizes(self) -> str | None:
         return "the experts have biases, whose gradients are sums over all rows" if self.experts.has_bias else None
 
     def __call__(

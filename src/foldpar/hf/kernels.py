@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foldpar.errors import ModelError
 from foldpar.models import activation_of, own_gate
-from foldpar.moe import Activation, ExpertStorage, grouped_feed_forward, in_autocast_dtype, pick
+from foldpar.moe import Activation, ExpertStorage, Places, grouped_feed_forward, in_autocast_dtype
 
 __all__ = ["experts_forward", "grouped_products", "why_not_grouped"]
 
@@ -32,15 +32,9 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     counts = torch.zeros(local + 1, dtype=torch.int32, device=ids.device).scatter_add_(
         0, ids, torch.ones_like(ids, dtype=torch.int32)
     )
-    source = assignment_of_slot // top_k_index.shape[1]
-
-    computed = grouped_products(
-        experts,
-        rows,
-        counts[:local].cumsum(0, dtype=torch.int32),
-        pick(weights, assignment_of_slot, copies),
-        places=(source, copies),
-    )
+    ends = counts[:local].cumsum(0, dtype=torch.int32)
+    places = Places(assignment_of_slot // top_k_index.shape[1], assignment_of_slot, copies, ends)
+    computed = grouped_products(experts, rows, ends, weights, places=places)
     return computed.to(hidden_states.dtype)
 
 
@@ -50,7 +44,7 @@ def grouped_products(
     ends: Tensor,
     weights: Tensor,
     sizes: tuple[int, ...] | None = None,
-    places: tuple[Tensor, Tensor] | None = None,
+    places: Places | None = None,
 ) -> Tensor:
     """What experts of transformers compute of rows grouped by expert, times each row's weight: ``[rows, dim]``.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foldpar.comm import adopt
 from foldpar.errors import ModelError
-from foldpar.parameters import buffer_places
+from foldpar.parameters import buffer_places, refuse_gradient_hooks
 
 __all__ = ["Slots", "compute_buffers"]
 
@@ -19,6 +19,8 @@ class Slots:
     """Where a model keeps its tensors, to give those on the meta device memory at all their places."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
+        on_meta = ((name, each) for name, each in model.named_parameters() if each.is_meta)
+        refuse_gradient_hooks(on_meta, "Loading into a model on the meta device")
         self._device = device
         self._made: dict[int, Tensor] = {}
         self._places: dict[int, list[tuple[Mapping[str, Any], str]]] = {}

@@ -125,7 +125,7 @@ def fill(
     stored = _headers(folder, file, ranks)
     plan = ranks.together(lambda: _plan(model, groups, stored, strict, names))
     unused = _check_fits(plan, folder, ranks, strict)
-    slots = Slots(model, torch.device(device) if device is not None else _device(groups))
+    slots = ranks.together(lambda: Slots(model, torch.device(device) if device is not None else _device(groups)))
     read, error = attempt(lambda: _fill(model, folder, stored, plan, slots))
     errors = ranks.all_gather(None if error is None else f"{type(error).__name__}: {error}")
     raise_interruption(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -38,7 +37,7 @@ def register_with_transformers(name: str = "foldpar", *, one_sided: OneSided | N
 
     Args:
         one_sided: let rows travel through shared memory where GPUs allow it. Nobody reads there whether rows found
-            room, so there must be room for all: ``OneSided(max_tokens=..., slack=math.inf)``.
+            room, so there must be room for all: ``OneSided()``, without a ``slack``.
 
     Backward:
         Exact, of all parameters, inputs and routing weights; also in float64. Over the lanes of a TP group it is that
@@ -54,11 +53,11 @@ def register_with_transformers(name: str = "foldpar", *, one_sided: OneSided | N
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     expect("register_with_transformers", name=(name, str), one_sided=(one_sided, (OneSided, type(None))))
-    if one_sided is not None and one_sided.slack != math.inf:
+    if one_sided is not None and one_sided.slack is not None:
         raise ArgumentError(
             f"register_with_transformers: one_sided has slack = {one_sided.slack}, room for a part of all rows that "
-            f"may come, and in a loop of transformers nobody reads whether they found it. Give it room for all: "
-            f"OneSided(max_tokens={one_sided.max_tokens}, slack=math.inf)."
+            f"may come, and in a loop of transformers nobody reads whether they found it. Leave slack away: there is "
+            f"room for all then."
         )
     if (module := _expert_parallel_of_transformers()) is not None:
         from foldpar.hf.expert_parallel import implementation

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -34,15 +35,9 @@ from foldpar.models.tensor_parallel import LaneCut, lane_cut
 from foldpar.moe import ExpertShare
 from foldpar.parameters import mark_of, mark_parameters, resolve_parameters, sharded_module, when_greeted
 
-__all__ = ["adapters_aside", "base_of", "welcome_adapters"]
+__all__ = ["adapters_aside", "welcome_adapters"]
 
 _FITTED = "_foldpar_fitted"
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The model that a library's model of adapters is around, or the model itself."""
-    get = getattr(model, "get_base_model", None)
-    return cast(nn.Module, get()) if get is not None and hasattr(model, "peft_config") else model
 
 
 @contextmanager
@@ -88,29 +83,30 @@ class _Doorman:
     """Before every forward: whether other modules are here than the last time."""
 
     def __init__(self, groups: FoldedGroups) -> None:
-        self.groups, self.seen = groups, list[int]()
+        self.groups = groups
+        self.places = list[dict[str, nn.Module | None]]()
+        self.seen = list[nn.Module | None]()
+        self.all_have_families = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Doorman, (self.groups,)  # of a copy of the model nothing has been seen yet
 
     def __call__(self, model: nn.Module, arguments: object) -> None:
         if torch.compiler.is_compiling():
             return
-        now = _modules_of(model)
-        if now == self.seen:
-            return
-        _fit_all(model, self.groups)
-        if torch.is_grad_enabled():
+        if not self.places or self.places[0] is not model._modules or _children(self.places) != self.seen:
+            _fit_all(model, self.groups)
+            self.places = [module._modules for module in model.modules()]
+            self.seen, self.all_have_families = _children(self.places), False
+        if torch.is_grad_enabled() and not self.all_have_families:
             if sharded_module(model) is None:  # shard_model asks for all families
                 resolve_parameters(model, self.groups)
-            self.seen = now
+            self.all_have_families = True
 
 
-def _modules_of(model: nn.Module) -> list[int]:
-    """Who is there, as numbers. Every forward waits for it, and ``model.modules()`` takes several times as long."""
-    found, left = list[int](), [model]
-    while left:
-        module = left.pop()
-        found.append(id(module))
-        left += [child for child in module._modules.values() if child is not None]
-    return found
+def _children(places: list[dict[str, nn.Module | None]]) -> list[nn.Module | None]:
+    """All that stands in these places, without a loop in Python: every forward waits for it."""
+    return list(chain.from_iterable(map(dict.values, places)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,9 +138,11 @@ def _fit_all(model: nn.Module, groups: FoldedGroups) -> None:
 def _fit(name: str, adapter: Any) -> None:
     """Make one adapter fit what it is around; what fits already stays as it is."""
     base, pairs = _inside(adapter), _pairs(adapter)
-    state = (id(base), tuple(pairs))
-    if getattr(adapter, _FITTED, None) == state:
+    state, fitted = (id(base), tuple(pairs)), getattr(adapter, _FITTED, None)
+    if fitted == state:
         return
+    if (fitted is None or set(pairs) - set(fitted[1])) and not isinstance(base, ExpertShare):
+        _refuse_sharded(name, base)
     parameter_name, cut = getattr(adapter, "parameter_name", None), lane_cut(base)
     if isinstance(base, ExpertShare):
         _fit_experts(name, adapter, base, parameter_name)
@@ -157,6 +155,16 @@ def _fit(name: str, adapter: Any) -> None:
     if pairs and not _variants(adapter):
         adapter.merge, adapter.unmerge = partial(_merge, adapter), partial(_unmerge, adapter)
     setattr(adapter, _FITTED, state)
+
+
+def _refuse_sharded(name: str, base: nn.Module) -> None:
+    record = sharded_module(base)
+    if record is not None and record.names:
+        raise ModelError(
+            f"{name} is an adapter that came after shard_model, around a {type(base).__name__} of which this rank "
+            f"holds a shard, so the library made it for the shard's size. Adapt first, then shard: "
+            f"get_peft_model(model, ...), then shard_model(model, groups, stage={record.stage})."
+        )
 
 
 def _pairs(adapter: Any) -> dict[str, tuple[Any, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -11,15 +12,16 @@ from foldpar.arguments import expect
 from foldpar.comm import FoldedGroups, adopt
 from foldpar.errors import ModelError
 from foldpar.families import REPLICATED, REPLICATED_PARTIAL
-from foldpar.models.adapted import adapters_aside, base_of, welcome_adapters
+from foldpar.models.adapted import adapters_aside, welcome_adapters
 from foldpar.models.block_proof import kind_of, prove_block
 from foldpar.models.known import MoEAdapter
 from foldpar.models.meta_copy import HOOKS
 from foldpar.models.plan import Block, FoldPlan, survey
 from foldpar.models.refusals import refuse_what_needs_all_ranks
 from foldpar.models.tensor_parallel import shard_dense
-from foldpar.moe import FoldedExperts, ModelChecks, Partition, correction_bias_in
+from foldpar.moe import FoldedExperts, ModelChecks, OneSided, Partition, correction_bias_in
 from foldpar.parameters import (
+    base_of,
     keep_dtypes,
     mark_parameters,
     mark_replaced,
@@ -38,6 +40,7 @@ def fold_model(
     *,
     adapters: Iterable[MoEAdapter] = (),
     partition: Partition = "tokens",
+    one_sided: OneSided | None = None,
     check: bool | None = None,
 ) -> FoldPlan:
     """Fold a model in place: its experts over ``ep`` and ``etp``, its dense part over ``tp``; returns what was done.
@@ -68,6 +71,8 @@ def fold_model(
             weights or layers shared between depths, stays one.
         adapters: :class:`~foldpar.MoEAdapter` for blocks that are not known here; they come first.
         partition: how lanes share the experts' work, see :class:`foldpar.FoldedExperts`.
+        one_sided: let rows travel through shared memory where that is possible, see :class:`foldpar.OneSided`; by
+            default they travel in messages.
         check: when to compare what is taken on trust, as in :class:`foldpar.FoldedMoE`; here also that all lanes of a
             TP group call the model with the same tensors, and send the same gradients back to its outputs.
 
@@ -79,10 +84,15 @@ def fold_model(
 
     Source: tensor parallelism: Shoeybi et al. 2019; folding: Liu et al. 2025.
     """
-    expect("fold_model", model=(model, nn.Module), groups=(groups, FoldedGroups))
+    expect(
+        "fold_model",
+        model=(model, nn.Module),
+        groups=(groups, FoldedGroups),
+        one_sided=(one_sided, (OneSided, type(None))),
+    )
     model = base_of(model)
     with adapters_aside(model):
-        plan = _fold_all(model, groups, adapters, partition, check)
+        plan = _fold_all(model, groups, adapters, check, partition=partition, one_sided=one_sided)
     welcome_adapters(model, groups)
     return plan
 
@@ -91,14 +101,14 @@ def _fold_all(
     model: nn.Module,
     groups: FoldedGroups,
     adapters: Iterable[MoEAdapter],
-    partition: Partition,
     check: bool | None,
+    **options: Any,
 ) -> FoldPlan:
     found, before = survey(model, groups.layout, adapters), list(model.parameters())
     proof = _proof(found.blocks)
     shared = _Shared({}, {})
     for block in found.blocks:
-        _fold(model, block, groups, partition, check, shared)
+        _fold(model, block, groups, shared, check=check, **options)
     shard_dense(model, found.dense, groups)
     for name in found.dense.partial:
         owner, _, own_name = name.rpartition(".")
@@ -133,21 +143,14 @@ class _Shared:
     weights: dict[int, nn.Parameter]
 
 
-def _fold(
-    model: nn.Module,
-    block: Block,
-    groups: FoldedGroups,
-    partition: Partition,
-    check: bool | None,
-    shared: _Shared,
-) -> None:
+def _fold(model: nn.Module, block: Block, groups: FoldedGroups, shared: _Shared, **options: Any) -> None:
     adapter = block.adapter
     if adapter.replace is not None:
         _put(model, block.module, adapter.replace(block.module, groups).train(block.module.training))
         return
     experts = block.experts
     if not isinstance(experts, FoldedExperts) and id(experts) not in shared.experts:
-        shared.experts[id(experts)] = _folded(block, groups, partition, check, shared)
+        shared.experts[id(experts)] = _folded(block, groups, shared, **options)
     folded = experts if isinstance(experts, FoldedExperts) else shared.experts[id(experts)]
     folded.counts_decisions = correction_bias_in(block.module) is not None
     for router in block.routers:
@@ -158,9 +161,7 @@ def _fold(
         _put(model, block.module, adapter.around(block.module, folded).train(block.module.training))
 
 
-def _folded(
-    block: Block, groups: FoldedGroups, partition: Partition, check: bool | None, shared: _Shared
-) -> FoldedExperts:
+def _folded(block: Block, groups: FoldedGroups, shared: _Shared, **options: Any) -> FoldedExperts:
     assert block.activation is not None
     adapter, experts = block.adapter, block.experts
     weights = adapter.weights_of(experts, block.experts_name)
@@ -172,15 +173,16 @@ def _folded(
         down_bias=weights.down_bias,
         activation=block.activation,
         storage=adapter.storage,
-        partition=partition,
-        check=check,
         call=adapter.call,
+        **options,
     ).train(experts.training)
     for name in HOOKS:  # the same objects, so that handles of hooks still remove them
         setattr(folded, name, getattr(experts, name))
     if adapter.weights is None:
         for name, whole in experts.named_parameters(recurse=False):
-            setattr(folded, name, shared.weights.setdefault(id(whole), folded.get_parameter(name)))
+            own = shared.weights.setdefault(id(whole), folded.get_parameter(name))
+            vars(own).update(vars(whole))  # what a loop or an optimizer notes on a parameter
+            setattr(folded, name, own)
     return folded
 
 

@@ -25,11 +25,12 @@ from foldpar.families import (
     ParameterFamily,
 )
 from foldpar.layout import FoldedLayout
-from foldpar.models.adapted import adapters_aside, base_of
+from foldpar.models.adapted import adapters_aside
 from foldpar.models.dense_plan import DensePlan, DenseStep, ending_in, model_plan, plan_dense
 from foldpar.models.known import DEFAULT_ADAPTERS, ByInterface, ExpertWeights, MoEAdapter, adapter_by_interface
-from foldpar.models.meta_copy import on_meta
+from foldpar.models.meta_copy import HOOKS, on_meta
 from foldpar.moe import Activation, ExpertShare, FoldedMoE, is_gated
+from foldpar.parameters import base_of, refuse_gradient_hooks
 from foldpar.wording import divisors, listed
 
 __all__ = ["Block", "FoldPlan", "FoldPlanRow", "Survey", "plan_fold", "survey"]
@@ -193,8 +194,37 @@ def survey(model: nn.Module, layout: FoldedLayout, adapters: Iterable[MoEAdapter
         partial=[name for adapter in adapters_used for name in adapter.partial],
         whole=[name for adapter in adapters_used for name in adapter.whole],
     )
+    refuse_gradient_hooks(_replaced(model, kept, dense), "Folding")
+    _check_no_hook_sees_a_part(model, dense, layout.tp)
     rows = tuple(_rows(model, layout, blocks, dense))
     return Survey(blocks, dense, FoldPlan(type(model).__name__, layout, rows))
+
+
+def _replaced(model: nn.Module, blocks: Iterable[Block], dense: DensePlan) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters in whose place folding puts others."""
+    for block in blocks:
+        yield from block.experts.named_parameters(block.experts_name)
+    for step in dense.steps.values():
+        if step.kind == "slice":
+            yield step.name, model.get_parameter(step.name)
+        elif step.kind not in ("rope", "one_head"):  # these read a whole weight
+            yield from model.get_submodule(step.name).named_parameters(step.name)
+
+
+def _check_no_hook_sees_a_part(model: nn.Module, dense: DensePlan, tp: int) -> None:
+    """A hook that was put on a module of a sharded region was written for whole inputs and outputs."""
+    cut = (
+        step.name for step in dense.steps.values() if step.kind not in ("vocabulary", "columns_gathered", "rows_split")
+    )
+    for region in dict.fromkeys(name.rpartition(".")[0] for name in cut):
+        for name, module in model.get_submodule(region).named_modules(prefix=region):
+            if name != region and any(getattr(module, hooks) for hooks in HOOKS):
+                raise ModelError(
+                    f"{name} ({type(module).__name__}) has hooks, and with tp = {tp} it sees this lane's columns or "
+                    f"heads only: what was written for whole inputs and outputs would be given parts. Remove them, and "
+                    f"register after folding what can work on a part; or hook {region}, whose input and output stay "
+                    f"whole."
+                )
 
 
 def _checked(adapters: Iterable[MoEAdapter]) -> tuple[MoEAdapter, ...]:

@@ -147,7 +147,7 @@ def _take(model: nn.Module, step: DenseStep, mesh: DeviceMesh, tp: AxisGroup, sh
     if step.kind == "slice":
         whole = getattr(parent, child)
         own = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
-        setattr(parent, child, shared.setdefault(id(whole), nn.Parameter(own, requires_grad=whole.requires_grad)))
+        setattr(parent, child, _in_place_of(whole, nn.Parameter(own, requires_grad=whole.requires_grad), shared))
         mark_parameters(parent, DENSE_SHARDED, names=(child,))
         _read_own_part(parent, child)
         return
@@ -177,8 +177,15 @@ def _take(model: nn.Module, step: DenseStep, mesh: DeviceMesh, tp: AxisGroup, sh
             module.get_parameter(name).requires_grad_(False)
         if step.kind == "columns_gathered":
             module.register_forward_hook(_arrived)
-    for name, whole in before.items():  # a parameter with two names stays one
-        setattr(module, name, shared.setdefault(id(whole), module.get_parameter(name)))
+    for name, whole in before.items():
+        setattr(module, name, _in_place_of(whole, module.get_parameter(name), shared))
+
+
+def _in_place_of(whole: nn.Parameter, own: nn.Parameter, shared: dict[int, nn.Parameter]) -> nn.Parameter:
+    """A parameter with two names stays one, and keeps what a loop or an optimizer noted on it."""
+    kept = shared.setdefault(id(whole), own)
+    vars(kept).update(vars(whole))
+    return kept
 
 
 def _read_own_part(module: nn.Module, name: str) -> None:

@@ -33,10 +33,11 @@ from foldpar.moe.kernels.activations import (
     name_of,
 )
 from foldpar.moe.kernels.grouped import grouped_feed_forward, in_autocast_dtype
-from foldpar.moe.kernels.permutation import collect, pick, spread
+from foldpar.moe.kernels.permutation import Places, collect, pick, spread
 from foldpar.moe.lane_checks import ModelChecks
 from foldpar.moe.lanes import LaneState
 from foldpar.moe.layer import FoldedMoE
+from foldpar.moe.recomputation import in_backward
 from foldpar.moe.routing.balanced_router import BalancedRouter
 from foldpar.moe.routing.capacity import Capacity, limit_capacity
 from foldpar.moe.routing.correction_bias import correction_bias_in, update_correction_bias
@@ -71,6 +72,7 @@ __all__ = [
     "OneSided",
     "OwnActivation",
     "Partition",
+    "Places",
     "Router",
     "Routing",
     "TopKRouter",
@@ -80,6 +82,7 @@ __all__ = [
     "dispatch",
     "grouped_feed_forward",
     "in_autocast_dtype",
+    "in_backward",
     "is_activation",
     "is_gated",
     "limit_capacity",

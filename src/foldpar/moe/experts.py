@@ -17,6 +17,7 @@ from foldpar.errors import ShapeError
 from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT, ParameterFamily
 from foldpar.moe.kernels.activations import Activation, check_activation, is_gated
 from foldpar.moe.kernels.grouped import grouped_feed_forward
+from foldpar.moe.kernels.permutation import Places
 from foldpar.moe.storage import ExpertStorage
 from foldpar.parameters import mark_parameters, take_shares_on_load, watch_optimizers
 from foldpar.wording import not_dividing
@@ -220,14 +221,14 @@ class ExpertShare(nn.Module):
         rows_per_expert: Tensor,
         weights: Tensor | None = None,
         sizes: tuple[int, ...] | None = None,
-        places: tuple[Tensor, Tensor] | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """Compute expert-major rows: ``[sum(rows_per_expert), dim]`` to the same shape.
 
         ``rows_per_expert`` is ``[local_experts]``, int32, on the rows' device; experts without rows are allowed and
         get zero gradients. ``weights`` is ``[rows]``: routing weights to multiply the outputs by, which costs nothing
-        here. ``sizes`` are the ``rows_per_expert`` on the host, where it knows them. With ``places``, the rows lie
-        anywhere, and outputs are summed there: see ``grouped_feed_forward``. Where dtype and width allow it the
+        here. ``sizes`` are the ``rows_per_expert`` on the host, where it knows them. With ``places``, rows and weights
+        lie anywhere, and outputs are summed there: see ``grouped_feed_forward``. Where dtype and width allow it the
         product is torch's ``grouped_mm``, else one product per expert.
 
         Backward:
@@ -256,8 +257,8 @@ class ExpertShare(nn.Module):
         """Whether rows may stay where they lie; what a subclass computes takes them grouped by expert."""
         return not self.computes_its_own_way()
 
-    def why_not_one_sided(self) -> str | None:
-        """Why rows can only come in messages: of a kind that may hold nothing, behind the last expert's."""
+    def needs_sizes(self) -> str | None:
+        """Why no rows may come that hold nothing, behind the last expert's: the host then learns how many there are."""
         return None if self.biases is None else "the experts have biases, whose gradients are sums over all rows"
 
     def mark(self, routed: ParameterFamily, bias: ParameterFamily) -> None:
@@ -412,7 +413,7 @@ class GroupedExperts(ExpertShare):
         rows_per_expert: Tensor,
         weights: Tensor | None = None,
         sizes: tuple[int, ...] | None = None,
-        places: tuple[Tensor, Tensor] | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """:meth:`compute`: ``[sum(rows_per_expert), dim]`` to the same shape."""
         return self.compute(rows, rows_per_expert, weights, sizes, places)
@@ -436,7 +437,7 @@ class ExpertProduct:
         rows_per_expert: Tensor,
         weights: Tensor | None = None,
         sizes: tuple[int, ...] | None = None,
-        places: tuple[Tensor, Tensor] | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """As :meth:`ExpertShare.compute`, with ``gate_up_proj``, ``down_proj`` and the biases or ``None``."""
         gate_up_proj, down_proj, gate_up_bias, down_bias = parameters
@@ -447,7 +448,7 @@ class ExpertProduct:
             rows,
             self.storage.for_product(gate_up_proj),
             self.storage.for_product(down_proj),
-            rows_per_expert.cumsum(0, dtype=torch.int32),
+            rows_per_expert.cumsum(0, dtype=torch.int32) if places is None else places.ends,
             self.activation,
             weights=weights,
             gate_up_bias=gate_up_bias,

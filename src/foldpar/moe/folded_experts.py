@@ -27,7 +27,7 @@ from foldpar.moe.transport.journey import Journey
 from foldpar.moe.transport.messages import Partition
 from foldpar.moe.transport.one_sided import OneSided
 from foldpar.moe.transport.whole import BALANCED, WholeJourney, uncompiled, why_uncompiled
-from foldpar.parameters import is_sharded_over
+from foldpar.parameters import computes_in_own_dtype
 
 __all__ = ["FoldedExperts", "check_device_and_dtype", "rows_for"]
 
@@ -180,18 +180,26 @@ def _wide(weights: Tensor, rows: Tensor) -> Tensor:
 
 def rows_for(experts: object) -> tuple[torch.dtype | None, torch.device]:
     """The dtype and the device of rows that the experts take here and now; ``None`` where the dtype cannot be told."""
-    weight = next(experts.parameters(), None) if isinstance(experts, nn.Module) else None
-    if weight is None:
+    weight = _some_parameter(experts)
+    if weight is None or not isinstance(experts, nn.Module):
         return None, torch.device("cpu")
-    if is_sharded_over(weight, "edp"):  # the gathered weight may have another dtype
+    if not computes_in_own_dtype(experts, weight):
         return None, weight.device
     return in_autocast_dtype(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype, weight.device
 
 
+def _some_parameter(experts: object) -> nn.Parameter | None:
+    """The first one; a look into the whole module takes ten times as long, in every forward."""
+    if not isinstance(experts, nn.Module):
+        return None
+    own = next((each for each in experts._parameters.values() if each is not None), None)
+    return next(experts.parameters(), None) if own is None else own
+
+
 def check_device_and_dtype(x: Tensor, experts: object) -> None:
     """Raise a ``ShapeError`` where the input does not go with the experts' parameters."""
-    weight = next(experts.parameters(), None) if isinstance(experts, nn.Module) else None
-    if weight is None or is_sharded_over(weight, "edp"):  # device and dtype are not those of the gathered weight
+    weight = _some_parameter(experts)
+    if weight is None or not isinstance(experts, nn.Module) or not computes_in_own_dtype(experts, weight):
         return
     if x.device != weight.device:
         raise ShapeError(f"The input is on {x.device} and the experts on {weight.device}; put them on one device.")

@@ -199,7 +199,7 @@ class FoldedMoE(nn.Module):
         return y.view(x.shape), routing
 
     def _in_steps(self, x: Tensor, ids: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Routing]:
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         checked = self.checks.due(tokens)
         if checked:
             self.checks.entering(self, _WHAT_ENTERS, {"x": x, "ids": ids, "padding": padding})
@@ -209,7 +209,7 @@ class FoldedMoE(nn.Module):
             self.checks.routing(routing)
         y = self.journey(self._compute, own, routing, tokens=tokens.shape[0])
         self.checks.leaving(y)
-        return y.view(x.shape), routing
+        return y if x.dim() == 2 else y.view(x.shape), routing
 
     def explain(self) -> str:
         """What this layer does on this rank, and why: the path of a row, and how each parameter is reduced.

@@ -21,6 +21,7 @@ from foldpar.parameters.boxes import Box, Share, pieces, replaced_at
 from foldpar.parameters.fsdp import (
     Stage,
     bring_back_shards,
+    computes_in_own_dtype,
     data_replicas,
     fsdp_modules,
     is_fsdp_module,
@@ -47,7 +48,7 @@ from foldpar.parameters.marks import (
     resolve_parameters,
     tie_marks_to_names,
 )
-from foldpar.parameters.newcomers import greet_newcomers, when_greeted
+from foldpar.parameters.newcomers import base_of, greet_newcomers, when_greeted
 from foldpar.parameters.placements import Placement, mark_placement, parameter_placements, plain_name
 from foldpar.parameters.replicas import (
     check_before_reduction,
@@ -58,6 +59,7 @@ from foldpar.parameters.replicas import (
 from foldpar.parameters.steps import (
     declare_reduced,
     mark_replaced,
+    refuse_gradient_hooks,
     refuse_reduced,
     refuse_unreduced_gradients,
     stamp,
@@ -73,11 +75,13 @@ __all__ = [
     "ResolvedParameter",
     "Share",
     "Stage",
+    "base_of",
     "bring_back_shards",
     "buffer_places",
     "check_before_reduction",
     "check_replicas",
     "compare_in_stage",
+    "computes_in_own_dtype",
     "data_replicas",
     "declare_reduced",
     "explicitly_marked",
@@ -104,6 +108,7 @@ __all__ = [
     "pieces",
     "plain_name",
     "record_shards",
+    "refuse_gradient_hooks",
     "refuse_reduced",
     "refuse_replaced",
     "refuse_unreduced",

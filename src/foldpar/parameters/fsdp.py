@@ -7,7 +7,7 @@ that models without any need not load it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ __all__ = [
     "ShardedModule",
     "Stage",
     "bring_back_shards",
+    "computes_in_own_dtype",
     "data_replicas",
     "fsdp_modules",
     "is_fsdp_module",
@@ -47,11 +48,13 @@ class ShardedModule:
     stage: Stage
     names: frozenset[str]
     """Of the module's own parameters, those that FSDP2 shards."""
+    converts: bool = False
+    """Its forward computes with copies in another dtype of parameters that no other rank holds."""
 
 
 def sharded_module(module: nn.Module) -> ShardedModule | None:
     """The record of a module that is part of a sharded model."""
-    record: ShardedModule | None = getattr(module, _RECORD, None)
+    record: ShardedModule | None = module.__dict__.get(_RECORD)  # getattr of a module that lacks it is slow
     return record
 
 
@@ -80,32 +83,39 @@ def data_replicas(layout: FoldedLayout, axis: Literal["dp_cp", "edp"], replicas:
 
 
 def shards_over_data(
-    family: ParameterFamily, layout: FoldedLayout, *, dims: int, converts: bool, replicas: int = 1
+    family: ParameterFamily,
+    layout: FoldedLayout,
+    *,
+    dims: int,
+    converts: bool = False,
+    offloads: bool = False,
+    replicas: int = 1,
 ) -> bool:
     """Whether ``shard_model`` shards a parameter of that many dimensions; all ranks answer alike.
 
-    Not a scalar, which has no dimension 0. Not where a replica has one rank, unless the wrapper ``converts`` dtypes or
-    offloads: the gathered parameter would be a second copy.
+    Not a scalar, which has no dimension 0. Not where a replica has one rank, unless the wrapper offloads, or
+    ``converts`` the dtype of a dense parameter: the gathered parameter would be a second copy. Experts are converted
+    without FSDP2 then.
 
     Example:
         >>> from foldpar.families import EXPERT_BIAS, REPLICATED
         >>> from foldpar import solve_layout
         >>> layout = solve_layout(4, tp=2, ep=4)
-        >>> [shards_over_data(family, layout, dims=2, converts=False) for family in (REPLICATED, EXPERT_BIAS)]
+        >>> [shards_over_data(family, layout, dims=2) for family in (REPLICATED, EXPERT_BIAS)]
         [True, False]
     """
     shards = layout.size(family.data_axis) // data_replicas(layout, family.data_axis, replicas)
-    return dims > 0 and (shards > 1 or converts)
+    return dims > 0 and (shards > 1 or offloads or (converts and family.data_axis == "dp_cp"))
 
 
-def record_shards(model: nn.Module, stage: Stage) -> None:
-    """Leave the records, once everything is wrapped."""
+def record_shards(model: nn.Module, stage: Stage, converting: Collection[nn.Module]) -> None:
+    """Leave the records, once everything is wrapped; ``converting`` are the modules that compute in another dtype."""
     for module in model.modules():
         own = module.named_parameters(recurse=False, remove_duplicate=False)
         names = frozenset(
             name for name, parameter in own if any(is_sharded_over(parameter, axis) for axis in ("dp_cp", "edp"))
         )
-        setattr(module, _RECORD, ShardedModule(stage, names))
+        setattr(module, _RECORD, ShardedModule(stage, names, module in converting))
 
 
 def is_sharded_over(parameter: Tensor, axis: str) -> bool:
@@ -119,6 +129,12 @@ def replicas_of_shards(parameter: Tensor, axis: str) -> int:
     names = (parameter.device_mesh.mesh_dim_names or ()) if is_dtensor(parameter) else ()
     name = f"{axis}_replicas"
     return parameter.device_mesh.size(names.index(name)) if is_dtensor(parameter) and name in names else 1
+
+
+def computes_in_own_dtype(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a module of experts computes with this parameter in the dtype that it has between steps, for sure."""
+    record = sharded_module(module)
+    return not is_sharded_over(parameter, "edp") and not (record is not None and record.converts)
 
 
 def is_fsdp_module(module: nn.Module) -> bool:

@@ -18,13 +18,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from foldpar.arguments import expect
 from foldpar.comm import FoldedGroups, Kept, is_dtensor, refuse_foreign_scalers, version_of
-from foldpar.errors import GradientError
+from foldpar.errors import GradientError, ModelError
 from foldpar.parameters.fsdp import bring_back_shards
 from foldpar.parameters.marks import is_cut_over_tp, nearest_marks
 
 __all__ = [
     "declare_reduced",
     "mark_replaced",
+    "refuse_gradient_hooks",
     "refuse_reduced",
     "refuse_unreduced_gradients",
     "stamp",
@@ -93,6 +94,21 @@ def refuse_unreduced_gradients(parameters: Iterable[tuple[str, nn.Parameter]], d
                 f"batch. Call foldpar.reduce_gradients(model, groups) after the last backward of every step and before "
                 f"clipping and optimizer.step(), also after shard_model; and after whatever puts new tensors into "
                 f".grad. A loop that reduces gradients by itself says so: foldpar.declare_reduced(model)."
+            )
+
+
+def refuse_gradient_hooks(parameters: Iterable[tuple[str, nn.Parameter]], doing: str) -> None:
+    """Raise if somebody waits for the gradient of a parameter in whose place another one is put.
+
+    Raises:
+        ModelError: names it.
+    """
+    for name, parameter in parameters:
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ModelError(
+                f"{name} has a hook on its gradient (register_hook or register_post_accumulate_grad_hook). {doing} "
+                f"puts another parameter in its place, and nothing would call the hook again. Register it afterwards, "
+                f"on the parameter that the model has then."
             )
 
 

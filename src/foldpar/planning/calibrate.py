@@ -1,8 +1,8 @@
 """``calibrate``: measure this machine into the file that ``plan --machine`` takes.
 
-Alone it measures products, memory and what launching costs; under ``torchrun`` also the links between the ranks, those
-of one node apart from those between nodes. What cannot be measured here keeps the number of a machine that is shipped,
-and ``sources`` says so. It works on CPUs too, slowly.
+Alone it measures products, memory and what launching costs (``host_costs``); under ``torchrun`` also the links between
+the ranks, those of one node apart from those between nodes. What cannot be measured here keeps the number of a machine
+that is shipped, and ``sources`` says so. It works on CPUs too, slowly.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from foldpar.comm import AxisGroup, FoldedGroups, all_to_all_rows, create_groups
+from foldpar.comm import AxisGroup, FoldedGroups, all_gather_rows, all_reduce_, all_to_all_rows, create_groups
 from foldpar.layout import solve_layout
-from foldpar.planning.machine import HostCost, Link, Machine, read_machine
+from foldpar.planning import formulas
+from foldpar.planning.host_costs import measure_host
+from foldpar.planning.machine import Link, Machine, read_machine
 
-__all__ = ["calibrate", "fit_link", "measure"]
+__all__ = ["calibrate", "fit_link", "measure", "measure_links"]
 
 DENSE = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 14336))
 """Rows, inner and outer width of dense products."""
@@ -31,7 +34,12 @@ GROUPED = ((128, 64, 2048, 1536), (128, 512, 2048, 1536), (8, 2048, 4096, 14336)
 """Experts, rows of each, inner and outer width of grouped products."""
 MESSAGES = (1 << 20, 1 << 23, 1 << 25, 1 << 27)
 """Bytes that a rank sends in an exchange."""
+ATTENTION = (4, 16, 2048, 128)
+"""Sequences, heads, tokens and width of a head."""
+NORMED, ROTATED, UPDATED = (16384, 2048), (4, 32, 2048, 128), (8, 1 << 25)
+"""Rows and width of a norm; queries that are rotated; tensors and numbers of each in the optimizer."""
 QUICK_DENSE, QUICK_GROUPED, QUICK_MESSAGES = ((64, 64, 64),), ((4, 16, 64, 64),), (1 << 12, 1 << 16)
+QUICK_ATTENTION, QUICK_NORMED, QUICK_ROTATED, QUICK_UPDATED = (1, 2, 64, 16), (64, 64), (1, 2, 64, 16), (2, 1 << 12)
 
 
 def calibrate(file: str | PathLike[str], *, name: str | None = None, quick: bool = False) -> str:
@@ -45,8 +53,12 @@ def calibrate(file: str | PathLike[str], *, name: str | None = None, quick: bool
     Raises:
         OSError: the file cannot be written.
     """
+    if not Path(file).parent.is_dir():  # on every rank, and before a minute is spent
+        raise FileNotFoundError(f"{Path(file).parent} is not a folder, so {file} cannot be written there.")
     distributed = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
     layout = solve_layout(int(os.environ["WORLD_SIZE"])) if distributed else None
+    if distributed and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with create_groups(layout) if layout is not None else nullcontext() as groups:
         machine = measure(name or Path(file).stem, groups, quick=quick)
         first = groups is None or groups.rank == 0
@@ -64,13 +76,13 @@ def measure(name: str, groups: FoldedGroups | None = None, *, quick: bool = Fals
     dense = [(shape, _dense(shape, device)) for shape in (QUICK_DENSE if quick else DENSE)]
     grouped = [(shape, _grouped(shape, device)) for shape in (QUICK_GROUPED if quick else GROUPED)]
     bandwidth = _memory_bandwidth(1 << 16 if quick else 1 << 28, device)
-    host = _host(base.host, device)
+    world = 1 if groups is None else groups.layout.world
+    host, host_source = measure_host(base.host, world, device, quick=quick)
     here = f"measured here, {gpu}, torch {torch.__version__}"
-    sources = dict.fromkeys(
-        ("attention_flops", "network", "overlap", "peak_flops"), f"not measured: as for {base.name}"
-    )
-    sources |= dict.fromkeys(("product_flops", "grouped_flops", "memory_bandwidth", "host", "memory"), here)
-    sources["node"] = f"not measured: as for {base.name}"
+    sources = dict.fromkeys(("node", "ring", "network", "overlap", "peak_flops"), f"not measured: as for {base.name}")
+    rates = ("product_flops", "grouped_flops", "attention_flops", "memory_bandwidth", "elementwise_bandwidth")
+    sources |= dict.fromkeys((*rates, "update_bandwidth", "memory"), here)
+    sources["host"] = f"{here}, {host_source.removeprefix('measured: ')}"
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() or 1))
     machine = replace(
         base,
@@ -83,20 +95,34 @@ def measure(name: str, groups: FoldedGroups | None = None, *, quick: bool = Fals
         else _host_memory(),
         product_flops=max(rate for _, rate in dense),
         grouped_flops=max(rate for _, rate in grouped),
+        attention_flops=_attention(QUICK_ATTENTION if quick else ATTENTION, device),
         memory_bandwidth=bandwidth,
+        elementwise_bandwidth=_elementwise(
+            QUICK_NORMED if quick else NORMED, QUICK_ROTATED if quick else ROTATED, device
+        ),
+        update_bandwidth=_update(*(QUICK_UPDATED if quick else UPDATED), device),
         host=host,
         measured={"dense": [[*shape, rate] for shape, rate in dense], "grouped": [[*s, rate] for s, rate in grouped]},
     )
-    if groups is not None and groups.layout.world > 1:
-        points = _links(groups.dp, QUICK_MESSAGES if quick else MESSAGES, device)
-        which = "node" if groups.layout.world <= per_node else "network"
-        link, measured = fit_link(points), {**machine.measured, which: points}
-        if which == "node":
-            machine = replace(machine, node=link, measured=measured)
-        else:
-            machine = replace(machine, network=link, measured=measured)
-        sources[which] = f"{here}: all-to-all over {groups.layout.world} ranks"
-    return replace(machine, sources=sources)
+    machine = replace(machine, sources=sources)
+    return machine if groups is None else measure_links(machine, groups, device, here, quick=quick)
+
+
+def measure_links(
+    machine: Machine, groups: FoldedGroups, device: torch.device, here: str, *, quick: bool = False
+) -> Machine:
+    """The machine with the link between the ranks of ``groups`` as it is measured; ``here`` is its source."""
+    world = groups.layout.world
+    if world == 1:
+        return machine
+    sizes, group = QUICK_MESSAGES if quick else MESSAGES, groups.dp
+    points = {"node" if world <= machine.gpus_per_node else "network": _links(group, sizes, device)}
+    told = dict.fromkeys(points, f"{here}: all-to-all over {world} ranks")
+    if "node" in points:
+        points["ring"] = _rings(group, sizes, device)
+        told["ring"] = f"{here}: all-gather and all-reduce over {world} ranks"
+    links: dict[str, Any] = {name: fit_link(found) for name, found in points.items()}
+    return replace(machine, **links, measured={**machine.measured, **points}, sources={**machine.sources, **told})
 
 
 def fit_link(points: list[tuple[float, float]]) -> Link:
@@ -158,16 +184,45 @@ def _memory_bandwidth(size: int, device: torch.device) -> float:
     return 2.0 * size / _seconds(lambda: target.copy_(source), device)
 
 
-def _host(base: HostCost, device: torch.device) -> HostCost:
-    """The machine's costs, scaled by how long this host needs to launch small operations."""
-    x = torch.zeros(8, device=device)
-    ratio = _seconds(lambda: [x.add_(1) for _ in range(100)], device) / 100 / REFERENCE_LAUNCH
-    costs = {name: getattr(base, name) * ratio for name in HostCost.__dataclass_fields__}
-    return HostCost(**costs)
+def _attention(shape: tuple[int, int, int, int], device: torch.device) -> float:
+    """Causal, forward and backward."""
+    batch, heads, tokens, width = shape
+    query, key, value = (_leaf(shape, device) for _ in range(3))
+
+    def run() -> None:
+        F.scaled_dot_product_attention(query, key, value, is_causal=True).backward(query.detach())
+
+    forward = formulas.attention_flops(batch * tokens, tokens, heads * width, heads * width)
+    return forward * formulas.ATTENTION_PASSES / _seconds(run, device)
 
 
-REFERENCE_LAUNCH = 5e-6
-"""Seconds that one small operation takes on the host whose costs per layer are shipped (assumed)."""
+def _elementwise(normed: tuple[int, int], rotated: tuple[int, int, int, int], device: torch.device) -> float:
+    """A norm and a rotation as transformers writes them, forward and backward, by the bytes that a plan counts."""
+    x, weight, heads = _leaf(normed, device), _leaf(normed[1:], device), _leaf(rotated, device)
+    angles = torch.rand(rotated[2], rotated[3], device=device, dtype=torch.bfloat16)
+
+    def norm() -> None:
+        wide = x.float()
+        (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)).backward(x.detach())
+
+    def rotate() -> None:
+        first, second = heads.chunk(2, dim=-1)
+        (heads * angles + torch.cat((-second, first), dim=-1) * angles).backward(heads.detach())
+
+    moved = formulas.NORM_MOVES * x.numel() + formulas.ROTATION_MOVES * 2 * heads.numel()
+    return moved / (_seconds(norm, device) + _seconds(rotate, device))
+
+
+def _update(count: int, numel: int, device: torch.device) -> float:
+    weights = [_leaf((numel,), device) for _ in range(count)]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer = torch.optim.AdamW(weights)
+    return formulas.ADAM_PASSES * 2.0 * count * numel / _seconds(lambda: optimizer.step(), device)
+
+
+def _leaf(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.rand(shape, device=device, dtype=torch.bfloat16).requires_grad_()
 
 
 def _host_memory() -> float:
@@ -182,6 +237,21 @@ def _links(group: AxisGroup, sizes: tuple[int, ...], device: torch.device) -> li
         payload = torch.zeros(sum(rows), 512, device=device, dtype=torch.bfloat16)
         seconds = _seconds_together(lambda p=payload, r=rows: all_to_all_rows(p, r, r, group), device)  # type: ignore[misc]
         points.append((float(rows[0] * 1024 * (group.size - 1)), seconds))
+    return points
+
+
+def _rings(group: AxisGroup, sizes: tuple[int, ...], device: torch.device) -> list[tuple[float, float]]:
+    """Bytes out of a rank, and the seconds of a gather or a sum that moves them."""
+    points = []
+    for size in sizes:
+        whole = torch.zeros(size // 2, device=device, dtype=torch.bfloat16)
+        part, counts = whole[: len(whole) // group.size], [len(whole) // group.size] * group.size
+        for kind, run in (
+            ("all_reduce", lambda w=whole: all_reduce_(w, group)),
+            ("all_gather", lambda p=part, c=counts: all_gather_rows(p, group, row_counts=c, backward="slice")),
+        ):
+            sent = formulas.collective_bytes(kind, group.size, float(size))
+            points.append((sent, _seconds_together(run, device)))
     return points
 
 

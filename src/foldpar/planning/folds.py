@@ -44,6 +44,7 @@ class Workload:
         lanes: ``"sharded"`` where the lanes of a TP group hold slices of the tokens (sequence parallelism).
         optimizer_states: tensors like the parameter that the optimizer keeps, 2 for Adam.
         load: how many times the balanced number of rows the slowest rank's experts get.
+        chunks: parts of a pipeline stage's layers that take turns in an interleaved schedule, at most one a layer.
     """
 
     tokens: int
@@ -52,6 +53,7 @@ class Workload:
     lanes: Literal["replicated", "sharded"] = "replicated"
     optimizer_states: int = 2
     load: float = 1.0
+    chunks: int = 1
 
     @property
     def item(self) -> int:
@@ -137,9 +139,9 @@ def transports(shape: ModelShape, layout: FoldedLayout, machine: Machine, work: 
     elif machine.device == "cpu":
         reason = "one-sided rows travel through the memory of GPUs"
     elif layout.etp > 1:
-        reason = "slices of an expert share rows in messages"
+        reason = "one-sided rows with etp are not in the formulas"
     elif shape.expert_bias:
-        reason = "biases of experts are sums over all rows"
+        reason = "one-sided rows with biases of experts are not in the formulas"
     elif node_span(layout, "ep", machine.gpus_per_node) < layout.ep:
         reason = "one-sided rows travel inside a node"
     return {"messages": "", "one-sided": reason}

@@ -11,6 +11,10 @@ from __future__ import annotations
 from math import comb
 
 __all__ = [
+    "ADAM_PASSES",
+    "ATTENTION_PASSES",
+    "NORM_MOVES",
+    "ROTATION_MOVES",
     "attention_flops",
     "attention_kept",
     "collective_bytes",
@@ -18,6 +22,7 @@ __all__ = [
     "eager_attention_kept",
     "feed_forward_kept",
     "head_peak",
+    "in_flight",
     "latent_attention_kept",
     "matrix_flops",
     "norm_kept",
@@ -121,12 +126,29 @@ def head_peak(vocab: int, item: int) -> float:
     return 12.0 * vocab
 
 
+# -- Passes over memory -----------------------------------------------------------------------------------------------
+
+NORM_MOVES = 108
+"""Bytes that an RMS norm moves for each number, forward and backward: transformers' works in float32, 36 and 72."""
+ROTATION_MOVES = 30
+"""How often the rotation of queries and keys reads or writes a number, forward and backward."""
+ADAM_PASSES = 21
+"""How often AdamW, over torch's lists of tensors, reads or writes a number of a parameter's size.
+
+Decay 2, first moment 3, second moment 2 and 4, its root 2, correction 2, epsilon 2, the step 4.
+"""
+
+
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
 
 
 def matrix_flops(rows: float, inner: int, outer: int) -> float:
     """A product: two operations for each element of the weight and each row."""
     return 2.0 * rows * inner * outer
+
+
+ATTENTION_PASSES = 3.5
+"""Forward and backward of fused attention in forwards: the scores are computed again (FlashAttention-2, Dao 2023)."""
 
 
 def attention_flops(tokens: float, length: int, queries: int, values: int) -> float:
@@ -161,9 +183,20 @@ def collective_bytes(kind: str, size: int, total: float) -> float:
     return 2 * once if kind == "all_reduce" else once
 
 
-def pipeline_bubble(stages: int, micro_batches: int) -> float:
+def pipeline_bubble(stages: int, micro_batches: int, chunks: int = 1) -> float:
     """Idle time of a pipeline, as a part of its busy time, with one forward and one backward in turn (1F1B).
 
-    Source: Narayanan et al. 2021, section 2.2: ``(p - 1) / m``.
+    ``chunks``: parts of a stage's layers that take turns, in an interleaved schedule.
+
+    Source: Narayanan et al. 2021, section 2.2: ``(p - 1) / (v m)``.
     """
-    return (stages - 1) / micro_batches
+    return (stages - 1) / (chunks * micro_batches)
+
+
+def in_flight(behind: int, stages: int, micro_batches: int, chunks: int) -> float:
+    """How many micro-batches' activations a pipeline stage keeps, with ``behind`` stages from it to the end.
+
+    Source: Narayanan et al. 2021, section 2.2: interleaving keeps ``1 + (p - 1) / (p v)`` times as many on the first.
+    """
+    more = (stages - 1) / chunks if chunks > 1 else 0.0
+    return min(behind + more, micro_batches)

@@ -37,7 +37,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class HostCost:
-    """Seconds that the host needs to launch things, forward and backward together."""
+    """Seconds that the host needs to launch things, forward and backward together; half of it each."""
 
     attention: float
     """Of one layer's attention with its norms."""
@@ -45,14 +45,26 @@ class HostCost:
     """Of one dense feed-forward network."""
     moe: float
     """Of one MoE block on one rank."""
+    head: float
+    """Of what is in no layer: embedding, head and loss."""
     messages: float
-    """What an exchange in messages adds to that."""
+    """What an exchange in messages adds to a block."""
     one_sided: float
     """What a one-sided exchange adds."""
-    collective: float
-    """Of one collective of torch.distributed, such as the gather of a unit."""
+    slices: float
+    """What sharing the slices of experts over ``etp`` adds."""
+    lanes: float
+    """What cutting an attention or a feed-forward network over ``tp`` adds to it."""
+    ends: float
+    """What the lanes' ends of an MoE block add."""
+    unit: float
+    """Of one unit of ``shard_model``: its gather, and the sum of its gradients."""
+    regather: float
+    """Of the second gather of a unit, at stage 3."""
+    reduction: float
+    """Of one parameter in ``reduce_gradients`` over several ranks."""
     parameter: float
-    """Of one parameter that is a DTensor, in a step: reduce, clip, Adam."""
+    """Of one parameter in the optimizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +82,10 @@ class Machine:
         product_flops, grouped_flops, attention_flops: FLOP/s of large dense products, of large grouped ones, and of
             fused attention.
         memory_bandwidth: bytes a second, read and written.
+        elementwise_bandwidth: those of eager norms and rotations, whose kernels broadcast and reduce.
+        update_bandwidth: those of the optimizer, which goes over lists of tensors.
         node, network: the links inside a node and between nodes.
+        ring: what a gather or a sum over the ranks of a node gets out of the link.
         host: what launching costs.
         overlap: the part of the computation behind which gathers and reductions of shards can hide.
         sources: where each number comes from.
@@ -88,7 +103,10 @@ class Machine:
     grouped_flops: float
     attention_flops: float
     memory_bandwidth: float
+    elementwise_bandwidth: float
+    update_bandwidth: float
     node: Link
+    ring: Link
     network: Link
     host: HostCost
     overlap: float = 0.6
@@ -98,6 +116,11 @@ class Machine:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, which :func:`foldpar.planning.read_machine` takes."""
         return {**asdict(self), "sources": dict(self.sources), "measured": dict(self.measured)}
+
+    @property
+    def hopper(self) -> bool:
+        """GPUs that run the own products of :mod:`foldpar.moe`."""
+        return self.device == "cuda" and any(name in self.gpu for name in ("H100", "H200", "H800", "H20", "GH200"))
 
     @property
     def usable(self) -> float:
@@ -133,7 +156,7 @@ def read_machine(source: str | PathLike[str] | Mapping[str, Any]) -> Machine:
 
 def _machine(document: Mapping[str, Any], where: str) -> Machine:
     values = _checked(Machine, document, where)
-    for name, kind in (("node", Link), ("network", Link), ("host", HostCost)):
+    for name, kind in (("node", Link), ("ring", Link), ("network", Link), ("host", HostCost)):
         if not isinstance(values[name], Mapping):
             raise MachineError(f"{where}: {name} is an object of numbers, and not {values[name]!r}.")
         values[name] = kind(**_checked(kind, values[name], f"{where}: {name}"))
@@ -163,7 +186,7 @@ def _checked(kind: type, document: Mapping[str, Any], where: str) -> dict[str, A
         elif name in _MAPPINGS:
             if not isinstance(value, Mapping):
                 raise MachineError(f"{where}: {name} is an object, and not {value!r}.")
-        elif name not in ("node", "network", "host"):
+        elif name not in ("node", "ring", "network", "host"):
             zero = name == "reserved" or kind is HostCost or name in ("overlap", "latency")
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not (value >= 0 if zero else value > 0):

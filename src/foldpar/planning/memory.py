@@ -25,7 +25,7 @@ BUCKET = 64 * 2**20
 """Bytes of a bucket of :func:`foldpar.reduce_gradients`."""
 
 SLACK = 2.0
-"""That of :class:`foldpar.OneSided`."""
+"""The ``slack`` of :class:`foldpar.OneSided` that a plan is made with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,11 @@ class PipelineStage:
     last: bool
     behind: int
     """Stages behind it, itself included: so many micro-batches are in flight, if there are so many."""
+    chunks: int = 1
+    """Parts of its layers that take turns."""
 
 
-def pipeline_stages(shape: ModelShape, pp: int) -> tuple[PipelineStage, ...]:
+def pipeline_stages(shape: ModelShape, pp: int, chunks: int = 1) -> tuple[PipelineStage, ...]:
     """The stages that can be the slowest or largest of a pipeline that cuts the layers as evenly as it can.
 
     The first, the last, and of those between the first with most layers and the first with most experts.
@@ -84,7 +86,8 @@ def pipeline_stages(shape: ModelShape, pp: int) -> tuple[PipelineStage, ...]:
     for stage in range(pp):
         layers = range(shape.layers * stage // pp, shape.layers * (stage + 1) // pp)
         moe = sum(shape.is_moe(layer) for layer in layers)
-        found.append(PipelineStage(len(layers) - moe, moe, stage == 0, stage == pp - 1, pp - stage))
+        parts = min(chunks, len(layers))
+        found.append(PipelineStage(len(layers) - moe, moe, stage == 0, stage == pp - 1, pp - stage, parts))
     largest = max(found, key=lambda each: each.dense + each.moe)
     widest = max(found, key=lambda each: each.moe)
     return tuple(dict.fromkeys((found[0], largest, widest, found[-1])))
@@ -106,10 +109,12 @@ class MemoryModel:
     Args:
         shape, work: what is trained.
         device: ``"cuda"`` or ``"cpu"``, whose kernel of attention copies its output.
+        hopper: GPUs that run the own products of :mod:`foldpar.moe`, which read rows where they lie.
     """
 
-    def __init__(self, shape: ModelShape, work: Workload, device: str = "cuda") -> None:
+    def __init__(self, shape: ModelShape, work: Workload, device: str = "cuda", *, hopper: bool = True) -> None:
         self.shape, self.work, self.device = shape, work, device
+        self.hopper = hopper and device == "cuda"
         self._once = Once()
 
     def of(
@@ -126,7 +131,7 @@ class MemoryModel:
         load = self.work.load if load is None else load
         micro_batches = self.work.batch // layout.dp // micro
         stages: tuple[PipelineStage, ...] = self._once(
-            ("stages", layout.pp), partial(pipeline_stages, self.shape, layout.pp)
+            ("stages", layout.pp), partial(pipeline_stages, self.shape, layout.pp, self.work.chunks)
         )
         found = [
             self._of_stage(layout, each, stage, recompute, transport, micro, micro_batches, load) for each in stages
@@ -149,28 +154,32 @@ class MemoryModel:
         stored, item = work.stored, work.item
         held = self.held(layout, pipeline)
         unit_dense, unit_expert, root, extra = self._units(layout, pipeline, stage > 0)
+        layers = pipeline.dense + pipeline.moe
         shards_dense = stage > 0 and (layout.dp * layout.cp > 1 or work.precision == "mixed")
-        shards_expert = stage > 0 and (layout.edp > 1 or work.precision == "mixed")
+        shards_expert = stage > 0 and layout.edp > 1
+        converted = unit_expert if stage > 0 and layout.edp == 1 and work.precision == "mixed" else 0  # one at a time
         own = (held.dense_shard if shards_dense else held.dense) + (held.expert_shard if shards_expert else held.expert)
         whole = (held.dense if shards_dense else 0) + (held.expert if shards_expert else 0)
         parameters, optimizer = stored * own, stored * own * work.optimizer_states
-        of_unit = (unit_dense if shards_dense else 0) + (unit_expert if shards_expert else 0)
+        of_unit = max(unit_dense if shards_dense else 0, unit_expert if shards_expert else 0, converted)
+        of_block = (unit_dense if shards_dense else 0) + (unit_expert if shards_expert else 0)
         of_root = root if shards_dense else 0
         summed = 4 if work.precision == "mixed" else stored  # dtype in which shards are summed
         several = micro_batches > 1
-        if stage == 0:
-            gathered, whole_gradients = 0.0, 0.0
-        elif stage == 3:
-            gathered = float(item * (of_root + 2 * of_unit))
-            whole_gradients = float((item + summed) * max(of_unit, of_root))
-        else:
-            gathered = float(item * whole)
-            whole_gradients = float(
-                summed * whole if stage == 1 and several else (item + summed) * max(of_unit, of_root)
-            )
+        alone = stage == 3 and shards_expert and not shards_dense and layers > 1
+        # What is whole where backward ends; where only experts are units, another layer's were gathered ahead.
+        first_layer = float(item * (of_root + of_block))
+        last_whole = first_layer + item * of_block * alone if stage else 0.0
+        gathered = 0.0 if stage == 0 else float(item * whole)
+        if stage == 3:  # one block, and the next one without its experts
+            gathered = first_layer + item * (unit_dense if shards_dense else 0)
+        gathered += item * converted
+        whole_gradients = float(summed * whole) if stage == 1 and several else 0.0
+        of_one_unit = float(item * of_unit) if stage else 0.0  # its gradient, and a copy that is summed over ranks
+        copied = float(summed * of_unit) if stage else 0.0
         gradients = stored * own
 
-        in_flight = min(pipeline.behind, micro_batches)
+        in_flight = formulas.in_flight(pipeline.behind, layout.pp, micro_batches, pipeline.chunks)
         of_one = working = exchanged = persistent = kept_of_one = 0.0
         for moe, count in ((False, pipeline.dense), (True, pipeline.moe)):
             if count:
@@ -186,25 +195,27 @@ class MemoryModel:
         logits = 0.0
         if pipeline.last:
             activations += tokens / lanes * formulas.norm_kept(shape.hidden, item)
-            logits = tokens * formulas.head_peak(shape.vocab, item)
+            logits = tokens / lanes * formulas.head_peak(shape.vocab, item)
         bucket = float(min(BUCKET, stored * own)) if layout.world > 1 else 0.0
         head_gradient = float(stored * root) if pipeline.last and stage == 0 else 0.0
 
         base = parameters + optimizer + persistent
-        earlier = float(gradients if several and stage != 1 else 0)
+        earlier = float(gradients if several else 0)
         if stage == 1 and several:
             earlier = whole_gradients
+        unsummed = gradients * (1 - 1 / layers) if stage and not several else gradients
         moments = {
             "loss": base + earlier + gathered + activations + logits,
-            "backward": base + max(earlier, head_gradient) + gathered + activations + working + exchanged
-            + (whole_gradients if stage > 1 or not several else 0),
-            "end of backward": base + gradients + gathered + whole_gradients + kept_of_one
-            + working + exchanged,
+            "backward": base + max(earlier, head_gradient) + gathered + activations
+            + max(of_one_unit + working + exchanged, of_one_unit + copied - kept_of_one),
+            "end of backward": base + max(unsummed, whole_gradients) + last_whole
+            + max(of_one_unit + kept_of_one + working + exchanged, of_one_unit + copied),
             "optimizer": base + gradients + max(bucket, extra),
         }  # fmt: skip
         moment = max(moments, key=lambda name: moments[name])
+        whole_or_summed = gathered + whole_gradients + of_one_unit + copied
         return Memory(
-            float(parameters), float(gradients), float(optimizer), gathered + whole_gradients, activations, working,
+            float(parameters), float(gradients), float(optimizer), whole_or_summed, activations, working,
             max(exchanged + persistent, bucket), logits, moments[moment], moment,
         )  # fmt: skip
 
@@ -234,15 +245,17 @@ class MemoryModel:
 
     def _units(self, layout: FoldedLayout, pipeline: PipelineStage, sharded: bool) -> tuple[int, int, int, float]:
         """Whole numbers of the largest block without its experts, of its experts, and of what is in no block; and the
-        bytes of Adam's temporaries: of all plain tensors at once (foreach, on GPUs), or of one tensor at a time."""
+        bytes of Adam's temporaries: of a group of tensors at once (foreach, on GPUs), experts or the others, or of one
+        tensor at a time."""
 
         def make() -> tuple[int, int, int, float]:
             kinds = [moe for moe, times in ((False, pipeline.dense), (True, pipeline.moe)) if times]
             layers = [self._layer_weights(layout, moe) for moe in kinds]
             dense, expert = max(((each[0], each[1]) for each in layers), key=sum)
             held = self.held(layout, pipeline)
-            extra = float(self.work.stored * (held.dense + held.expert))
-            if layout.world > 1 or sharded or self.device == "cpu":
+            own = (held.dense_shard, held.expert_shard) if sharded else (held.dense, held.expert)
+            extra = float(self.work.stored * max(own))
+            if self.device == "cpu":
                 weights = [*self.shape.outer_weights(first=pipeline.first, last=pipeline.last)]
                 weights += [weight for moe in kinds for weight in self.shape.layer_weights(moe)]
                 extra = 2.0 * self.work.stored * max(_shard(weight, layout, sharded) for weight in weights)
@@ -297,7 +310,7 @@ class MemoryModel:
             persistent = own * (8 * shape.top_k + hidden * item) + layout.ep * own * (hidden * item + 4 * shape.top_k)
         deepseek = shape.shared_name == "shared_experts"
         kept = tokens * formulas.router_kept(shape.experts, shape.top_k, hidden, item, wide=deepseek)
-        kept += formulas.rows_kept(rows, hidden, units, item) + 8 * places
+        kept += formulas.rows_kept(rows, 0 if self._stays(layout, rows) else hidden, units, item) + 8 * places
         kept += own * 8 * layout.ep + own * met * 8 + arriving * layout.etp * 8 * shape.top_k - own * 8 * shape.top_k
         if deepseek:
             kept += 4 * shape.experts * hidden if item < 4 else 0
@@ -312,6 +325,12 @@ class MemoryModel:
         if layout.etp > 1:
             exchanged += arriving * (layout.etp + 1) * payload
         return _Layer(attention, kept, stream * hidden * item, max(working, attention_working), exchanged, persistent)
+
+    def _stays(self, layout: FoldedLayout, rows: float) -> bool:
+        """Whether experts read rows where they lie, and keep no copies: ``moe.kernels.products.takes``."""
+        fine = self.shape.expert_hidden <= 1024 and rows >= 32 * self.shape.experts
+        alone = layout.ep == layout.etp == 1 and not self.shape.expert_bias
+        return self.hopper and self.work.item == 2 and alone and fine
 
     def _attention_kept(self, tp: int) -> float:
         shape, item, copies = self.shape, self.work.item, self.device == "cpu"

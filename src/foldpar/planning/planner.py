@@ -47,6 +47,7 @@ def plan(
     precision: Precision = "mixed",
     lanes: str = "replicated",
     load: float = 1.0,
+    chunks: int = 1,
     tp: int | None = None,
     cp: int | None = None,
     pp: int | None = None,
@@ -75,6 +76,7 @@ def plan(
         precision: ``"mixed"`` (float32 shards, bfloat16 computation), ``"bfloat16"`` or ``"float32"``.
         lanes: ``"replicated"``, or ``"sharded"`` for a model of your own with sequence parallelism.
         load: rows of the slowest rank's experts, in multiples of the balanced number; for bytes and seconds.
+        chunks: parts of a pipeline stage's layers that take turns (interleaved 1F1B), at most one a layer.
         tp, cp, pp, ep, etp, order, stage, recompute, transport, micro: try only this one.
         best: how many layouts to keep.
 
@@ -99,6 +101,7 @@ def plan(
         precision=_one_of("precision", precision, get_args(Precision)),
         lanes=_one_of("lanes", lanes, ("replicated", "sharded")),
         load=_load(load),
+        chunks=_size("chunks", chunks),
     )
     wanted: dict[str, Any] = {"tp": tp, "cp": cp, "pp": pp, "ep": ep, "etp": etp, "micro": micro}
     wanted = {name: _size(name, value) for name, value in wanted.items() if value is not None}
@@ -143,7 +146,10 @@ class _Search:
         self.shape, self.machine, self.work, self.gpus, self.wanted, self.best = (
             shape, machine, work, gpus, wanted, best,
         )  # fmt: skip
-        self.memory, self.time = MemoryModel(shape, work, machine.device), TimeModel(shape, work, machine)
+        self.memory, self.time = (
+            MemoryModel(shape, work, machine.device, hopper=machine.hopper),
+            TimeModel(shape, work, machine),
+        )
         self.left: dict[str, tuple[int, str]] = {}
         self.candidates = self.fitting = 0
         self.heap: list[tuple[float, int, tuple[Any, ...]]] = []
@@ -356,7 +362,10 @@ class _Search:
         return tuple(said)
 
     def _other(self, winner: PlanRow, machine: Machine, work: Workload) -> str:
-        memory, time = MemoryModel(self.shape, work, machine.device), TimeModel(self.shape, work, machine)
+        memory, time = (
+            MemoryModel(self.shape, work, machine.device, hopper=machine.hopper),
+            TimeModel(self.shape, work, machine),
+        )
         found = []
         for _, _, choice in self.heap:
             layout, stage, recompute, transport, micro = choice

@@ -126,7 +126,7 @@ class Plan:
 
     def at_loads(self, row: PlanRow) -> dict[float, Memory]:
         """The bytes of a candidate at balanced, 1.5 and 3 times the balanced load."""
-        model = MemoryModel(self.shape, self.work, self.machine.device)
+        model = MemoryModel(self.shape, self.work, self.machine.device, hopper=self.machine.hopper)
         return {load: model.of(**arguments(row), load=load) for load in LOADS}
 
     def verdict(self) -> str:
@@ -264,12 +264,11 @@ def commands(plan: Plan, row: PlanRow) -> str:
     lines = [f"layout = foldpar.solve_layout({layout.world}{degrees}{order})"]
     lines.append('groups = foldpar.create_groups(layout, separate=("dp_cp", "edp"))')
     if shape.experts:
-        lines.append("foldpar.fold_model(model, groups)")
+        lines.append(f"foldpar.fold_model(model, groups{_way_of_rows(plan, row)})")
     else:
         lines.append("foldpar.mark_parameters(model, foldpar.families.REPLICATED)  # nothing to fold without experts")
     if plan.work.lanes == "sharded":
         lines[-1] = 'model = ...  # your own blocks: foldpar.FoldedMoE(..., lanes="sharded")'
-    lines += _rows_of(row)
     lines += _recomputation(row)
     if row.stage:
         precision = ""
@@ -278,7 +277,8 @@ def commands(plan: Plan, row: PlanRow) -> str:
         lines.append(f"foldpar.shard_model(model, groups, stage={row.stage}{precision})")
     lines.append(f"# {row.micro_batches} micro-batches of {row.micro} x {plan.work.tokens} tokens on each data rank")
     if layout.pp > 1:
-        lines.append(f"# pp = {layout.pp}: a schedule of your own, such as torch.distributed.pipelining's")
+        turns = f", {plan.work.chunks} chunks of layers a rank" if plan.work.chunks > 1 else ""
+        lines.append(f"# pp = {layout.pp}: a schedule of your own, such as torch.distributed.pipelining's{turns}")
     if layout.cp > 1:
         lines.append(f"# cp = {layout.cp}: attention over context-parallel ranks is your own")
     if layout.tp > 1 and not shape.experts:
@@ -289,14 +289,11 @@ def commands(plan: Plan, row: PlanRow) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def _rows_of(row: PlanRow) -> list[str]:
+def _way_of_rows(plan: Plan, row: PlanRow) -> str:
     if row.transport == "messages":
-        return []
-    return [
-        "for module in model.modules():",
-        "    if isinstance(module, foldpar.FoldedExperts):",
-        "        module.journey.one_sided = foldpar.OneSided(max_tokens=...)  # of a lane and forward",
-    ]
+        return ""
+    own = -(-row.micro * plan.work.tokens // (row.layout.cp * row.layout.tp))
+    return f", one_sided=foldpar.OneSided(max_tokens={own}, slack=2.0)"
 
 
 def _recomputation(row: PlanRow) -> list[str]:

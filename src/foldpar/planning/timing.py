@@ -19,18 +19,22 @@ __all__ = ["Seconds", "TimeModel"]
 T = TypeVar("T")
 Bound = Literal["tensor cores and memory", "links", "host", "pipeline bubble"]
 
-NORM_PASSES = 250
-"""Bytes that norms and residuals of one layer move for each number of the stream, forward and backward.
+NORM_PASSES = 2 * formulas.NORM_MOVES + 34
+"""Bytes that norms and residuals of one layer move for each number of the stream: two norms, and 17 passes of sums."""
+ROW_PASSES, UNIT_PASSES = 6, 8
+"""How often an expert's row, and its hidden units, are read or written beside the products.
 
-Counted in transformers' RMSNorm, which works in float32: 36 forward and twice that backward for each of two norms, and
-six passes for two residual sums.
+Rows are copied for one weight gradient and summed twice; SwiGLU's backward reads and writes three times each.
 """
-ROW_PASSES, UNIT_PASSES = 16, 9
-"""How often an expert's row, and its hidden units, are read or written beside the products (benchmarks/NOTES.md)."""
 LOGIT_PASSES = 40
 """Bytes that the loss moves for each logit, forward and backward."""
-ADAM_PASSES = 16
-"""How often Adam, without a fused kernel, reads or writes a number of a parameter's size."""
+BUCKET_PASSES = 7
+"""How often ``reduce_gradients`` reads or writes a number beside its sum: zeros, copied in, scaled, copied out."""
+SHARD_PASSES = 2
+"""How often a gather, or a sum into shards, reads or writes a number of the whole: split into tensors, or joined."""
+
+
+_AXES_OF_LAYERS: tuple[Axis, ...] = ("ep", "tp", "etp", "cp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,11 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Seconds of one layer in one micro-batch, forward and backward."""
+    """Seconds of one layer in one micro-batch, forward and backward; ``forward`` and ``host_forward`` of the first.
+
+    ``waits``: the host waits for the device in its forward, since it has to know how many rows come; then the device
+    is ``idle``.
+    """
 
     attention: float
     experts: float
@@ -95,11 +103,36 @@ class _Layer:
     node: float
     network: float
     tp: float
+    forward: float
     host: float
+    host_forward: float
+    idle: float = 0.0
+    waits: bool = False
+    waits_again: bool = False
 
     @property
     def device(self) -> float:
         return self.attention + self.experts + self.dense + self.node + self.network + self.tp
+
+
+@dataclass(frozen=True, slots=True)
+class _Clocks:
+    """When the host has launched everything so far, and when the device is done with it."""
+
+    host: float = 0.0
+    device: float = 0.0
+
+    def after(self, host: float, device: float, count: int = 1, *, waits: bool = False) -> _Clocks:
+        """After ``count`` alike pieces of work, in each of which the host may have to wait for the device."""
+        if waits:
+            both = max(self.host, self.device) + count * max(host, device)
+            return _Clocks(both, both)
+        launched = self.host + count * host
+        return _Clocks(launched, max(max(self.host, self.device) + count * device, launched))
+
+    @property
+    def end(self) -> float:
+        return max(self.host, self.device)
 
 
 class TimeModel:
@@ -119,12 +152,21 @@ class TimeModel:
         """
         whole = self.work.batch // layout.dp
         tokens = whole * self.work.tokens / layout.cp
-        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp))
-        layers = {moe: self._layer(layout, moe, tokens, "none", "one-sided", self.work.load) for moe in self._kinds}
-        busy = max(
-            each.dense * self._lasts(layers.get(False)) + each.moe * self._lasts(layers.get(True)) for each in stages
+        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp, self.work.chunks))
+        found = []
+        for way in ("messages", "one-sided") if layout.ep > 1 else ("messages",):
+            layers = {moe: self._layer(layout, moe, tokens, "none", way, self.work.load) for moe in self._kinds}
+            found.append(max(max(self._sums(each, layers)) for each in stages))
+        return min(found) * (1 + formulas.pipeline_bubble(layout.pp, whole, stages[0].chunks))
+
+    @staticmethod
+    def _sums(pipeline: PipelineStage, layers: dict[bool, _Layer]) -> tuple[float, float]:
+        """Seconds of the device and of the host for all layers of a stage."""
+        count = {False: pipeline.dense, True: pipeline.moe}
+        return (
+            sum(count[moe] * layer.device for moe, layer in layers.items()),
+            sum(count[moe] * layer.host for moe, layer in layers.items()),
         )
-        return busy * (1 + formulas.pipeline_bubble(layout.pp, whole))
 
     def of(
         self,
@@ -140,19 +182,11 @@ class TimeModel:
         load = self.work.load if load is None else load
         micro_batches = self.work.batch // layout.dp // micro
         tokens = micro * self.work.tokens / layout.cp
-        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp))
+        stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp, self.work.chunks))
         layers = {moe: self._layer(layout, moe, tokens, recompute, transport, load) for moe in self._kinds}
         head = self._head(layout, tokens)
-        slowest = max(
-            stages,
-            key=lambda each: each.dense * self._lasts(layers.get(False)) + each.moe * self._lasts(layers.get(True))
-            + each.last * head.device,
-        )  # fmt: skip
+        slowest = max(stages, key=lambda each: max(self._sums(each, layers)) + each.last * max(head.device, head.host))
         return self._of_stage(layout, slowest, layers, head, stage, micro_batches, tokens)
-
-    @staticmethod
-    def _lasts(layer: _Layer | None) -> float:
-        return max(layer.device, layer.host) if layer is not None else 0.0
 
     def _of_stage(
         self,
@@ -165,28 +199,86 @@ class TimeModel:
         tokens: float,
     ) -> Seconds:
         count = {False: pipeline.dense, True: pipeline.moe}
-        attention = experts = dense = node = network = lanes = waits = 0.0
+        attention = experts = dense = node = network = lanes = 0.0
         for layer, times in [*((layer, count[moe]) for moe, layer in layers.items()), (head, int(pipeline.last))]:
             times *= micro_batches
             attention, experts, dense = (
                 attention + times * layer.attention, experts + times * layer.experts, dense + times * layer.dense,
             )  # fmt: skip
             node, network, lanes = node + times * layer.node, network + times * layer.network, lanes + times * layer.tp
-            waits += times * max(0.0, layer.host - layer.device)
-        busy = attention + experts + dense + node + network + lanes + waits
-        gathers, gradients, launches = self._shards(layout, pipeline, stage, micro_batches)
-        hidden = self.machine.overlap * busy if stage else 0.0
-        seen = max(0.0, gathers + gradients - hidden) / (gathers + gradients) if gathers + gradients else 0.0
-        bubble = formulas.pipeline_bubble(layout.pp, micro_batches) * busy
+        clocks, forward, backward = self._through(layout, pipeline, layers, head, stage, micro_batches)
+        gathers, gradients, copies = self._shards(layout, pipeline, stage, micro_batches)
+        if stage:  # gathers run behind forwards, at stage 3 half of them behind backwards, as the sums do
+            first = gathers / 2 if stage == 3 else gathers
+            before = self._felt(first, forward * (micro_batches if stage == 3 else 1))
+            behind = self._felt(gathers - first + gradients, backward * (micro_batches if stage > 1 else 1))
+            gradients, gathers = behind, before
+        bubble = formulas.pipeline_bubble(layout.pp, micro_batches, pipeline.chunks) * clocks.end
         if layout.pp > 1:
-            sent = tokens * self.shape.hidden * self.work.item
-            bubble += 2 * micro_batches * self._link(layout, "pp").seconds(sent)
-        optimizer, launching = self._optimizer(layout, pipeline, stage)
+            own = tokens / layout.tp if self.work.lanes == "sharded" else tokens
+            sent = own * self.shape.hidden * self.work.item
+            bubble += 2 * pipeline.chunks * micro_batches * self._reach(layout, "pp")[1].seconds(sent)
+        clocks = _Clocks(clocks.host, clocks.device + bubble + gathers)
+        host, weights = self.machine.host, self._count(pipeline)
+        clocks = clocks.after(weights * host.reduction * (layout.world > 1), gradients + copies)
+        optimizer = self._optimizer(layout, pipeline, stage)
+        clocks = clocks.after(weights * host.parameter, optimizer)
+        device = (
+            attention + experts + dense + node + network + lanes + bubble + gathers + gradients + copies + optimizer
+        )
         return Seconds(
             attention=attention, experts=experts, dense=dense, exchange_node=node, exchange_network=network, tp=lanes,
-            gradients=gradients * seen, gathers=gathers * seen, bubble=bubble, optimizer=optimizer,
-            host=waits + launches + max(0.0, launching - optimizer),
+            gradients=gradients + copies, gathers=gathers, bubble=bubble, optimizer=optimizer,
+            host=max(0.0, clocks.end - device),
         )  # fmt: skip
+
+    def _felt(self, communication: float, computation: float) -> float:
+        """Seconds that gathers or sums add to the computation behind which they run: they slow it a little."""
+        return max((1 - self.machine.overlap) * communication, communication - self.machine.overlap * computation)
+
+    def _through(
+        self,
+        layout: FoldedLayout,
+        pipeline: PipelineStage,
+        layers: dict[bool, _Layer],
+        head: _Layer,
+        stage: int,
+        micro_batches: int,
+    ) -> tuple[_Clocks, float, float]:
+        """All forwards and backwards, and the seconds of one of each; from the second on, all take as long."""
+        counts = [(layer, pipeline.moe if moe else pipeline.dense, moe) for moe, layer in layers.items()]
+        extra = {moe: self._launching_shards(layout, moe, stage, micro_batches) for moe in layers}
+        found, forward = [_Clocks()], 0.0
+        for _ in range(min(2, micro_batches)):
+            clocks = found[-1]
+            for layer, count, moe in counts:
+                clocks = clocks.after(
+                    layer.host_forward + extra[moe][0], layer.forward + layer.idle, count, waits=layer.waits
+                )
+            if pipeline.last:
+                clocks = clocks.after(head.host, head.device)
+            forward = clocks.end - found[-1].end
+            for layer, count, moe in reversed(counts):
+                host = layer.host - layer.host_forward + extra[moe][1]
+                clocks = clocks.after(
+                    host, layer.device - layer.forward + layer.idle * layer.waits_again, count, waits=layer.waits_again
+                )
+            found.append(clocks)
+        more, last, before = micro_batches - len(found) + 1, found[-1], found[-2]
+        clocks = _Clocks(
+            last.host + more * (last.host - before.host), last.device + more * (last.device - before.device)
+        )
+        return clocks, forward, last.end - before.end - forward
+
+    def _launching_shards(self, layout: FoldedLayout, moe: bool, stage: int, micro_batches: int) -> tuple[float, float]:
+        """Seconds of the host for the units of one layer, in its forward and in its backward."""
+        if not stage:
+            return 0.0, 0.0
+        mixed = self.work.precision == "mixed"
+        units = (mixed or layout.dp * layout.cp > 1) + (moe and (mixed or layout.edp > 1))
+        often = 1 / micro_batches if stage == 1 else 1.0
+        half = units * self.machine.host.unit * often / 2
+        return half, half + (units * self.machine.host.regather if stage == 3 else 0.0)
 
     def tokens_per_second(self, seconds: Seconds) -> float:
         """Of all ranks together."""
@@ -210,10 +302,10 @@ class TimeModel:
     def _layer(
         self, layout: FoldedLayout, moe: bool, tokens: float, recompute: Recompute, transport: Transport, load: float
     ) -> _Layer:
-        key = ("layer", moe, layout.tp, layout.cp, layout.ep, layout.etp, tokens, recompute, transport, load,
-               self._span(layout, "ep"), self._span(layout, "tp"), self._span(layout, "etp"),
-               self._span(layout, "cp"))  # fmt: skip
-        return self._once(key, lambda: self._of_layer(layout, moe, tokens, recompute, transport, load))
+        choice = (moe, tokens, recompute, transport, load)
+        place = self._once.of(layout)("place", lambda: (layout.tp, layout.cp, layout.ep, layout.etp, *(
+            self._reach(layout, axis)[0] for axis in _AXES_OF_LAYERS)))  # fmt: skip
+        return self._once((choice, place), lambda: self._of_layer(layout, *choice))
 
     def _of_layer(
         self, layout: FoldedLayout, moe: bool, tokens: float, recompute: Recompute, transport: Transport, load: float
@@ -221,30 +313,55 @@ class TimeModel:
         again = {"none": (0, 0), "experts": (0, 1), "full": (1, 1)}[recompute]
         stream = tokens / layout.tp if self.work.lanes == "sharded" else tokens
         attention = self._attention(layout, tokens, stream, again[0])
-        host = self.machine.host
-        waits = host.attention * (1 + again[0] / 3)
         tp = self._lanes(layout, tokens, moe, again)
+        part = "shared" if moe else "dense"
+        dense = self._matrices(layout, moe, part, tokens, again[1] if moe else again[0])
+        experts = node = network = 0.0
+        if moe:
+            experts = self._experts(layout, tokens, again[1], load)
+            node, network = self._exchange(layout, tokens, again[1], transport, load)
+        first, second = self._launching(layout, moe, transport)
+        forward = attention / (3 + again[0]) + (dense + experts) / (3 + again[1 if moe else 0])
+        forward += (node + network) * 2 / (4 + 2 * again[1]) + tp / (3 + again[0])
+        computed_again = again[0] * first + again[1 if moe else 0] * second
+        waits = moe and transport == "messages"
+        idle = self._idle(layout) if waits else 0.0
+        return _Layer(
+            attention, experts, dense, node, network, tp, forward, first + second + computed_again / 2,
+            (first + second) / 2, idle, waits, waits and bool(again[1]),
+        )  # fmt: skip
+
+    def _idle(self, layout: FoldedLayout) -> float:
+        """Seconds in which the device has nothing to do in a forward: the host, which has just learned how many rows
+        come, launches the exchange."""
+        host = self.machine.host
+        return ((host.messages if layout.ep > 1 else 0.0) + (host.slices if layout.etp > 1 else 0.0)) / 2
+
+    def _launching(self, layout: FoldedLayout, moe: bool, transport: Transport) -> tuple[float, float]:
+        """Seconds of the host for attention, and for what follows it."""
+        host = self.machine.host
+        lanes = host.lanes if layout.tp > 1 else 0.0
         if not moe:
-            dense = self._matrices(layout, False, "dense", tokens, again[0])
-            return _Layer(attention, 0.0, dense, 0.0, 0.0, tp, waits + host.dense * (1 + again[0] / 3))
-        experts = self._experts(layout, tokens, again[1], load)
-        dense = self._matrices(layout, True, "shared", tokens, again[1])
-        node, network = self._exchange(layout, tokens, again[1], transport, load)
-        block = host.moe + (0.0 if layout.ep == 1 else host.messages if transport == "messages" else host.one_sided)
-        waits += (block + (host.dense if self.shape.shared_hidden else 0.0)) * (1 + again[1] / 3)
-        return _Layer(attention, experts, dense, node, network, tp, waits)
+            return host.attention + lanes, host.dense + lanes
+        network = host.moe + (host.ends if layout.tp > 1 and self.work.lanes == "replicated" else 0.0)
+        if layout.ep > 1:
+            network += host.messages if transport == "messages" else host.one_sided
+        if layout.etp > 1:
+            network += host.slices
+        return host.attention + lanes, network + (host.dense + lanes if self.shape.shared_hidden else 0.0)
 
     def _attention(self, layout: FoldedLayout, tokens: float, stream: float, again: int) -> float:
         shape, machine, item = self.shape, self.machine, self.work.item
         queries, values = shape.query_width / layout.tp, shape.value_width / layout.tp
         flops = formulas.attention_flops(tokens, self.work.tokens, int(queries), int(values))
-        scores = flops * (3.5 + again) / machine.attention_flops  # backward: 2.5 times, FlashAttention-2
+        scores = flops * (formulas.ATTENTION_PASSES + again) / machine.attention_flops
         if shape.sinks:  # every pair is written and read
             pairs = tokens * self.work.tokens * shape.heads / layout.tp
             scores = pairs * item * (12 + 5 * again) / machine.memory_bandwidth
         heads = (queries + shape.key_value_width / layout.tp) * tokens
-        moved = stream * shape.hidden * NORM_PASSES + heads * item * 30 + (heads * 110 if shape.qk_norm else 0)
-        elementwise = moved * (1 + again / 3) / machine.memory_bandwidth
+        moved = stream * shape.hidden * NORM_PASSES + heads * item * formulas.ROTATION_MOVES
+        moved += heads * formulas.NORM_MOVES if shape.qk_norm else 0.0
+        elementwise = moved * (1 + again / 3) / machine.elementwise_bandwidth
         return self._matrices(layout, False, "attention", tokens, again) + scores + elementwise
 
     def _matrices(self, layout: FoldedLayout, moe: bool, part: str, tokens: float, again: int) -> float:
@@ -292,7 +409,7 @@ class TimeModel:
         times = 4 + 2 * again
         node = network = 0.0
         if layout.ep > 1:
-            inside = self._span(layout, "ep")
+            inside = self._reach(layout, "ep")[0]
             rows = min(load * own * met, own * layout.ep)
             latency = times if transport == "messages" else times / 2
             node = machine.node.seconds(times * rows * payload * (inside - 1) / layout.ep, latency)
@@ -300,9 +417,9 @@ class TimeModel:
             node, network = (node, 0.0) if node >= network else (0.0, network)
         if layout.etp > 1:
             gathered = min(load * own * met, own * layout.ep) * layout.etp * payload
-            link = self._link(layout, "etp")
+            link = self._reach(layout, "etp")[1]
             crossing = link.seconds(times * formulas.collective_bytes("all_gather", layout.etp, gathered), times)
-            if self._span(layout, "etp") < layout.etp:
+            if self._reach(layout, "etp")[0] < layout.etp:
                 network += crossing
             else:
                 node += crossing
@@ -317,7 +434,7 @@ class TimeModel:
         if layout.cp > 1:
             total = 2 * layout.cp * tokens * keys / layout.tp * self.work.item * (3 + again[0])
             sent = formulas.collective_bytes("all_gather", layout.cp, total)
-            around = self._link(layout, "cp").seconds(sent, (layout.cp - 1) * (3 + again[0]))
+            around = self._reach(layout, "cp")[1].seconds(sent, (layout.cp - 1) * (3 + again[0]))
         if layout.tp == 1:
             return around
         back = 1 if sharded else 2 if shape.latent is not None else 3
@@ -330,70 +447,88 @@ class TimeModel:
         if moe and not sharded:  # the ends of the experts: rows are gathered forward, their gradients backward
             sent += (2 + again[1]) * formulas.collective_bytes("all_gather", layout.tp, size)
             times += 2 + again[1]
-        return around + self._link(layout, "tp").seconds(sent, times)
+        return around + self._reach(layout, "tp")[1].seconds(sent, times)
 
     def _head(self, layout: FoldedLayout, tokens: float) -> _Layer:
         """Embedding, last norm, head and loss."""
 
         def make() -> _Layer:
             shape = self.shape
-            cut = layout.tp if shape.vocab % layout.tp == 0 and not shape.head_whole else 1
+            sharded = self.work.lanes == "sharded"  # the loss of a lane is that of its own tokens
+            cut = layout.tp if sharded or (shape.vocab % layout.tp == 0 and not shape.head_whole) else 1
             products = 3 * self._product(tokens, (shape.vocab // cut, shape.hidden))
-            moved = tokens * (shape.vocab * LOGIT_PASSES + shape.hidden * NORM_PASSES / 2)
+            own = tokens / layout.tp if sharded else tokens
+            moved = own * shape.vocab * LOGIT_PASSES / self.machine.memory_bandwidth
+            moved += own * shape.hidden * NORM_PASSES / 2 / self.machine.elementwise_bandwidth
             tp = 0.0
-            if cut > 1:
+            if cut > 1 and not sharded:
                 logits = tokens * shape.vocab * self.work.item
                 stream = tokens * shape.hidden * self.work.item
                 sent = formulas.collective_bytes("all_gather", cut, logits)
                 sent += 2 * formulas.collective_bytes("all_reduce", cut, stream)
-                tp = self._link(layout, "tp").seconds(sent, 3)
-            dense = products + moved / self.machine.memory_bandwidth
-            return _Layer(0.0, 0.0, dense, 0.0, 0.0, tp, self.machine.host.dense)
+                tp = self._reach(layout, "tp")[1].seconds(sent, 3)
+            dense, host = products + moved, self.machine.host.head
+            return _Layer(0.0, 0.0, dense, 0.0, 0.0, tp, (dense + tp) / 3, host, host / 2)
 
-        return self._once(("head", layout.tp, tokens, self._span(layout, "tp")), make)
+        return self._once(("head", layout.tp, tokens, self._reach(layout, "tp")[0]), make)
 
     # -- Links, shards, optimizer -------------------------------------------------------------------------------------
 
-    def _span(self, layout: FoldedLayout, axis: Axis) -> int:
-        if layout.size(axis) == 1:
-            return 1
-        view, size, stride = layout.span(axis)
-        order = (layout.order, layout.tp, layout.stage_size) if view == "expert" else ()
-        key = ("span", axis, size, stride, order, layout.world)
-        return self._once(key, lambda: node_span(layout, axis, self.machine.gpus_per_node))
+    def _reach(self, layout: FoldedLayout, axis: Axis) -> tuple[int, Link]:
+        """How many ranks of a group are in one node, and the link of a collective over all of it.
 
-    def _link(self, layout: FoldedLayout, axis: Axis) -> Link:
-        """That of a collective over an axis; between nodes every member of a node brings its own port."""
-        inside = self._span(layout, axis)
-        if inside == layout.size(axis):
-            return self.machine.node
-        network = self.machine.network
-        return Link(network.latency, min(network.bandwidth * inside, self.machine.node.bandwidth))
+        Between nodes every member of a node brings its own port.
+        """
+
+        def make() -> tuple[int, Link]:
+            view, size, stride = layout.span(axis)
+            machine, inside = self.machine, 1
+            if size > 1:
+                order = (layout.order, layout.tp, layout.stage_size) if view == "expert" else ()
+                key = ("span", axis, size, stride, order, layout.world)
+                inside = self._once(key, lambda: node_span(layout, axis, machine.gpus_per_node))
+            if inside == size:
+                return inside, machine.ring
+            network = machine.network
+            return inside, Link(network.latency, min(network.bandwidth * inside, machine.ring.bandwidth))
+
+        return self._once.of(layout)(axis, make)
 
     def _shards(
         self, layout: FoldedLayout, pipeline: PipelineStage, stage: int, micro_batches: int
     ) -> tuple[float, float, float]:
-        """Seconds of gathers, of sums of gradients, and of launching them."""
-        item, stored = self.work.item, self.work.stored
-        summed = 4 if self.work.precision == "mixed" else stored
-        gathers = gradients = 0.0
-        collectives = 0
-        sums_per_step = micro_batches if stage >= 2 else 1
-        gathers_per_step = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage]
+        """Seconds of gathers, of sums of gradients, and of the copies before and after them."""
+        sums = micro_batches if stage >= 2 else 1
+        gathers = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage]
+        key = ("shards", pipeline, stage > 0)
+        gather, gather_copies, summing, sum_copies = self._once.of(layout)(
+            key, lambda: self._of_shards(layout, pipeline, sharded=stage > 0)
+        )
+        return gathers * gather, sums * summing, gathers * gather_copies + sums * sum_copies
+
+    def _of_shards(
+        self, layout: FoldedLayout, pipeline: PipelineStage, *, sharded: bool
+    ) -> tuple[float, float, float, float]:
+        """Seconds of one gather of everything, of one sum of all gradients, and of their copies."""
+        machine, item = self.machine, self.work.item
+        summed = 4 if self.work.precision == "mixed" else self.work.stored
+        gather = gather_copies = summing = sum_copies = 0.0
         axes: tuple[tuple[Axis, bool], ...] = (("dp_cp", False), ("edp", True))
         for axis, expert in axes:
             size, numel = layout.size(axis), self._numel(layout, pipeline)[expert]
             if size == 1 or not numel:
                 continue
             units = pipeline.moe if expert else pipeline.dense + pipeline.moe + 1
-            link = self._link(layout, axis)
-            kind = "reduce_scatter" if stage else "all_reduce"
-            sent = formulas.collective_bytes(kind, size, summed * numel) * sums_per_step
-            gradients += link.seconds(sent, units * sums_per_step)
-            sent = formulas.collective_bytes("all_gather", size, item * numel) * gathers_per_step
-            gathers += link.seconds(sent, units * gathers_per_step)
-            collectives += units * (sums_per_step + gathers_per_step)
-        return gathers, gradients, collectives * self.machine.host.collective
+            link = self._reach(layout, axis)[1]
+            kind = "reduce_scatter" if sharded else "all_reduce"
+            summing += link.seconds(formulas.collective_bytes(kind, size, summed * numel), units)
+            gather += link.seconds(formulas.collective_bytes("all_gather", size, item * numel), units)
+            gather_copies += SHARD_PASSES * item * numel / machine.memory_bandwidth
+            if sharded:
+                sum_copies += SHARD_PASSES * summed * numel / machine.memory_bandwidth
+            else:  # the pieces of a bucket are not aligned
+                sum_copies += BUCKET_PASSES * summed * numel / machine.elementwise_bandwidth
+        return gather, gather_copies, summing, sum_copies
 
     def _numel(self, layout: FoldedLayout, pipeline: PipelineStage) -> tuple[int, int]:
         def make() -> tuple[int, int]:
@@ -408,11 +543,13 @@ class TimeModel:
 
         return self._once(("numel", layout.tp, layout.ep, layout.etp, pipeline), make)
 
-    def _optimizer(self, layout: FoldedLayout, pipeline: PipelineStage, stage: int) -> tuple[float, float]:
-        """Seconds of the device and of the host."""
+    def _optimizer(self, layout: FoldedLayout, pipeline: PipelineStage, stage: int) -> float:
+        """Seconds of the device."""
         dense, expert = self._numel(layout, pipeline)
         own = (dense / (layout.dp * layout.cp) + expert / layout.edp) if stage else dense + expert
-        seconds = own * self.work.stored * ADAM_PASSES / self.machine.memory_bandwidth
+        return own * self.work.stored * formulas.ADAM_PASSES / self.machine.update_bandwidth
+
+    def _count(self, pipeline: PipelineStage) -> int:
+        """Of a stage's weights."""
         each = self._weights_of_layer
-        count = pipeline.dense * each.get(False, 0) + pipeline.moe * each.get(True, 0) + 3
-        return seconds, count * self.machine.host.parameter * (layout.world > 1)
+        return pipeline.dense * each.get(False, 0) + pipeline.moe * each.get(True, 0) + 3

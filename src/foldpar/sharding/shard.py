@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, cast
 
 import torch
@@ -28,6 +29,7 @@ from foldpar.layout import FoldedLayout
 from foldpar.parameters import (
     ResolvedParameter,
     Stage,
+    base_of,
     bring_back_shards,
     compare_in_stage,
     data_replicas,
@@ -37,6 +39,7 @@ from foldpar.parameters import (
     kept_dtype,
     mark_replaced,
     record_shards,
+    refuse_gradient_hooks,
     refuse_replaced,
     resolve_parameters,
     sharded_module,
@@ -45,6 +48,7 @@ from foldpar.parameters import (
     tie_marks_to_names,
     watch_optimizers,
 )
+from foldpar.sharding.conversion import compute_in
 
 __all__ = ["accumulate", "shard_model"]
 
@@ -124,9 +128,10 @@ def shard_model(
             the order in which they were built; pass False for others.
 
     Parameters whose data axis has one rank are sharded only where ``mixed_precision`` or ``offload`` asks for it; they
-    would be copied for nothing. Scalars stay whole too, and so does what the model's class keeps in float32
-    (``_keep_in_fp32_modules``) while the rest is narrower. :func:`~foldpar.reduce_gradients` reduces those over the
-    data axis.
+    would be copied for nothing. Experts that no other rank holds need no FSDP2 for ``mixed_precision``: their forward
+    computes with copies in its ``param_dtype``, which are made again for the backward. Scalars stay whole too, and so
+    does what the model's class keeps in float32 (``_keep_in_fp32_modules``) while the rest is narrower.
+    :func:`~foldpar.reduce_gradients` reduces those over the data axis.
 
     Raises:
         ValueError: an unknown stage. ShardingError: ``replicas`` does not fit, or leaves nothing to shard; the model is
@@ -147,31 +152,43 @@ def shard_model(
     expect_sizes("shard_model", replicas=replicas)
     _check_unsharded(model)
     precision, offload = mixed_precision or MixedPrecisionPolicy(), offload or OffloadPolicy()
-    converts = precision != MixedPrecisionPolicy() or type(offload) is not OffloadPolicy
+    offloads = type(offload) is not OffloadPolicy
+    converts = precision != MixedPrecisionPolicy()
     resolved = resolve_parameters(model, groups)
-    _check_replicas(replicas, [groups.layout, *(entry.groups.layout for entry in resolved)], converts)
+    _check_replicas(replicas, [groups.layout, *(entry.groups.layout for entry in resolved)], converts or offloads)
     dtypes = (entry.parameter.dtype for entry in resolved)
     narrow = precision.param_dtype or min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    narrowed = [entry for entry in resolved if kept_dtype(model, entry.name, narrow) == narrow]
     shards = [
         entry
-        for entry in resolved
+        for entry in narrowed
         if shards_over_data(
-            entry.family, entry.groups.layout, dims=entry.parameter.dim(), converts=converts, replicas=replicas
+            entry.family,
+            entry.groups.layout,
+            dims=entry.parameter.dim(),
+            converts=converts,
+            offloads=offloads,
+            replicas=replicas,
         )
-        and kept_dtype(model, entry.name, narrow) == narrow
     ]
     whole = {entry.parameter for entry in resolved} - {entry.parameter for entry in shards}
     units = _units(model, groups, blocks, resolved, shards)
+    converting = _converting(model, resolved, [entry for entry in narrowed if entry.parameter in whole], precision)
     _check_units(model, units, shards)
+    if set((root := base_of(model)).parameters()) != set(model.parameters()):
+        root = model
+    # A library's model of adapters may be taken off, and what is left must go on by itself.
+    units = [replace(unit, module=root) if unit.module is model else unit for unit in units]
     _check_tensors(shards, groups, explicitly_marked(model))
-    if not shards:
+    if not shards and not converting:
         return
+    refuse_gradient_hooks(((entry.name, entry.parameter) for entry in shards), "Sharding")
     compare_in_stage(model, groups, {"stage": str(stage), "mixed_precision": str(precision)})  # FSDP2 gathers them
 
     tie_marks_to_names(model)  # FSDP2 makes new parameters
     before = list(model.parameters())
-    for unit in units:
-        is_root = unit.module is model
+    for unit in units if shards else ():
+        is_root = unit.module is root
         wrapped = fully_shard(
             unit.module,
             mesh=unit.groups.data_mesh(unit.axis, data_replicas(unit.groups.layout, unit.axis, replicas)),
@@ -185,16 +202,20 @@ def shard_model(
         # pre-multiplied sum, which loses bf16 gradients, and torch's dividing twice on a mesh of one rank.
         wrapped.set_gradient_divide_factor(1.0)
         wrapped.set_force_sum_reduction_for_comms(True)
-    record_shards(model, stage)
+    for module, names in converting.items():
+        if groups.data_mesh("edp").device_type != "cpu" and next(module.parameters()).device.type == "cpu":
+            module.to(groups.data_mesh("edp").device_type)  # as FSDP2 does
+        compute_in(module, names, cast(torch.dtype, precision.param_dtype))
+    record_shards(model, stage, converting)
     mark_replaced(before, model)
     watch_optimizers(groups, model)
     take_shares_on_load(model, groups)
     for parameter in model.parameters():
         adopt(parameter)
-    model.register_forward_pre_hook(refuse_replaced, prepend=True)
-    model.register_forward_hook(_shards_again)
+    root.register_forward_pre_hook(refuse_replaced, prepend=True)
+    root.register_forward_hook(_shards_again)
     if prefetch:
-        _prefetch(model, units)
+        _prefetch(root, units)
 
 
 @contextmanager
@@ -304,6 +325,28 @@ def _expert_units(
     yield from visit("", model)
 
 
+def _converting(
+    model: nn.Module, resolved: list[ResolvedParameter], whole: list[ResolvedParameter], policy: MixedPrecisionPolicy
+) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Modules of experts that are whole here and compute in another dtype: their parameters, named by their owners."""
+    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    wide = {
+        entry.parameter
+        for entry in whole
+        if entry.family.view == "expert"
+        and entry.parameter.is_floating_point()
+        and entry.parameter.dtype != (policy.param_dtype or entry.parameter.dtype)
+    }
+    for unit in _expert_units(model, resolved, [entry for entry in whole if entry.parameter in wide]):
+        found[unit.module] = [
+            (owner, name)
+            for owner in unit.module.modules()
+            for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False)
+            if parameter in wide
+        ]
+    return found
+
+
 def _default_blocks(model: nn.Module, experts: set[nn.Module], shards: list[ResolvedParameter]) -> Iterator[nn.Module]:
     """The children of the outermost ModuleLists, where they hold anything to shard."""
     sharded = {entry.parameter for entry in shards}
@@ -346,22 +389,28 @@ def _precision_of(unit: _Unit, policy: MixedPrecisionPolicy, is_root: bool) -> M
 
 def _prefetch(model: nn.Module, units: list[_Unit]) -> None:
     """Say what each unit gathers ahead: going forward, its experts and the next block; going backward, the block before
-    and its experts."""
+    and its experts. Of several experts in a block the first, or backward the last, and each then the one behind it."""
     experts_of: dict[nn.Module, list[FSDPModule]] = {unit.module: [] for unit in units if unit.axis == "dp_cp"}
     owner = _units_by_module(model, list(experts_of))
     order = [module for module in model.modules() if module in experts_of]
-    for unit in reversed(units):
-        if unit.axis == "edp" and unit.module in owner:
-            experts_of[next(iter(owner[unit.module]))].append(cast(FSDPModule, unit.module))
+    experts = {unit.module for unit in units if unit.axis == "edp"}
+    for module in model.modules():
+        if module in experts and module in owner:
+            experts_of[next(iter(owner[module]))].append(cast(FSDPModule, module))
     for place, module in enumerate(order):
-        wrapped = cast(FSDPModule, module)
+        wrapped, own = cast(FSDPModule, module), experts_of[module]
         following = [cast(FSDPModule, after) for after in order[place + 1 : place + 2]]
-        wrapped.set_modules_to_forward_prefetch([*experts_of[module], *following])
+        wrapped.set_modules_to_forward_prefetch([*own[:1], *following])
+        for one, after in pairwise(own):
+            one.set_modules_to_forward_prefetch([after])
+            after.set_modules_to_backward_prefetch([one])
         before = order[place - 1] if place > 1 else None
         if module is model:  # it ends first, and so begins backward
-            before = order[-1] if len(order) > 1 else None
-        if before is not None:
-            wrapped.set_modules_to_backward_prefetch([cast(FSDPModule, before), *experts_of[before]])
+            before = order[-1]
+        if before is model:
+            wrapped.set_modules_to_backward_prefetch(own[-1:])
+        elif before is not None:
+            wrapped.set_modules_to_backward_prefetch([cast(FSDPModule, before), *experts_of[before][-1:]])
 
 
 def _units_by_module(model: nn.Module, units: Iterable[nn.Module]) -> dict[nn.Module, dict[nn.Module, None]]:

@@ -97,9 +97,10 @@ def check_against_one_process(
         reduce: what makes gradients complete; ``reduce_gradients(module, groups, loss=losses)`` if left out.
         whole: ``(name, tensors of the reference by name) -> the whole tensor`` that a folded parameter of this name is
             a share of, where the two modules name or stack parameters differently.
-        share: ``(name, whole tensor, groups) -> this rank's share``, or None for the default, which knows
-            ``GroupedExperts``, DTensor placements, contiguous slices over tp of what is marked as TP-sharded, and
-            replicated tensors. Called with ``"output"`` for a module that gives back a part of its output.
+        share: ``(name, whole tensor, groups) -> this rank's share``, or None for the default, which knows foldpar's
+            experts however they are stored, DTensor placements, contiguous slices over tp of what is marked as
+            TP-sharded, and replicated tensors. Called with ``"output"`` for a module that gives back a part of its
+            output.
         dtype, device: of the modules and batches. In float64, rounding stays far below any mistake.
         seed: for the random numbers that ``reference`` and ``batch`` draw on the CPU.
         backend: ``"threads"`` and ``"spawned"`` as for :func:`~foldpar.testing.run_ranks` (spawned ranks must be able

@@ -51,7 +51,7 @@ class Shares:
     def of(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """This rank's share of every tensor, in the order of the folded module's parameters."""
         looked_up = _LookUp(tensors)
-        shares = [self._share(name, self._whole(name, looked_up)) for name in self.parameters]
+        shares = [self.share_of(name, self._whole(name, looked_up)) for name in self.parameters]
         if forgotten := [name for name in tensors if name not in looked_up.seen]:
             raise ShapeError(
                 f"The reference has parameters that no parameter of the folded module is a share of: "
@@ -69,7 +69,8 @@ class Shares:
             )
         return tensors[name]
 
-    def _share(self, name: str, whole: Tensor) -> Tensor:
+    def share_of(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank holds of a whole tensor that lies like the parameter of this name."""
         given = self._share_of(name, whole, self._groups) if self._share_of is not None else None
         parameter = self.parameters[name]
         if given is not None:
@@ -104,18 +105,22 @@ class _LookUp(Mapping[str, Tensor]):
 
 
 def _share_of_experts(whole: Tensor, experts: ExpertShare, name: str) -> Tensor:
-    """By global expert, then by hidden unit; on its own, not with the slices that the experts were made by.
-
-    A gate_up weight is ``[experts, parts * hidden, ...]`` and a down weight ``[experts, dim, hidden]``.
-    """
-    groups = experts.groups
-    here = experts.num_experts // groups.ep.size
+    """By global expert, then by hidden unit; on its own, not with the slices that the experts were made by."""
+    groups, storage = experts.groups, experts.storage
+    here, hidden = experts.num_experts // groups.ep.size, experts.hidden_dim // groups.etp.size
     mine = whole[groups.ep.index * here : (groups.ep.index + 1) * here]
-    hidden = experts.hidden_dim // groups.etp.size
-    units = slice(groups.etp.index * hidden, (groups.etp.index + 1) * hidden)
-    if name.startswith("gate_up"):
-        return torch.cat([part[:, units] for part in mine.split(experts.hidden_dim, dim=1)], dim=1)
-    return mine[:, :, units] if mine.dim() == 3 else mine
+    units = range(groups.etp.index * hidden, (groups.etp.index + 1) * hidden)
+    if name == "down_proj":
+        return mine.narrow(1 if storage.transposed else 2, units.start, hidden)
+    if name not in (storage.gate_up, storage.gate_up_bias):
+        return mine
+    dim = 2 if storage.transposed and mine.dim() == 3 else 1
+    parts = range(mine.shape[dim] // experts.hidden_dim)
+    if storage.interleaved:
+        columns = [len(parts) * unit + part for unit in units for part in parts]
+    else:
+        columns = [part * experts.hidden_dim + unit for part in parts for unit in units]
+    return mine.index_select(dim, torch.tensor(columns, device=mine.device))
 
 
 def placed(whole: Tensor, like: Tensor) -> Tensor:

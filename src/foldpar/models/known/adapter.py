@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from foldpar.arguments import expect
 from foldpar.comm import FoldedGroups
@@ -128,6 +129,13 @@ class MoEAdapter:
             return self._made_weights(self.weights, experts, where)
         parameters = dict(experts.named_parameters(recurse=False))
         names = self.storage.names
+        if computed := [name for name in names if is_parametrized(experts, name)]:
+            raise ModelError(
+                f"{where} computes {' and '.join(computed)} by a parametrization, whose results lie in "
+                f"no parameter that folding could cut. Before folding, keep the results: torch.nn.utils.parametrize."
+                f"remove_parametrizations(experts, name, leave_parametrized=True); or register it on the folded "
+                f"model, where it sees this rank's share."
+            )
         if missing := [name for name in names[:2] if name not in parameters]:
             raise ModelError(
                 f"{where} ({type(experts).__name__}) has no parameter {' and no '.join(missing)}; its own parameters "

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from foldpar.moe.kernels import activations, products
 from foldpar.moe.kernels.activations import Activation
-from foldpar.moe.kernels.permutation import collect, spread
+from foldpar.moe.kernels.permutation import Places, collect, pick, spread
 
 
 def grouped_feed_forward(
@@ -35,7 +35,7 @@ def grouped_feed_forward(
     down_bias: Tensor | None = None,
     sizes: tuple[int, ...] | None = None,
     interleaved: bool = False,
-    places: tuple[Tensor, Tensor] | None = None,
+    places: Places | None = None,
 ) -> Tensor:
     """``weight * down(activation(gate_up(row)))`` with the parameters of each row's group: ``[rows, dim]`` to the same.
 
@@ -44,9 +44,9 @@ def grouped_feed_forward(
     first product. Keeps the rows and the first product for the backward, nothing else: the activation is computed
     again.
 
-    ``places``, ``(source, copies)``: the rows lie anywhere, and their outputs are summed there; the same as
-    ``collect(grouped_feed_forward(spread(rows, *places), ...), *places)``, ``[rows, dim]`` to the same. ``weights``,
-    ``ends`` and ``sizes`` are of the copies. On Hopper GPUs they are read where they lie, and the copies are not kept.
+    ``places``: the rows lie anywhere, and their outputs are summed there, ``[rows, dim]`` to the same. ``weights`` lie
+    there too, ``[rows, top_k]``; ``ends`` and ``sizes`` are of the copies. The same as spreading rows and picking
+    weights before and collecting outputs after; on Hopper GPUs both are read where they lie, and no copies are kept.
 
     Backward:
         Of the rows, all parameters, and the routing weights (from the side of the activation, where they were applied).
@@ -58,13 +58,15 @@ def grouped_feed_forward(
     rows = in_autocast_dtype(rows)
     first, down, *biases = parameters
     assert first is not None and down is not None
-    groups, count = Groups(ends, sizes), rows.shape[0] if places is None else places[0].shape[0]
+    groups, count = Groups(ends, sizes), rows.shape[0] if places is None else places.source.shape[0]
     plain = not interleaved and all(bias is None for bias in biases) and not _few_and_large(groups, count)
     if products.takes(rows, first, down, count, activation, plain=plain):
-        return products.feed_forward(rows, first, down, ends, weights, *(places or (None, None)))
-    copied = rows if places is None else spread(rows, *places)
-    computed = cast(Any, _FeedForward).apply(copied, weights, first, down, *biases, groups, activation, interleaved)
-    return cast(Tensor, computed if places is None else collect(computed, *places))
+        return products.feed_forward(rows, first, down, ends, weights, places)
+    if places is not None:
+        rows = spread(rows, places.source, places.copies)
+        weights = None if weights is None else pick(weights, places.slots, places.copies)
+    computed = cast(Any, _FeedForward).apply(rows, weights, first, down, *biases, groups, activation, interleaved)
+    return cast(Tensor, computed if places is None else collect(computed, places.source, places.copies))
 
 
 def in_autocast_dtype(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ bits in every run. On GPUs they are Triton kernels, elsewhere the torch code her
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -26,6 +27,20 @@ def runs_on_triton(x: Tensor) -> bool:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which rows are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """Rows that lie anywhere: where the rows of all groups come from, and where their outputs are summed.
+
+    A *slot* is a place in ``[rows, top_k]``. ``source`` is the row behind each row of the groups, ``slots`` its slot,
+    and ``copies`` (``[rows, top_k]``) the inverse, ``-1`` where nothing is computed. ``ends`` (int32) are the groups'.
+    """
+
+    source: Tensor
+    slots: Tensor
+    copies: Tensor
+    ends: Tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,26 +230,33 @@ def place_rows(ids: Tensor, mask: Tensor | None, counts: Tensor, num_experts: in
     return token_of_sent, sent_of_token, torch.where(here, local, -1).to(torch.int32)
 
 
-def place_experts(local_ids: Tensor, local_experts: int, assignments: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The expert-major order of ``[rows, top_k]`` slots: by local expert, then by row; ``-1`` goes nowhere.
+def place_experts(
+    local_ids: Tensor, local_experts: int, assignments: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The expert-major order of ``[rows, top_k]`` slots: by local expert, then by row; what is no local expert's goes
+    nowhere.
 
     Returns ``slot_of_assignment`` and ``row_of_assignment``, the inverse ``assignment_of_slot`` (``[rows, top_k]``),
-    and the end of every expert's group (int32).
+    and of every expert's group the end and the size (int32). Where there are fewer than ``assignments``, those behind
+    the last end are of any slot.
     """
     if _HAS_TRITON and local_ids.is_cuda:
         from foldpar.moe.kernels import triton_rows as kernels
 
         return kernels.place_experts(local_ids, local_experts, assignments)
-    key = torch.where(local_ids >= 0, local_ids, local_experts).flatten().long()
+    there = (local_ids >= 0) & (local_ids < local_experts)
+    key = torch.where(there, local_ids, local_experts).flatten().long()
     slot_of_assignment = key.argsort(stable=True)[:assignments]  # "nowhere" sorts last
     assignment_of_slot = torch.full_like(key, -1)
     assignment_of_slot[slot_of_assignment] = torch.arange(assignments, device=key.device)
+    assignment_of_slot = torch.where(there, assignment_of_slot.view_as(local_ids), -1)
     rows_per_expert = key.new_zeros(local_experts + 1).scatter_add_(0, key, torch.ones_like(key))[:local_experts]
     return (
         slot_of_assignment,
         slot_of_assignment // local_ids.shape[1],
-        assignment_of_slot.view_as(local_ids),
+        assignment_of_slot,
         rows_per_expert.cumsum(0, dtype=torch.int32),
+        rows_per_expert.int(),
     )
 
 

@@ -1,9 +1,9 @@
 """The experts' feed-forward network of rows that are read where they lie: what Hopper's own kernels compute.
 
-``source[i]`` is the row behind place ``i`` of the groups, ``copies[r]`` the places of row ``r``, ``-1`` where it has
-fewer. Nothing of size ``[places, dim]`` is kept: only the rows, the tables and the first product. Two such arrays live
-for a moment, the outputs and the gradients of the copies before they are summed; a third, the copied rows of the first
-weight's gradient, where a copy costs less than gathering (:data:`FEW_UNITS`).
+Where they lie is told by :class:`~foldpar.moe.kernels.permutation.Places`. Nothing of size ``[places, dim]`` is kept:
+only the rows, the tables and the first product. Two such arrays live for a moment, the outputs and the gradients of the
+copies before they are summed; a third, the copied rows of the first weight's gradient, where a copy costs less than
+gathering (:data:`FEW_UNITS`).
 
 Which products are faster than ``grouped_mm``, and where, is measured (``benchmarks/NOTES.md``); elsewhere it is used.
 The plain torch functions below are the kernels' twins, with which they are tested.
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from foldpar.moe.kernels import activations
 from foldpar.moe.kernels.activations import Activation
-from foldpar.moe.kernels.permutation import copy_rows, runs_on_triton, sum_copies
+from foldpar.moe.kernels.permutation import Places, copy_rows, runs_on_triton, sum_copies
 
 MOST_UNITS = 1024
 """Hidden units of an expert up to which the kernels were measured to win; gathering pays where they are few."""
@@ -65,15 +65,14 @@ def feed_forward(
     down_proj: Tensor,
     ends: Tensor,
     weights: Tensor | None,
-    source: Tensor | None,
-    copies: Tensor | None,
+    places: Places | None,
 ) -> Tensor:
-    """What ``grouped_feed_forward`` computes with SwiGLU, of ``rows[source]``, summed by ``copies``.
-
-    Without ``source`` and ``copies``, the rows lie by groups, and so do the outputs.
-    """
-    source = None if source is None else source.to(torch.int32)
-    given = (rows.contiguous(), weights, gate_up_proj, down_proj, ends.contiguous(), source, copies)
+    """What ``grouped_feed_forward`` computes with SwiGLU."""
+    tables: tuple[Tensor | None, ...] = (None, None, None)
+    if places is not None:
+        tables = (places.source.to(torch.int32), places.slots, places.copies)
+    weights = None if weights is None else weights.contiguous()
+    given = (rows.contiguous(), weights, gate_up_proj, down_proj, ends.contiguous(), *tables)
     return cast(Tensor, cast(Any, _FeedForward).apply(*given))
 
 
@@ -87,6 +86,7 @@ class _FeedForward(Function):
         down_proj: Tensor,
         ends: Tensor,
         source: Tensor | None,
+        slots: Tensor | None,
         copies: Tensor | None,
     ) -> Tensor:
         from foldpar.moe.kernels import triton_products as kernels
@@ -94,11 +94,11 @@ class _FeedForward(Function):
         places = rows.shape[0] if source is None else source.shape[0]
         table = kernels.tiles_of(ends, places, _ROWS)
         gate_up, hidden = kernels.first_product(
-            rows, source, gate_up_proj, weights, table, places, kernels.Blocks(_ROWS, 128, 64, 4, flat=False)
+            rows, source, gate_up_proj, weights, table, places, kernels.blocks(_ROWS, 128, 64, 4, flat=False), slots
         )
-        ctx.save_for_backward(rows, weights, gate_up_proj, down_proj, ends, source, copies, table, gate_up)
+        ctx.save_for_backward(rows, weights, gate_up_proj, down_proj, ends, source, slots, copies, table, gate_up)
         # Chunks share weights: where those are small, so may chunks be, and rows stay in L2.
-        blocks = kernels.Blocks(_ROWS, 256, 64, 3, chunk=8 if hidden.shape[1] <= 512 else 16)
+        blocks = kernels.blocks(_ROWS, 256, 64, 3, chunk=8 if hidden.shape[1] <= 512 else 16)
         outputs = kernels.product(hidden, None, down_proj, table, places, blocks, transposed=True)
         return outputs if copies is None else sum_copies(outputs, copies)
 
@@ -106,26 +106,25 @@ class _FeedForward(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from foldpar.moe.kernels import triton_products as kernels
+        from foldpar.moe.kernels.triton_rows import swiglu_backward
 
-        rows, weights, gate_up_proj, down_proj, ends, source, copies, table, gate_up = ctx.saved_tensors
+        rows, weights, gate_up_proj, down_proj, ends, source, slots, copies, table, gate_up = ctx.saved_tensors
         of_rows, _, of_gate_up, of_down = ctx.needs_input_grad[:4]
         grad, places = grad.contiguous(), gate_up.shape[0]
         ahead = source is None and gate_up.shape[1] > 1024  # where tiles are short, or gathered, it does not pay
-        blocks = kernels.Blocks(_ROWS, 256, 64, 3 if ahead else 4, flat=ahead)
+        blocks = kernels.blocks(_ROWS, 256, 64, 3 if ahead else 4, flat=ahead)
         grad_hidden = kernels.product(grad, source, down_proj, table, places, blocks, transposed=False)
-        hidden, grad_gate_up, grad_weights = activations.backward(
-            grad_hidden, gate_up, weights, "swiglu", end=ends[-1:]
-        )
+        hidden, grad_gate_up, grad_weights = swiglu_backward(grad_hidden, gate_up, weights, ends[-1:], slots)
         del grad_hidden, gate_up
         grad_down = _down_gradient(grad, hidden, source, ends) if of_down else None
         del hidden
         grad_first = _first_gradient(grad_gate_up, rows, source, ends) if of_gate_up else None
         grad_rows = None
         if of_rows:
-            blocks = kernels.Blocks(_ROWS, 256, 64, 3)
+            blocks = kernels.blocks(_ROWS, 256, 64, 3)
             grad_rows = kernels.product(grad_gate_up, None, gate_up_proj, table, places, blocks, transposed=False)
             grad_rows = grad_rows if copies is None else sum_copies(grad_rows, copies)
-        return grad_rows, grad_weights, grad_first, grad_down, None, None, None
+        return grad_rows, grad_weights, grad_first, grad_down, None, None, None, None
 
 
 _ROWS = 128
@@ -136,14 +135,14 @@ def _down_gradient(grad: Tensor, hidden: Tensor, source: Tensor | None, ends: Te
 
     if source is None:
         return torch.nn.functional.grouped_mm(grad.T, hidden, offs=ends)
-    return kernels.weight_gradient(grad, hidden, source, "grad", ends, kernels.Blocks(128, 256, 64, 5))
+    return kernels.weight_gradient(grad, hidden, source, "grad", ends, kernels.blocks(128, 256, 64, 5))
 
 
 def _first_gradient(grad_gate_up: Tensor, rows: Tensor, source: Tensor | None, ends: Tensor) -> Tensor:
     from foldpar.moe.kernels import triton_products as kernels
 
     if source is not None and grad_gate_up.shape[1] <= 2 * FEW_UNITS:
-        return kernels.weight_gradient(grad_gate_up, rows, source, "rows", ends, kernels.Blocks(256, 128, 64, 5))
+        return kernels.weight_gradient(grad_gate_up, rows, source, "rows", ends, kernels.blocks(256, 128, 64, 5))
     copied = rows if source is None else copy_rows(rows, source)
     return torch.nn.functional.grouped_mm(grad_gate_up.T, copied, offs=ends)
 
@@ -160,10 +159,16 @@ def tiles_of(ends: Tensor, block: int) -> list[tuple[int, int, int]]:
 
 
 def first_product(
-    rows: Tensor, source: Tensor | None, weight: Tensor, scales: Tensor | None, ends: Tensor
+    rows: Tensor,
+    source: Tensor | None,
+    weight: Tensor,
+    scales: Tensor | None,
+    ends: Tensor,
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of the rows of all groups, in order: the first product, and the weighted SwiGLU of it."""
     gate_up = product(rows, source, weight, ends, transposed=True)
+    scales = scales if scales is None or slots is None else scales.flatten()[slots.long()]
     return gate_up, activations.forward(gate_up, None if scales is None else scales[: len(gate_up)], "swiglu")
 
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from foldpar.moe.kernels.sizes import power_of_2
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -46,11 +48,17 @@ class Blocks:
     chunk: int = 16
     flat: bool = True
 
+    @cache  # noqa: B019
     def options(self) -> dict[str, Any]:
+        """What a kernel is made with."""
         return {
             "BM": self.rows, "BN": self.columns, "BK": self.depth, "STAGES": self.stages,
             "OUTER": self.stages if self.flat else 1, "CHUNK": self.chunk, "FLAT": self.flat, "num_warps": self.warps,
         }  # fmt: skip
+
+
+blocks = cache(Blocks)
+"""They are few, and made for every product."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +95,7 @@ def tiles_of(ends: Tensor, rows: int, block: int) -> Tensor:
     """
     experts = ends.shape[0]
     table = ends.new_empty((1 + rows // block + experts, 4))
-    _tiles_kernel[(experts,)](ends, table, experts, EP=triton.next_power_of_2(experts), BM=block, BLOCK=16, num_warps=1)
+    _tiles_kernel[(experts,)](ends, table, experts, EP=power_of_2(experts), BM=block, BLOCK=16, num_warps=1)
     return table
 
 
@@ -131,9 +139,10 @@ def _load_rows(rows, rows_desc, origin, first, k, width, GATHER: tl.constexpr, E
 
 @triton.jit
 def _first_kernel(
-    rows, rows_desc, source, weight_desc, scales, table, gate_up, hidden, width, units,
-    GATHER: tl.constexpr, EVEN: tl.constexpr, WEIGHTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, STAGES: tl.constexpr, OUTER: tl.constexpr, CHUNK: tl.constexpr, FLAT: tl.constexpr,
+    rows, rows_desc, source, weight_desc, scales, slots, table, gate_up, hidden, width, units,
+    GATHER: tl.constexpr, EVEN: tl.constexpr, WEIGHTED: tl.constexpr, PICKED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, OUTER: tl.constexpr, CHUNK: tl.constexpr,
+    FLAT: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.load(table)
     columns = tl.cdiv(units, BN)
@@ -160,7 +169,10 @@ def _first_kernel(
         gate = gate_kept.to(tl.float32)  # as the backward will read it
         value = gate * tl.sigmoid(gate) * up_kept.to(tl.float32)
         if WEIGHTED:
-            value *= tl.load(scales + row, mask=row < last, other=0.0).to(tl.float32)[:, None]
+            slot = row
+            if PICKED:
+                slot = tl.load(slots + row, mask=row < last, other=0)
+            value *= tl.load(scales + slot, mask=row < last, other=0.0).to(tl.float32)[:, None]
         tl.store(hidden + at, value.to(dtype), mask=inside)
 
 
@@ -172,19 +184,20 @@ def first_product(
     table: Tensor,
     count: int,
     blocks: Blocks,
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``[count, 2 * hidden]``, the first product of ``rows[source]``, and ``[count, hidden]``, its weighted SwiGLU.
 
-    ``weight`` is ``[experts, 2 * hidden, dim]``, gate first; ``scales`` are the routing weights, ``[count]``. Rows
-    behind the last group are left undefined. Twin: ``products.first_product``.
+    ``weight`` is ``[experts, 2 * hidden, dim]``, gate first; ``scales`` are the routing weights, ``[count]``, or lie at
+    ``slots`` (``[count]``). Rows behind the last group are left undefined. Twin: ``products.first_product``.
     """
     experts, double, width = weight.shape
     gate_up, hidden = rows.new_empty((count, double)), rows.new_empty((count, double // 2))
     halves = weight.view(2 * experts, double // 2, width)
     _first_kernel[(_programs(rows.device),)](
         rows, _rows_descriptor(rows, source, blocks), source, _descriptor(halves, [1, blocks.columns, blocks.depth]),
-        scales, table, gate_up, hidden, width, double // 2, GATHER=source is not None,
-        EVEN=width % blocks.depth == 0, WEIGHTED=scales is not None, **blocks.options(),
+        scales, slots, table, gate_up, hidden, width, double // 2, GATHER=source is not None,
+        EVEN=width % blocks.depth == 0, WEIGHTED=scales is not None, PICKED=slots is not None, **blocks.options(),
     )  # fmt: skip
     return gate_up, hidden
 

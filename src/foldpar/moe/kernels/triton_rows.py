@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foldpar.moe.kernels.sizes import ceil_div, power_of_2
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows.
 
@@ -40,7 +42,7 @@ def copy_rows(x: Tensor, source: Tensor) -> Tensor:
     out = x.new_empty((source.shape[0], x.shape[1]))
     if out.numel():
         block = _block(x.shape[1])
-        _copy_rows_kernel[(source.shape[0], triton.cdiv(x.shape[1], block))](
+        _copy_rows_kernel[(source.shape[0], ceil_div(x.shape[1], block))](
             x.contiguous(), source, out, x.shape[1], BLOCK=block, num_warps=4
         )
     return out
@@ -51,14 +53,14 @@ def sum_copies(rows: Tensor, copies: Tensor) -> Tensor:
     out = rows.new_empty((copies.shape[0], rows.shape[1]))
     if out.numel():
         block = _block(rows.shape[1])
-        _sum_copies_kernel[(copies.shape[0], triton.cdiv(rows.shape[1], block))](
+        _sum_copies_kernel[(copies.shape[0], ceil_div(rows.shape[1], block))](
             rows.contiguous(), copies, out, rows.shape[1], COPIES=copies.shape[1], BLOCK=block, num_warps=4
         )
     return out
 
 
 def _block(width: int) -> int:
-    return min(2048, int(triton.next_power_of_2(width)))
+    return min(2048, power_of_2(width))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def _payload(like: Tensor, rows: int, top_k: int) -> tuple[Tensor, dict[str, int
 
 
 def _sizes(dim: int, width: int, top_k: int) -> dict[str, int]:
-    padded = triton.next_power_of_2(top_k)
+    padded = power_of_2(top_k)
     return {"dim": dim, "width": width, "TOP_K": top_k, "KP": padded, "BLOCK": _block(dim), "num_warps": 4}
 
 
@@ -213,16 +215,19 @@ def _swiglu_forward_kernel(
 
 @triton.jit
 def _swiglu_backward_kernel(
-    grad, gate_up, weights, end, out, grad_gate_up, grad_weights, hidden,
-    WEIGHTED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+    grad, gate_up, weights, slots, end, out, grad_gate_up, grad_weights, hidden,
+    WEIGHTED: tl.constexpr, PICKED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if BOUNDED:  # noqa: SIM102
         if row >= tl.load(end):
             return
     weight = 1.0
+    slot = row
+    if PICKED:
+        slot = tl.load(slots + row).to(tl.int64)
     if WEIGHTED:
-        weight = tl.load(weights + row).to(tl.float32)
+        weight = tl.load(weights + slot).to(tl.float32)
     product = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, hidden, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -239,7 +244,7 @@ def _swiglu_backward_kernel(
         tl.store(grad_gate_up + row * 2 * hidden + columns, grad_gate, mask=inside)
         tl.store(grad_gate_up + row * 2 * hidden + hidden + columns, arriving * value, mask=inside)
     if WEIGHTED:
-        tl.store(grad_weights + row, tl.sum(product, axis=0))
+        tl.store(grad_weights + slot, tl.sum(product, axis=0))
 
 
 def swiglu_forward(gate_up: Tensor, weights: Tensor | None, end: Tensor | None = None) -> Tensor:
@@ -248,7 +253,7 @@ def swiglu_forward(gate_up: Tensor, weights: Tensor | None, end: Tensor | None =
     out = gate_up.new_empty((rows, hidden))
     if out.numel():
         block = _block(hidden)
-        _swiglu_forward_kernel[(rows, triton.cdiv(hidden, block))](
+        _swiglu_forward_kernel[(rows, ceil_div(hidden, block))](
             gate_up, weights, end, out, hidden,
             WEIGHTED=weights is not None, BOUNDED=end is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -256,28 +261,33 @@ def swiglu_forward(gate_up: Tensor, weights: Tensor | None, end: Tensor | None =
 
 
 def swiglu_backward(
-    grad: Tensor, gate_up: Tensor, weights: Tensor | None, end: Tensor | None = None
+    grad: Tensor, gate_up: Tensor, weights: Tensor | None, end: Tensor | None = None, slots: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The activation again, the gradient of ``gate_up``, and that of the weights, of the rows before ``end``.
 
+    With ``slots`` the weight of row ``i`` lies at ``slots[i]``, and so does its gradient; elsewhere that is zero.
     Twin: ``activations.backward``.
     """
     rows, hidden = grad.shape
     out, grad_gate_up = torch.empty_like(grad), torch.empty_like(gate_up)
-    grad_weights = None if weights is None else torch.empty_like(weights)
+    grad_weights = None
+    if weights is not None:
+        grad_weights = torch.empty_like(weights) if slots is None else torch.zeros_like(weights)
     if out.numel():
         _swiglu_backward_kernel[(rows,)](
             grad,
             gate_up,
             weights,
+            slots,
             end,
             out,
             grad_gate_up,
             grad_weights,
             hidden,
             WEIGHTED=weights is not None,
+            PICKED=slots is not None,
             BOUNDED=end is not None,
-            BLOCK=min(1024, triton.next_power_of_2(hidden)),
+            BLOCK=min(1024, power_of_2(hidden)),
             num_warps=4,
         )
     return out, grad_gate_up, grad_weights
@@ -372,8 +382,8 @@ def _count_experts_kernel(ids, counts, slots, experts, blocks, EP: tl.constexpr,
 
 @triton.jit
 def _place_experts_kernel(
-    ids, counts, ends, slot_of_assignment, row_of_assignment, assignment_of_slot, slots, experts, blocks,
-    K: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+    ids, counts, ends, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes,
+    slots, experts, blocks, assignments, K: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
@@ -384,10 +394,18 @@ def _place_experts_kernel(
     end = tl.load(ends + at, mask=expert < experts, other=0)
     start = end - tl.load(counts + at, mask=expert < experts, other=0)
     place = tl.sum(hit * (start[None, :] + tl.cumsum(hit, axis=0) - 1), axis=1)
-    there = chosen >= 0
+    there = (chosen >= 0) & (chosen < experts)
     tl.store(assignment_of_slot + slot, tl.where(there, place, -1), mask=slot < slots)
     tl.store(slot_of_assignment + place, slot, mask=there)
     tl.store(row_of_assignment + place, slot // K, mask=there)
+    behind = (slot >= tl.load(ends + experts * blocks - 1)) & (slot < assignments)
+    tl.store(slot_of_assignment + slot, tl.zeros_like(slot), mask=behind)
+    tl.store(row_of_assignment + slot, tl.zeros_like(slot), mask=behind)
+    if block == 0:
+        last = tl.load(ends + (expert + 1) * blocks - 1, mask=expert < experts, other=0)
+        before = tl.load(ends + expert * blocks - 1, mask=(expert > 0) & (expert < experts), other=0)
+        tl.store(group_ends + expert, last, mask=expert < experts)
+        tl.store(group_sizes + expert, last - before, mask=expert < experts)
 
 
 def count_rows(ids: Tensor, mask: Tensor | None, num_experts: int, destinations: int, listed: int = 0) -> Tensor:
@@ -409,7 +427,7 @@ def place_rows(ids: Tensor, mask: Tensor | None, counts: Tensor, num_experts: in
     _place_rows_kernel[(destinations, spans)](
         ids, mask, counts, token_of_sent, sent_of_token, local_ids, tokens, num_experts,
         num_experts // destinations, destinations, counts.shape[-1], span,
-        DP=triton.next_power_of_2(destinations * spans), **_token_blocks(ids, mask),
+        DP=power_of_2(destinations * spans), **_token_blocks(ids, mask),
     )  # fmt: skip
     return token_of_sent, sent_of_token, local_ids
 
@@ -420,7 +438,7 @@ def _count_spans(ids: Tensor, mask: Tensor | None, num_experts: int, destination
     counts = ids.new_empty((destinations, spans, 3 + listed), dtype=torch.int64)
     _count_rows_kernel[(destinations, spans)](
         ids, mask, counts, ids.shape[0], num_experts, num_experts // destinations, span,
-        LISTED=listed, LP=triton.next_power_of_2(max(listed, 1)), **_token_blocks(ids, mask),
+        LISTED=listed, LP=power_of_2(max(listed, 1)), **_token_blocks(ids, mask),
     )  # fmt: skip
     return counts
 
@@ -430,33 +448,36 @@ def _spans(ids: Tensor, destinations: int) -> tuple[int, int]:
     would be few programs; a few blocks are not worth the second count.
     """
     block = _block_of_tokens(ids)
-    blocks = triton.cdiv(ids.shape[0], block)
+    blocks = ceil_div(ids.shape[0], block)
     spans = min(blocks, max(1, 128 // destinations)) if blocks > 4 else 1
-    length = max(1, triton.cdiv(blocks, spans))
-    return max(1, triton.cdiv(blocks, length)), length * block
+    length = max(1, ceil_div(blocks, spans))
+    return max(1, ceil_div(blocks, length)), length * block
 
 
-def place_experts(local_ids: Tensor, local_experts: int, assignments: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def place_experts(
+    local_ids: Tensor, local_experts: int, assignments: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A stable counting sort by expert. Twin: ``permutation.place_experts``."""
-    slots, padded = local_ids.numel(), triton.next_power_of_2(max(local_experts, 2))
+    slots, padded = local_ids.numel(), power_of_2(max(local_experts, 2))
     block = max(16, min(256, 8192 // padded))
-    blocks = max(1, triton.cdiv(slots, block))
-    counts = local_ids.new_empty((local_experts, blocks))
-    slot_of_assignment, row_of_assignment = (local_ids.new_empty(assignments) for _ in range(2))
-    assignment_of_slot = torch.empty_like(local_ids)
+    blocks = max(1, ceil_div(slots, block))
+    counts = local_ids.new_empty((local_experts, blocks), dtype=torch.int32)
+    slot_of_assignment, row_of_assignment = (local_ids.new_empty(assignments, dtype=torch.int32) for _ in range(2))
+    assignment_of_slot = torch.empty_like(local_ids, dtype=torch.int32)
+    group_ends, group_sizes = (local_ids.new_empty(local_experts, dtype=torch.int32) for _ in range(2))
     _count_experts_kernel[(blocks,)](local_ids, counts, slots, local_experts, blocks, EP=padded, BLOCK=block)
     ends = counts.view(-1).cumsum(0, dtype=torch.int32)
     _place_experts_kernel[(blocks,)](
-        local_ids, counts, ends, slot_of_assignment, row_of_assignment, assignment_of_slot, slots, local_experts,
-        blocks, K=local_ids.shape[1], EP=padded, BLOCK=block,
+        local_ids, counts, ends, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes,
+        slots, local_experts, blocks, assignments, K=local_ids.shape[1], EP=padded, BLOCK=block,
     )  # fmt: skip
-    return slot_of_assignment, row_of_assignment, assignment_of_slot, ends.view(local_experts, blocks)[:, -1]
+    return slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes
 
 
 def _token_blocks(ids: Tensor, mask: Tensor | None) -> dict[str, object]:
-    width = triton.next_power_of_2(ids.shape[1])
+    width = power_of_2(ids.shape[1])
     return {"K": ids.shape[1], "KP": width, "BT": _block_of_tokens(ids), "M": mask is not None, "num_warps": 8}
 
 
 def _block_of_tokens(ids: Tensor) -> int:
-    return max(16, 4096 // int(triton.next_power_of_2(ids.shape[1])))
+    return max(16, 4096 // power_of_2(ids.shape[1]))

@@ -15,8 +15,10 @@ from typing_extensions import Self
 
 from foldpar.arguments import expect, expect_sizes
 from foldpar.errors import ShapeError
+from foldpar.moe.kernels.decisions import decide, decides_at_once
+from foldpar.moe.kernels.rules import SCORES, Decision, Rule, largest
 from foldpar.moe.recomputation import in_backward
-from foldpar.moe.routing.selection import GroupLimit, allowed, check_group_limit, largest
+from foldpar.moe.routing.selection import GroupLimit, allowed, check_group_limit
 from foldpar.wording import as_integer
 
 
@@ -90,14 +92,6 @@ class Router(Protocol):
     """
 
     def __call__(self, x: Tensor, /) -> Routing: ...
-
-
-_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits: logits.softmax(-1),
-    "sigmoid": torch.sigmoid,
-    # The clamp keeps the gradient of the root finite where softplus underflows.
-    "sqrt_softplus": lambda logits: F.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt(),
-}
 
 
 class TopKRouter(nn.Module):
@@ -218,36 +212,30 @@ class TopKRouter(nn.Module):
             raise ShapeError(f"TopKRouter takes rows, [tokens, dim = {self.dim}], and got {list(x.shape)}.")
         if self.is_random:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = self._logits(x)
-        scores = logits if self.score_over == "chosen" else _SCORES[self.score](logits)
-        ids = self._select(scores.detach()) if ids is None else self._given(ids, x.shape[0])
-        weights = scores.gather(1, ids.clamp(0, self.num_experts - 1).long())  # ids out of range are reported later
-        if self.score_over == "chosen":
-            weights = weights.softmax(-1)
-        elif self.renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + torch.finfo(weights.dtype).tiny)
+        logits, scores, ids, weights = self._decide(self._logits(x), ids)
         mask = None if padding is None else ~self._checked(padding, x.shape[0])[:, None].expand(ids.shape)
         self._count(ids, mask)
-        return Routing(
-            ids=ids,
-            weights=weights * self.scaling_factor,
-            logits=logits,
-            mask=mask,
-            scores=None if self.score_over == "chosen" else scores,
-            padding=padding,
-        )
+        return Routing(ids=ids, weights=weights, logits=logits, mask=mask, scores=scores, padding=padding)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, score={self.score!r}"
 
     def _logits(self, x: Tensor) -> Tensor:
+        """In the dtype in which rows and weight are multiplied."""
         if self.router_dtype is None:
-            logits = F.linear(x, self.weight, self.bias)
-        else:
-            bias = None if self.bias is None else self.bias.to(self.router_dtype)
-            with torch.autocast(x.device.type, enabled=False):
-                logits = F.linear(x.to(self.router_dtype), self.weight.to(self.router_dtype), bias)
-        return logits if logits.dtype == torch.float64 else logits.float()
+            return F.linear(x, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(self.router_dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(self.router_dtype), self.weight.to(self.router_dtype), bias)
+
+    def _decide(self, logits: Tensor, ids: Tensor | None) -> Decision:
+        rule = Rule(self.top_k, self.score, self.score_over == "all", self.renormalize, self.scaling_factor)
+        if ids is None and self.group_limit is None and decides_at_once(logits, rule):
+            return decide(logits, self.correction_bias, rule)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        scores = rule.scores(logits)
+        ids = self._select(scores.detach()) if ids is None else self._given(ids, logits.shape[0])
+        return Decision(logits, scores if rule.over_all else None, ids, rule.weights(scores, ids))
 
     def _select(self, scores: Tensor) -> Tensor:
         if self.correction_bias is not None:
@@ -299,8 +287,8 @@ _count_in_graph = torch.library.custom_op("foldpar::count_assignments", mutates_
 
 
 def _check_choices(score: str, score_over: str, renormalize: bool, jitter: float) -> None:
-    if score not in _SCORES:
-        raise ValueError(f"score is {score!r}; choose {' or '.join(map(repr, _SCORES))}.")
+    if score not in SCORES:
+        raise ValueError(f"score is {score!r}; choose {' or '.join(map(repr, SCORES))}.")
     if score_over not in ("all", "chosen"):
         raise ValueError(f"score_over is {score_over!r}; choose 'all' or 'chosen'.")
     if score_over == "chosen" and score != "softmax":

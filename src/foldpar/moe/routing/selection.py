@@ -1,4 +1,4 @@
-"""Choosing experts by their scores: the largest, alike on every device, within the best groups."""
+"""Choosing only among the experts of the best groups."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foldpar.arguments import expect_sizes
 from foldpar.errors import ShapeError
+from foldpar.moe.kernels.rules import largest
 from foldpar.wording import divisors, listed
 
 
@@ -30,11 +31,6 @@ class GroupLimit:
         expect_sizes("GroupLimit", num_groups=self.num_groups, top_groups=self.top_groups)
         if self.score not in ("max", "top2_sum"):
             raise ValueError(f"The score of a group is {self.score!r}; choose 'max' or 'top2_sum'.")
-
-
-def largest(scores: Tensor, count: int) -> Tensor:
-    """The ids of the ``count`` largest of each row, ``topk`` with a rule for equal ones: the lower id comes first."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
 
 
 def allowed(scores: Tensor, limit: GroupLimit) -> Tensor:

@@ -1,7 +1,7 @@
 """The journey of a layer's rows: from the lane that routed them to their experts and back, in one of two ways.
 
     in messages   plan | all-to-all -> experts -> all-to-all      between any ranks; the host learns the sizes
-    one-sided     publish | read -> experts -> publish | read     through shared memory; the host waits for nothing
+    one-sided     publish | read -> experts -> publish | read     through shared memory; sizes stay on the device
 
 Both compute the same and have the same backward. :class:`OneSided` says when rows may travel one-sided.
 """
@@ -15,21 +15,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from foldpar.comm import memories_of
 from foldpar.moe.counters import LayerCounters
 from foldpar.moe.kernels.grouped import in_autocast_dtype
+from foldpar.moe.kernels.permutation import Places, wide
 from foldpar.moe.lane_ends import lane_ends
 from foldpar.moe.lanes import LaneState
 from foldpar.moe.routing.router import Routing
 from foldpar.moe.transport.messages import (
-    MOST_LISTED,
+    check_weights,
     combine,
     dispatch,
     dispatch_weighted,
-    dispatch_weights,
     own_assignments,
     plan_dispatch,
 )
-from foldpar.moe.transport.one_sided import OneSided, OneSidedPlan, OneSidedWay, combine_one_sided, dispatch_one_sided
+from foldpar.moe.transport.one_sided import OneSided, OneSidedWay, combine_one_sided, dispatch_one_sided
 
 __all__ = ["Experts", "InMessages", "Journey", "Way"]
 
@@ -52,8 +53,7 @@ class Experts(Protocol):
 class Way:
     """Which way rows take, and why: the value that decides, and that ``explain`` prints.
 
-    ``memory`` is what they pass through where they travel one-sided and ranks have met; without it they travel in
-    messages.
+    ``memory`` is what they pass through where they travel one-sided; a way that is told before a forward has none.
     """
 
     name: str
@@ -102,7 +102,8 @@ class Journey:
             reads_places=getattr(experts, "reads_places", False),
             counters=counters,
         )
-        self.built = self._built(experts)
+        self.in_messages_why = None if counters is None else "counters read the sizes on the host"
+        self.sizes_why = _needs_sizes(experts)
 
     def __call__(self, compute: Callable[..., Tensor], rows: Tensor, routing: Routing, *, tokens: int) -> Tensor:
         """Rows that this lane routed, to the experts and back to all ``[tokens, dim]``, weighted and summed.
@@ -115,27 +116,48 @@ class Journey:
             That of the two ends; see :func:`~foldpar.moe.lane_ends.lane_ends`.
         """
         entering, weights = self.ends.enter(in_autocast_dtype(rows)), self.ends.enter(routing.weights)
-        way = self.way(entering.dtype, entering.device, routing.ids.shape[1])
+        way = self.way(entering.shape[0], entering.dtype, entering.device, routing.ids.shape[1])
         carry: Transport = self.in_messages
         if way.memory is not None:
-            carry = ThroughMemory(self.state, self.num_experts, way.memory)
+            carry = ThroughMemory(self, way.memory)
         return self.ends.leave(carry(compute, entering, weights, routing), tokens)
 
-    def way(self, dtype: torch.dtype | None, device: torch.device, top_k: int, *, ask: bool = True) -> Way:
-        """The way of rows of this dtype (``None``: of one that can be), on this device, with so many experts each.
+    def way(self, tokens: int, dtype: torch.dtype, device: torch.device, top_k: int) -> Way:
+        """The way of so many rows of this dtype, on this device, with so many experts each, in a forward.
 
-        It follows from what is equal on all ranks of the group. ``ask``: the first time, let the ranks find out whether
-        they can read each other's memory, which is a meeting of the group.
+        Where rows may travel one-sided it is a meeting of the group, and the answer is the same on all ranks.
         """
-        if self.built is not None:
-            return self.built
-        assert self.one_sided is not None
-        found = self.one_sided.way(dtype, self.dim, top_k, self.state.groups, self.num_experts, device=device, ask=ask)
-        if isinstance(found, str):
-            return Way("in messages", found)
-        if found is None:
-            return Way("one-sided where ranks can read each other's memory")
-        return Way("one-sided", memory=found)
+        if self.one_sided is None:
+            return Way("in messages")
+        if self.in_messages_why is not None:
+            return Way("in messages", self.in_messages_why)
+        found = self.one_sided.way(
+            tokens, dtype, self.dim, top_k, self.state.groups, self.num_experts, device,
+            needs_sizes=self.sizes_why is not None,
+        )  # fmt: skip
+        return Way("in messages", found) if isinstance(found, str) else Way("one-sided", memory=found)
+
+    def expected(self, dtype: torch.dtype | None, device: torch.device, top_k: int) -> Way:
+        """The way of rows in a forward here and now, as far as it is known; asks no other rank. ``None``: of rows of a
+        dtype that can be.
+        """
+        if self.one_sided is None:
+            return Way("in messages")
+        if (reason := self.in_messages_why or self.one_sided.refusal(dtype, device)) is not None:
+            return Way("in messages", reason)
+        groups = self.state.groups
+        memories = memories_of(groups, device, ask=False)
+        if memories is not None and memories.reason is not None:
+            return Way("in messages", memories.reason)
+        name = "one-sided where ranks can read each other's memory" if memories is None else "one-sided"
+        kind, local = dtype or torch.float32, self.num_experts // groups.ep.size
+        most = self.one_sided.most_tokens(groups.ep_etp.size, self.dim, top_k, kind)
+        told = [f"up to {most} tokens of a rank, more in messages"]
+        if self.sizes_why is not None:
+            told.append(f"the host waits for sizes, since {self.sizes_why}")
+        elif (few := self.one_sided.waits_beyond(groups, self.dim, top_k, local, kind)) is not None and few < most:
+            told.append(f"beyond {few} the host waits for sizes")
+        return Way(name, "; ".join(told))
 
     def explain(self, dtype: torch.dtype | None, device: torch.device, top_k: int) -> list[str]:
         """Which way such rows take in a forward here and now, and why; and how often a row crosses which axis."""
@@ -151,19 +173,7 @@ class Journey:
         elif etp.size > 1:
             lines.append(f"shared inside the ETP group {etp.ranks}: a row crosses ETP {etp.size - 1} x")
         told = self.one_sided is not None or ep.size * etp.size > 1
-        return [*lines, str(self.way(dtype, device, top_k, ask=False))] if told else lines
-
-    def _built(self, experts: Experts) -> Way | None:
-        """The way of all rows of this layer, where what it was built with decides."""
-        if self.one_sided is None:
-            return Way("in messages")
-        if self.counters is not None:
-            return Way("in messages", "counters read the sizes on the host")
-        if (refuses := getattr(experts, "why_not_one_sided", None)) is None:
-            kind = type(experts).__name__
-            return Way("in messages", f"{kind} may not leave rows alone that hold nothing, as GroupedExperts do")
-        why = refuses() or self.one_sided.refusal(self.state.groups)
-        return None if why is None else Way("in messages", why)
+        return [*lines, str(self.expected(dtype, device, top_k))] if told else lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +196,10 @@ class InMessages:
         )
         y: Tensor
         if self.reads_places and plan.stays:  # rows are read where they lie, and summed there
-            places = (plan.row_of_assignment, plan.assignment_of_slot)
-            y = computed = compute(rows, plan.rows_per_expert, dispatch_weights(weights, plan), plan.sizes, places)
+            check_weights(weights, plan)
+            places = Places(plan.row_of_assignment, plan.slot_of_assignment, plan.assignment_of_slot, plan.ends)
+            y = computed = compute(rows, plan.rows_per_expert, weights, plan.sizes, places)
+            plan.check_placed()  # now that the device has enough to do
         elif self.applies_weights:  # on the activation, in a pass that is made anyway
             arrived, row_weights = dispatch_weighted(rows, weights, plan)
             computed = compute(arrived, plan.rows_per_expert, row_weights, plan.sizes)
@@ -204,26 +216,31 @@ class InMessages:
 
 @dataclass(frozen=True, slots=True)
 class ThroughMemory:
-    """Ranks read each other's memory; sizes stay on the device."""
+    """Ranks read each other's memory."""
 
-    state: LaneState
-    num_experts: int
+    journey: Journey
     way: OneSidedWay
 
     def __call__(self, compute: Callable[..., Tensor], rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-        mask = own_assignments(routing.ids, routing.mask, self.state.groups, self.num_experts, self.state.partition)
+        state, messages, num_experts = self.journey.state, self.journey.in_messages, self.journey.num_experts
+        mask = own_assignments(routing.ids, routing.mask, state.groups, num_experts, state.partition)
         arrived, row_weights, plan = dispatch_one_sided(
-            rows, weights, routing.ids, mask, self.way, num_experts=self.num_experts
-        )
+            rows, weights, routing.ids, mask, self.way,
+            num_experts=num_experts, etp=state.groups.etp.size, reads_places=messages.reads_places,
+        )  # fmt: skip
         rows_per_expert = torch.diff(plan.ends, prepend=plan.ends.new_zeros(1))
-        sizes = tuple(rows_per_expert.tolist()) if _wants_sizes(plan) else None
-        return combine_one_sided(compute(arrived, rows_per_expert, row_weights, sizes), plan)
+        if not messages.applies_weights:
+            computed = compute(arrived, rows_per_expert)
+            weighted = computed.to(wide(computed.dtype)) * row_weights[:, None]
+            return combine_one_sided(weighted, plan).to(computed.dtype)
+        given = (arrived, rows_per_expert, row_weights, plan.sizes)
+        apart = plan.apart  # rows are read where they lie, and summed there
+        return combine_one_sided(compute(*given) if apart is None else compute(*given, apart), plan)
 
 
-def _wants_sizes(plan: OneSidedPlan) -> bool:
-    """Whether the products of these experts are so few and large that plain ones, for which the host has to wait, pay.
-
-    Mixtral-8x7B on an H200, 8,192 rows an expert: 24.7 ms of plain products, 26.3 of grouped ones.
-    """
-    few, many = plan.ends.shape[0] <= MOST_LISTED, plan.room >= 8192 * plan.ends.shape[0]
-    return few and many and not torch.cuda.is_current_stream_capturing()
+def _needs_sizes(experts: Experts) -> str | None:
+    """Why the host has to know how many rows came, so that there are no others; ``None`` where it need not."""
+    if (needs := getattr(experts, "needs_sizes", None)) is None:
+        return f"{type(experts).__name__} may not leave rows alone that hold nothing, as GroupedExperts do"
+    why: str | None = needs()
+    return why

@@ -32,11 +32,11 @@ from foldpar.comm import (
     all_to_all_rows,
     exchange_rows,
     gather_rows,
-    reduce_scatter_rows,
+    scatter_sum_rows,
 )
 from foldpar.errors import ShapeError
 from foldpar.moe.kernels.permutation import (
-    collect,
+    copy_rows,
     count_rows,
     ordinal_in_expert,
     pack,
@@ -46,6 +46,7 @@ from foldpar.moe.kernels.permutation import (
     place_experts,
     place_rows,
     spread,
+    sum_copies,
     sum_packed,
     unpack,
     wide,
@@ -70,11 +71,12 @@ class DispatchPlan:
         num_tokens, top_k: shape of the routing that was planned.
         send_rows, receive_rows: rows sent to and received from each rank of ``ep``.
         rows_per_etp: rows that each ETP coordinate received, ``sum`` = ``rows``.
-        token_of_sent: ``[sum(send_rows)]``, the token behind each sent row, grouped by destination.
+        token_of_sent: ``[sum(send_rows)]``, the token behind each sent row, grouped by destination; ``None`` where
+            nothing is sent: all experts are on this rank, and every token is a row.
         sent_of_token: ``[num_tokens, ep]``, its inverse: the sent row of each token for each destination.
         slot_of_assignment, row_of_assignment: ``[assignments]``, the slot and the row behind each expert-major row.
         assignment_of_slot: ``[rows, top_k]``, the inverse.
-        rows_per_expert: ``[local experts]``, int32, on the device: the sizes of the expert-major groups.
+        rows_per_expert, ends: ``[local experts]``, int32, on the device: sizes and ends of the expert-major groups.
         sizes: the same on the host where experts are few (at most ``MOST_LISTED`` on a rank), else ``None``.
     """
 
@@ -85,13 +87,16 @@ class DispatchPlan:
     send_rows: tuple[int, ...]
     receive_rows: tuple[int, ...]
     rows_per_etp: tuple[int, ...]
-    token_of_sent: Tensor
-    sent_of_token: Tensor
+    token_of_sent: Tensor | None
+    sent_of_token: Tensor | None
     slot_of_assignment: Tensor
     row_of_assignment: Tensor
     assignment_of_slot: Tensor
     rows_per_expert: Tensor
+    ends: Tensor
     sizes: tuple[int, ...] | None
+    placed: Arriving | None = None
+    """On its way to the host: how many assignments found an expert. ``None`` where it knows that all did."""
 
     @property
     def rows(self) -> int:
@@ -107,6 +112,29 @@ class DispatchPlan:
     def assignments(self) -> int:
         """How many (row, expert) pairs this rank's experts compute."""
         return self.row_of_assignment.shape[0]
+
+    def check_placed(self) -> None:
+        """Raise if expert ids were out of range, where that was not known when the plan was made.
+
+        Waits until the device has made the plan's tables, and for nothing behind them.
+        """
+        if self.placed is not None and self.placed.value() != self.assignments:
+            raise ShapeError(_illegal(self.rows_per_expert.shape[0], [(0, 0)]))
+
+
+class Arriving:
+    """A number on its way from the device to the host, which goes on meanwhile."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
+        self._number.copy_(number, non_blocking=True)
+        self._there = torch.cuda.Event()
+        self._there.record()
+
+    def value(self) -> int:
+        """The number; waits for it."""
+        self._there.synchronize()
+        return int(self._number)
 
 
 @torch.no_grad()
@@ -128,14 +156,17 @@ def plan_dispatch(
     pass the same routing of the same tokens, and a lane takes those assignments whose ordinal within their expert is
     its own coordinate modulo ``tp``: even per expert. The combined rows are then partial sums over the lanes.
 
-    Costs one small collective over EP x ETP with one host synchronisation, and one all-to-all of the ids.
+    Costs one small collective over EP x ETP with one host synchronisation, and one all-to-all of the ids. Where all
+    experts are on this rank there is no collective; without a mask, and with more than ``MOST_LISTED`` experts, there
+    is no synchronisation either.
 
     Backward:
         None: integers have no gradient.
 
     Raises:
         ShapeError: ``ep`` does not divide ``num_experts``; a wrong shape, dtype or device. An id outside
-            ``[0, num_experts)`` raises on every rank of the EP x ETP group, not only where it stands.
+            ``[0, num_experts)`` raises on every rank of the EP x ETP group, not only where it stands; where nothing was
+            waited for, :func:`dispatch` or the layer raises it.
 
     Source: stable per-expert ordinal: GShard (Lepikhin et al. 2020), algorithm 1, position in the expert.
     """
@@ -156,6 +187,8 @@ def plan_dispatch(
     # How much each destination gets; then everybody's numbers in one exchange, while the tables are made.
     ep, etp = groups.ep, groups.etp
     listed = num_experts // ep.size if num_experts // ep.size <= MOST_LISTED else 0
+    if ep.size == etp.size == 1 and mask is None and not listed:
+        return _plan_at_home(ids, groups, num_experts)
     counts = count_rows(ids, mask, num_experts, ep.size, listed)
     numbers = all_gather(counts, groups.ep_etp).view(ep.size, etp.size, ep.size, 3 + listed)
     token_of_sent, sent_of_token, local_ids = place_rows(ids, mask, counts, num_experts)
@@ -164,10 +197,7 @@ def plan_dispatch(
     arriving, leaving = torch.stack([arriving_here, leaving_here]).tolist()  # the one host synchronisation
     illegal = [(e, t) for e in range(ep.size) for t in range(etp.size) if arriving[e][t][2]]
     if illegal:
-        raise ShapeError(
-            f"Expert ids outside [0, {num_experts}) on the rank(s) at (ep, etp) = {illegal}. Mask assignments that "
-            f"should not travel instead of giving them an id out of range."
-        )
+        raise ShapeError(_illegal(num_experts, illegal))
     send_rows = tuple(leaving[e][0][0] for e in range(ep.size))
     receive_rows = tuple(arriving[e][etp.index][0] for e in range(ep.size))
     rows_per_etp = tuple(sum(arriving[e][t][0] for e in range(ep.size)) for t in range(etp.size))
@@ -175,7 +205,7 @@ def plan_dispatch(
     sizes = tuple(sum(slice_[3 + e] for sender in arriving for slice_ in sender) for e in range(listed))
 
     received = exchange_rows(local_ids[: sum(send_rows)], send_rows, receive_rows, ep)
-    slot_of_assignment, row_of_assignment, assignment_of_slot, ends = place_experts(
+    slot_of_assignment, row_of_assignment, assignment_of_slot, ends, rows_per_expert = place_experts(
         gather_rows(received, rows_per_etp, etp), num_experts // ep.size, assignments
     )
     return DispatchPlan(
@@ -191,8 +221,45 @@ def plan_dispatch(
         slot_of_assignment=slot_of_assignment,
         row_of_assignment=row_of_assignment,
         assignment_of_slot=assignment_of_slot,
-        rows_per_expert=torch.diff(ends, prepend=ends.new_zeros(1)),
+        rows_per_expert=rows_per_expert,
+        ends=ends,
         sizes=sizes or None,
+    )
+
+
+def _plan_at_home(ids: Tensor, groups: FoldedGroups, num_experts: int) -> DispatchPlan:
+    """Of all tokens, each with all its assignments, where this rank has all experts whole.
+
+    Their number is known, so on a GPU the host waits for nothing: what it must still hear is on its way.
+    """
+    tokens, top_k = ids.shape
+    slots, rows, inverse, ends, rows_per_expert = place_experts(ids, num_experts, ids.numel())
+    if not ids.is_cuda and int(ends[-1]) != ids.numel():
+        raise ShapeError(_illegal(num_experts, [(0, 0)]))
+    return DispatchPlan(
+        ep=groups.ep,
+        etp=groups.etp,
+        num_tokens=tokens,
+        top_k=top_k,
+        send_rows=(tokens,),
+        receive_rows=(tokens,),
+        rows_per_etp=(tokens,),
+        token_of_sent=None,
+        sent_of_token=None,
+        slot_of_assignment=slots,
+        row_of_assignment=rows,
+        assignment_of_slot=inverse,
+        rows_per_expert=rows_per_expert,
+        ends=ends,
+        sizes=None,
+        placed=Arriving(ends[-1]) if ids.is_cuda else None,
+    )
+
+
+def _illegal(num_experts: int, ranks: list[tuple[int, int]]) -> str:
+    return (
+        f"Expert ids outside [0, {num_experts}) on the rank(s) at (ep, etp) = {ranks}. Mask assignments that "
+        f"should not travel instead of giving them an id out of range."
     )
 
 
@@ -220,6 +287,7 @@ def dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
     """
     expect("dispatch", x=(x, Tensor), plan=(plan, DispatchPlan))
     _check_tokens(x, plan)
+    plan.check_placed()
     return spread(_to_experts(x, plan), plan.row_of_assignment, plan.assignment_of_slot)
 
 
@@ -234,9 +302,8 @@ def dispatch_weights(weights: Tensor, plan: DispatchPlan) -> Tensor:
     Raises:
         ShapeError: ``weights`` does not have the shape that was planned.
     """
-    _check_weights(weights, plan)
-    arrived = weights if plan.stays else _to_experts(weights, plan)
-    return pick(arrived, plan.slot_of_assignment, plan.assignment_of_slot)
+    check_weights(weights, plan)
+    return pick(_to_experts(weights, plan), plan.slot_of_assignment, plan.assignment_of_slot)
 
 
 def dispatch_weighted(x: Tensor, weights: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
@@ -245,10 +312,10 @@ def dispatch_weighted(x: Tensor, weights: Tensor, plan: DispatchPlan) -> tuple[T
     Backward:
         As theirs. With ``etp > 1`` gradients are summed on the way, so rows and weights travel apart.
     """
-    if plan.etp.size > 1 or not packs(x, weights):
+    if plan.stays or plan.etp.size > 1 or not packs(x, weights):
         return dispatch(x, plan), dispatch_weights(weights, plan)
     _check_tokens(x, plan)
-    _check_weights(weights, plan)
+    check_weights(weights, plan)
     return cast("tuple[Tensor, Tensor]", cast(Any, _CarryRows).apply(x, weights, plan))
 
 
@@ -259,6 +326,7 @@ class _CarryRows(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
+        assert plan.token_of_sent is not None
         ctx.plan, ctx.dim = plan, x.shape[1]
         payload = pack(x.contiguous(), weights.contiguous(), plan.token_of_sent)
         received = exchange_rows(payload.view(torch.uint8), plan.send_rows, plan.receive_rows, plan.ep)
@@ -296,14 +364,39 @@ def combine(rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Tensor:
     dtype = rows.dtype
     if weights is not None:
         rows = rows.to(wide(dtype)) * dispatch_weights(weights, plan)[:, None]
-    partial = collect(rows, plan.row_of_assignment, plan.assignment_of_slot).to(dtype)
-    own = reduce_scatter_rows(partial, plan.etp, row_counts=plan.rows_per_etp)
-    returned = all_to_all_rows(own, plan.receive_rows, plan.send_rows, plan.ep)
-    return collect(returned, plan.token_of_sent, plan.sent_of_token)
+    return cast(Tensor, cast(Any, _BringBack).apply(rows, plan, dtype))
+
+
+class _BringBack(Function):
+    """Outputs to the rows behind them, to their owners, and to their tokens: summed three times."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: DispatchPlan, dtype: torch.dtype) -> Tensor:
+        ctx.plan, ctx.dtype = plan, rows.dtype
+        partial = sum_copies(rows, plan.assignment_of_slot).to(dtype)
+        if plan.stays:
+            return partial
+        assert plan.sent_of_token is not None
+        own = scatter_sum_rows(partial, plan.rows_per_etp, plan.etp)
+        returned = exchange_rows(own, plan.receive_rows, plan.send_rows, plan.ep)
+        return sum_copies(returned, plan.sent_of_token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan = ctx.plan
+        if not plan.stays:
+            sent = copy_rows(grad, plan.token_of_sent)
+            received = exchange_rows(sent, plan.send_rows, plan.receive_rows, plan.ep)
+            grad = gather_rows(received, plan.rows_per_etp, plan.etp)
+        return copy_rows(grad, plan.row_of_assignment).to(ctx.dtype), None, None
 
 
 def _to_experts(x: Tensor, plan: DispatchPlan) -> Tensor:
     """Tokens -> the rows present at their experts: over EP once per destination, then shared inside the ETP group."""
+    if plan.stays:
+        return x
+    assert plan.token_of_sent is not None and plan.sent_of_token is not None
     sent = spread(x, plan.token_of_sent, plan.sent_of_token)
     received = all_to_all_rows(sent, plan.send_rows, plan.receive_rows, plan.ep)
     return all_gather_rows(received, plan.etp, row_counts=plan.rows_per_etp, backward="reduce_scatter")
@@ -317,7 +410,8 @@ def _check_tokens(x: Tensor, plan: DispatchPlan) -> None:
         )
 
 
-def _check_weights(weights: Tensor, plan: DispatchPlan) -> None:
+def check_weights(weights: Tensor, plan: DispatchPlan) -> None:
+    """Raise unless routing weights have the shape that was planned."""
     if weights.shape != (plan.num_tokens, plan.top_k):
         raise ShapeError(
             f"Routing weights must be [tokens, top_k] = [{plan.num_tokens}, {plan.top_k}], and are "
