@@ -92,8 +92,8 @@ def check_round_trip(family: str, layout: dict[str, Any], tmp_path: Path) -> Non
         return difference, read, written
 
     results = on_ranks(layout, work)
-    # Llama 4's rotary frequencies are complex64 in any case.
-    assert max(difference for difference, _, _ in results) < (1e-6 if family == "llama4" else 1e-12)
+    # Llama 4's rotary frequencies are complex64 in any case, and Nemotron-H scans in float32.
+    assert max(difference for difference, _, _ in results) < (1e-6 if family in ("llama4", "nemotron_h") else 1e-12)
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"config.json", "model.safetensors.index.json"}
     assert not list((tmp_path / "out").glob("*.incomplete"))
     assert names_and_shapes(tmp_path / "out") == names_and_shapes(tmp_path / "hub")
