@@ -72,41 +72,43 @@ def train_alone(run: Run) -> History:
 
 def train_sharded(run: Run, stages: list[int], alone: History, **options: Any) -> list[dict[str, Any]]:
     """On one rank: for each stage, squared differences and squared norms per tensor, losses and norms."""
-    return [_train_stage(run, stage, alone, options) for stage in stages]
+    with foldpar.create_groups(run.case.layout) as groups:
+        return [_train_stage(run, stage, alone, options, groups) for stage in stages]
 
 
-def _train_stage(run: Run, stage: int, alone: History, options: dict[str, Any]) -> dict[str, Any]:
+def _train_stage(
+    run: Run, stage: int, alone: History, options: dict[str, Any], groups: foldpar.FoldedGroups
+) -> dict[str, Any]:
     case, errors, losses, norms = run.case, {}, [], []
-    with foldpar.create_groups(case.layout) as groups:
-        model = fold(fresh_model(case), groups, case)
-        shares = Shares(model, groups)
-        if stage:
-            shard_model(model, groups, stage=stage, **options)
-        optimizer = run.optimizer_of(foldpar.parameter_groups(model))
+    model = fold(fresh_model(case), groups, case)
+    shares = Shares(model, groups)
+    if stage:
+        shard_model(model, groups, stage=stage, **options)
+    optimizer = run.optimizer_of(foldpar.parameter_groups(model))
 
-        def note(what: str, name: str, got: Tensor, full: Tensor, resolution: Any = 0.0) -> None:
-            want = shard_of(shares.share_of(name, full), dict(model.named_parameters())[name])
-            parity._note(errors, f"{what} of {name}", parity._local(got).detach(), want.to(got.device), resolution)
+    def note(what: str, name: str, got: Tensor, full: Tensor, resolution: Any = 0.0) -> None:
+        want = shard_of(shares.share_of(name, full), dict(model.named_parameters())[name])
+        parity._note(errors, f"{what} of {name}", parity._local(got).detach(), want.to(got.device), resolution)
 
-        for step in range(run.steps):
-            loss = 0.0
-            with accumulate(model):
-                for micro in range(run.micro_batches - 1):
-                    loss += backward(model, run.batch(groups.dp_cp.index, step, micro), run.micro_batches)
-            last = run.batch(groups.dp_cp.index, step, run.micro_batches - 1)
-            loss += backward(model, last, run.micro_batches)
-            foldpar.reduce_gradients(model, groups)
-            for name, parameter in model.named_parameters():
-                note(f"gradient at step {step}", name, parameter.grad, alone.gradients[step][name])
-            norms.append(float(foldpar.clip_grad_norm_(model, run.max_norm, groups)))
-            optimizer.step()
-            optimizer.zero_grad()
-            mean = torch.tensor(loss / case.data_ranks, dtype=torch.float64, device=case.device)
-            losses.append(float(foldpar.comm.collectives.all_reduce_(mean, groups.dp_cp)))
+    for step in range(run.steps):
+        loss = 0.0
+        with accumulate(model):
+            for micro in range(run.micro_batches - 1):
+                loss += backward(model, run.batch(groups.dp_cp.index, step, micro), run.micro_batches)
+        last = run.batch(groups.dp_cp.index, step, run.micro_batches - 1)
+        loss += backward(model, last, run.micro_batches)
+        foldpar.reduce_gradients(model, groups)
         for name, parameter in model.named_parameters():
-            note("weights", name, parameter, alone.weights[name])
-        foldpar.check_replicas(model, groups)
-        return {"errors": errors, "losses": losses, "norms": norms}
+            note(f"gradient at step {step}", name, parameter.grad, alone.gradients[step][name])
+        norms.append(float(foldpar.clip_grad_norm_(model, run.max_norm, groups)))
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = torch.tensor(loss / case.data_ranks, dtype=torch.float64, device=case.device)
+        losses.append(float(foldpar.comm.collectives.all_reduce_(mean, groups.dp_cp)))
+    for name, parameter in model.named_parameters():
+        note("weights", name, parameter, alone.weights[name])
+    foldpar.check_replicas(model, groups)
+    return {"errors": errors, "losses": losses, "norms": norms}
 
 
 def backward(model: nn.Module, tokens: Tensor, micro_batches: int) -> float:
