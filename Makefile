@@ -13,6 +13,7 @@ EP ?= 4
 WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+export PYTHONDONTWRITEBYTECODE := # empty: workers and spawned ranks share the bytecode of what they import
 IN_PARALLEL := --numprocesses=$(WORKERS) --dist=worksteal
 
 .PHONY: help setup demo test test-long test-kernels lint format types docs dist clean

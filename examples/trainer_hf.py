@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import tempfile
@@ -95,8 +94,7 @@ def start_folder(options: argparse.Namespace, parent: str) -> str:
 
 
 def load(folder: str, options: argparse.Namespace) -> Any:
-    room = foldpar.OneSided(options.batch * options.length, slack=math.inf) if options.one_sided else None
-    foldpar.hf.register_with_transformers(one_sided=room)
+    foldpar.hf.register_with_transformers(one_sided=foldpar.OneSided() if options.one_sided else None)
     distributed = DistributedConfig(
         tp_size=options.tp,
         fsdp_size=int(os.environ["WORLD_SIZE"]) // options.tp,

@@ -96,6 +96,7 @@ LAYOUTS_OF_FOUR = [
     )
     for order in ("tp-lane-major", "consecutive")
 ]
+EACH_FOLD_ONCE = [*LAYOUTS_OF_FOUR[::4], *LAYOUTS_OF_FOUR[3::4]]
 LAYOUTS_OF_THREE = [solve_layout(3, tp=3, ep=3), solve_layout(3, cp=3, etp=3)]
 
 Missing = Callable[[str, int], bool]
@@ -210,6 +211,11 @@ def reduce_all_families(layouts: list[FoldedLayout], bucket: int) -> None:
 
 
 def test_every_family_is_reduced_by_the_table():
+    run_ranks(reduce_all_families, 4, EACH_FOLD_ONCE, 300)
+
+
+@pytest.mark.long
+def test_every_family_is_reduced_by_the_table_in_both_orders():
     run_ranks(reduce_all_families, 4, LAYOUTS_OF_FOUR, 300)
 
 

@@ -147,14 +147,15 @@ def test_what_is_frozen_has_no_gradients_no_states_and_no_traffic(stage: int) ->
 MERGED = Case(etp=2, modules=(*DENSE[:4], *SHARED))
 
 
-def merged_and_written(case: Case, values: dict[str, Tensor], folder: str) -> None:
+def merged_and_written(case: Case, values: dict[str, Tensor], loss: Tensor, folder: str) -> None:
     with foldpar.create_groups(case.layout) as groups:
         model = folded(case, groups, values)
         foldpar.parameter_families(model, groups)
         before = {name: local(each).clone() for name, each in model.named_parameters()}
         model.merge_adapter(safe_merge=True)
         changed = {name for name, each in model.named_parameters() if not torch.equal(local(each), before[name])}
-        assert len(changed) == len(values) / 2
+        nothing_here = {name for name, each in before.items() if "base_layer" in name and not each.numel()}
+        assert len(changed | nothing_here) == len(values) / 2
         model.unmerge_adapter()
         for name, each in model.named_parameters():
             torch.testing.assert_close(local(each), before[name], rtol=0, atol=1e-12)
@@ -162,7 +163,9 @@ def merged_and_written(case: Case, values: dict[str, Tensor], folder: str) -> No
         state = torch_state(model)
         if groups.rank == 0:
             model.save_pretrained(f"{folder}/adapter", state_dict=state)
-        foldpar.hf.export(model.merge_and_unload(), f"{folder}/merged", groups)
+        left = model.merge_and_unload()
+        foldpar.hf.export(left, f"{folder}/merged", groups)
+        torch.testing.assert_close(loss_of(left, 0).detach(), loss, rtol=0, atol=1e-6)  # norms are in float32
 
 
 def torch_state(model: nn.Module) -> dict[str, Tensor]:
@@ -175,14 +178,19 @@ def local(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "case",
-    [MERGED, pytest.param(replace(MERGED, etp=1, first="peft", stage=3), marks=pytest.mark.long)],
+    [
+        MERGED,
+        pytest.param(replace(MERGED, etp=1, first="peft", stage=3), marks=pytest.mark.long),
+        pytest.param(replace(MERGED, tp=1, etp=1, stage=2), marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_merged_and_written_adapters_are_those_of_one_process(case: Case, tmp_path: Path) -> None:
     values, _ = one_process(case)
-    run_ranks(merged_and_written, case.world, case, values, str(tmp_path), backend="threads")
     one = adapted(copy.deepcopy(base(case.family)), case)
     one.load_state_dict(values, strict=False)
+    loss = loss_of(one, 0).detach()
+    run_ranks(merged_and_written, case.world, case, values, loss, str(tmp_path), backend="threads")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base(case.family)), str(tmp_path / "adapter"))
     for name, each in adapters(again).items():
         torch.testing.assert_close(each, values[name], rtol=0, atol=0)
@@ -249,6 +257,8 @@ def parametrized(place: str) -> Any:
 
 ADAPT = {
     "dora": with_config(peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, init_lora_weights=False)),
+    "lora": with_config(peft.LoraConfig(r=2, target_modules=["q_proj"])),
+    "of the router": with_config(peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.gate.weight"])),
     "ia3": with_config(peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
     "parameter": with_config(peft.LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"])),
     "of experts": parametrized("model.layers.0.mlp.experts.down_proj"),
@@ -269,6 +279,23 @@ ADAPT = {
 )
 def test_what_could_be_wrong_is_refused_before_the_first_forward(adapt: str, text: str) -> None:
     assert re.search(text, refused(adapt), re.DOTALL)
+
+
+def late(stage: int, adapt: str) -> str:
+    with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+        model = copy.deepcopy(base("qwen2_moe"))
+        foldpar.fold_model(model, groups)
+        foldpar.shard_model(model, groups, stage=stage)
+        with pytest.raises(foldpar.ModelError) as error:
+            loss_of(ADAPT[adapt](model), groups.dp.index)
+        return str(error.value)
+
+
+@pytest.mark.parametrize(("stage", "adapt"), [(2, "lora"), (3, "of the router")])
+def test_adapters_that_come_after_sharding_are_refused(stage: int, adapt: str) -> None:
+    texts = run_ranks(late, 2, stage, adapt, backend="threads")
+    assert texts[0] == texts[1]
+    assert re.search(rf"came after shard_model, .* Adapt first, then shard: .*stage={stage}\)", texts[0])
 
 
 def test_dora_is_refused_beside_cut_layers_and_told_apart_elsewhere() -> None:

@@ -54,6 +54,7 @@ class Layout:
     etp: int = 1
     order: str = "tp-lane-major"
     stage: int = 0
+    world: int = 4
 
     def __str__(self) -> str:
         etp = f" etp {self.etp}" if self.etp > 1 else ""
@@ -61,8 +62,9 @@ class Layout:
         return f"tp {self.tp} ep {self.ep}{etp}, stage {self.stage}{order}"
 
 
-QUICK = [Layout(1, 4)]
-COLUMNS = [*QUICK, Layout(2, 2, stage=3), Layout(2, 4), Layout(2, 2, etp=2), Layout(1, 2, stage=3)]
+HALF = Layout(1, 2, world=2)
+"""What the first column says of four ranks holds of two."""
+COLUMNS = [Layout(1, 4), Layout(2, 2, stage=3), Layout(2, 4), Layout(2, 2, etp=2), Layout(1, 2, stage=3)]
 ALL = [
     Layout(tp, ep, order=order, stage=stage)
     for tp in (1, 2)
@@ -541,7 +543,7 @@ def outcomes(layout: Layout, folder: str, names: list[str]) -> dict[str, str]:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     found = {}
-    of_layout = foldpar.solve_layout(4, tp=layout.tp, ep=layout.ep, etp=layout.etp, order=layout.order)
+    of_layout = foldpar.solve_layout(layout.world, tp=layout.tp, ep=layout.ep, etp=layout.etp, order=layout.order)
     with foldpar.create_groups(of_layout) as groups:
         original = tiny_model("qwen3_moe", dtype=torch.float64)
         for place, name in enumerate(names):
@@ -560,7 +562,7 @@ def outcomes(layout: Layout, folder: str, names: list[str]) -> dict[str, str]:
 
 def outcomes_of_ranks(layout: Layout, folder: str, names: Collection[str] = TOOLS) -> dict[str, str]:
     """Of each tool; the same on every rank, and nothing but exact or refused."""
-    ranks = run_ranks(outcomes, 4, layout, folder, list(names), timeout=300.0)
+    ranks = run_ranks(outcomes, layout.world, layout, folder, list(names), timeout=300.0)
     found = {}
     for name in names:
         kinds = {rank[name].partition(":")[0] for rank in ranks}
@@ -593,20 +595,13 @@ def check_column(found: dict[str, str], layout: Layout) -> None:
         assert found[name] == want[name] or (older and found[name] == "refused"), name
 
 
-@pytest.mark.parametrize("layout", QUICK, ids=str)
-def test_the_table_of_tools_is_true(layout: Layout, tmp_path: Path) -> None:
-    check_column(outcomes_of_ranks(layout, str(tmp_path), TOOLS.keys() - SLOW), layout)
+def test_the_table_of_tools_is_true(tmp_path: Path) -> None:
+    check_column(outcomes_of_ranks(HALF, str(tmp_path), TOOLS.keys() - SLOW), COLUMNS[0])
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", QUICK, ids=str)
-def test_the_table_of_slow_tools_is_true(layout: Layout, tmp_path: Path) -> None:
-    check_column(outcomes_of_ranks(layout, str(tmp_path), SLOW), layout)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("layout", COLUMNS[len(QUICK) :], ids=str)
-def test_the_other_columns_are_true(layout: Layout, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", COLUMNS, ids=str)
+def test_every_column_is_true(layout: Layout, tmp_path: Path) -> None:
     check_column(outcomes_of_ranks(layout, str(tmp_path)), layout)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from dataclasses import replace
 from math import comb, isclose, prod
@@ -13,15 +14,17 @@ import torch
 from hf_models import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import foldpar
 from foldpar import cli
 from foldpar.errors import FoldingError, LayoutError, ModelError, ShapeError
 from foldpar.planning import HostCost, LatentAttention, ModelShape, PlanError, Workload, plan, read_machine, read_model
 from foldpar.planning.folds import broken_rule, folds, layouts, node_span
-from foldpar.planning.formulas import distinct_ranks, product_seconds, routed_rows
+from foldpar.planning.formulas import distinct_ranks, in_flight, product_seconds, routed_rows
 from foldpar.planning.memory import MemoryModel, pipeline_stages
 from foldpar.planning.timing import TimeModel
+from foldpar.testing import run_ranks
 
 QWEN3_30B = ModelShape(
     name="qwen3-30b", hidden=2048, layers=48, heads=32, kv_heads=4, head_dim=128, vocab=151936,
@@ -79,6 +82,53 @@ def test_a_fold_is_kept_exactly_where_plan_fold_takes_it(name):
             assert not kept, f"{degrees} is proposed and refused"
         else:
             assert kept, f"{degrees} is left out and possible"
+
+
+def _take(name: str, numbers: dict[str, int], rows: list[tuple[foldpar.FoldedLayout, int, bool]]) -> int:
+    """Fold and shard the model in every way of the rows, on the meta device; raises where something is refused."""
+    for layout, stage, mixed in rows:
+        with foldpar.create_groups(layout) as groups:
+            with _BUILDING, torch.device("meta"):
+                model = FAMILIES[name].make(**numbers)
+            foldpar.fold_model(model, groups, check=False)
+            if stage:
+                precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if mixed else None
+                foldpar.shard_model(model, groups, stage=stage, mixed_precision=precision)
+    return len(rows)
+
+
+_BUILDING = threading.Lock()
+
+
+def _refused_by_nobody(data, gpus: int) -> None:
+    name = data.draw(st.sampled_from(["qwen2_moe", "qwen3_moe", "mixtral"]), label="family")
+    heads = data.draw(st.sampled_from([2, 3, 4, 6]), label="heads")
+    keys = data.draw(st.sampled_from([each for each in (1, 2, 3, 4) if heads % each == 0]), label="kv heads")
+    numbers = {"num_attention_heads": heads, "num_key_value_heads": keys}
+    precision = data.draw(st.sampled_from(["mixed", "float32"]), label="precision")
+    with torch.device("meta"):
+        shape = read_model(FAMILIES[name].make(**numbers).config.to_dict())
+    stage = data.draw(st.sampled_from([None, 1, 2, 3]), label="stage")
+    found = plan(shape, gpus=gpus, tokens=16, batch=12, precision=precision, pp=1, cp=1, stage=stage, best=99)
+    rows = {(row.layout, row.stage, precision == "mixed"): None for row in (*found.rows, *found.pareto)}
+    if rows:
+        assert run_ranks(_take, gpus, name, numbers, list(rows), backend="threads") == [len(rows)] * gpus
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(data=st.data())
+@settings(max_examples=3, deadline=None)
+def test_what_is_proposed_is_refused_by_nobody(data):
+    """Neither by ``solve_layout`` nor by ``fold_model`` nor by ``shard_model``: they are called."""
+    _refused_by_nobody(data, 2)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@given(data=st.data(), gpus=st.sampled_from([3, 4, 6]))
+@settings(max_examples=15, deadline=None)
+def test_what_is_proposed_for_more_ranks_is_refused_by_nobody(data, gpus):
+    _refused_by_nobody(data, gpus)
 
 
 @given(world=st.integers(1, 96))
@@ -278,7 +328,9 @@ def test_interleaved_chunks_make_the_bubble_smaller_and_keep_more_activations():
         for work in (Workload(tokens=1024, batch=64, chunks=chunks) for chunks in (1, 4))
     )
     assert 0 < turns[0].bubble < plain[0].bubble
-    assert plain[1].activations < turns[1].activations <= plain[1].activations * (1 + 3 / 16) * 1.001
+    assert plain[1].peak <= turns[1].peak
+    assert in_flight(4, 4, 64, 4) == 4 * (1 + 3 / 16)
+    assert (in_flight(4, 4, 64, 1), in_flight(4, 4, 2, 4)) == (4, 2)
     assert pipeline_stages(QWEN3_30B, 16, 99)[0].chunks == 3  # a chunk is a layer or more
 
 
@@ -287,6 +339,11 @@ def test_a_thousand_gpus_plan_in_twenty_seconds_of_one_core():
     began = time.process_time()
     plan(QWEN3_30B, gpus=1024, batch=2048)
     assert time.process_time() - began < 20  # 9 to 15 were seen on a free one
+
+
+def test_the_lines_that_set_up_one_sided_rows_say_how_many_a_rank_routes():
+    found = plan(QWEN3_30B, gpus=16, tokens=4096, batch=64, tp=2, ep=8, pp=1, cp=1, transport="one-sided", micro=2)
+    assert "fold_model(model, groups, one_sided=foldpar.OneSided(max_tokens=4096, slack=2.0))" in found.commands()
 
 
 def test_a_model_that_does_not_fit_says_what_is_missing():

@@ -30,6 +30,12 @@ def test_calibrate_writes_a_machine_that_plan_takes(tmp_path, capsys):
     assert "measured: product flops" in str(found)
 
 
+def test_calibrate_measures_nothing_for_a_file_that_cannot_be(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", str(tmp_path / "missing" / "here.json")])
+    assert "is not a folder, so" in capsys.readouterr().err
+
+
 def _linked() -> Machine:
     with foldpar.create_groups(foldpar.solve_layout(2)) as groups:
         return measure_links(read_machine("h100"), groups, torch.device("cpu"), "here", quick=True)

@@ -71,7 +71,8 @@ MORE_HYBRID = [
 
 
 def test_replicas_of_shards_equal_one_process() -> None:
-    assert_equal_to_one_process(Run(Case(4, 1, 1), steps=3), [3], replicas=2)
+    """Without momentum: on four dimensions of a mesh torch thinks long about each operation that is new to it."""
+    assert_equal_to_one_process(Run(Case(4, 1, 1), steps=3, momentum=0.0), [3], replicas=2)
 
 
 @pytest.mark.long

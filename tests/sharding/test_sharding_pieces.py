@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import toys
+from einops import rearrange
 from sharded_parity import data_axis, shard_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -221,16 +222,18 @@ def folds_of_two_layers() -> None:
         assert error < 1e-12, name
 
 
-def stages_of_a_pipeline() -> None:
+def stages_of_a_pipeline(layout: foldpar.FoldedLayout, replicas: int) -> None:
     """Two stages of other models: each is sharded over its own data ranks, and the norm is of both."""
-    with create_groups(solve_layout(4, pp=2, ep=2)) as groups:
+    with create_groups(layout) as groups:
         plain = [plain_model(seed) for seed in (0, 1)]
-        want = [plain_gradients(model, 2) for model in plain]
+        want = [plain_gradients(model, layout.dp) for model in plain]
         here = groups.pp.index
         model = toys.fold(plain[here], groups)
         shares = Shares(model, groups)
-        shard_model(model, groups, stage=3)
-        assert model.embedding.weight.device_mesh.mesh.tolist() == [2 * here, 2 * here + 1]
+        shard_model(model, groups, stage=3, replicas=replicas)
+        ranks = torch.arange(here * layout.dp, (here + 1) * layout.dp)
+        blocks = ranks if replicas == 1 else rearrange(ranks, "(replica rank) -> replica rank", replica=replicas)
+        assert torch.equal(model.embedding.weight.device_mesh.mesh, blocks)
         loss_of(model, tokens_of(groups.dp_cp.index)).backward()
         foldpar.reduce_gradients(model, groups)
         error, name = errors(model, shares, want[here])
@@ -300,11 +303,17 @@ def recomputed_and_balanced() -> None:
     assert any(bias.abs().max() > 0 for bias in biases[0][:2])
 
 
-@pytest.mark.parametrize(
-    "function", [folds_of_two_layers, stages_of_a_pipeline, partial_by_dtensor, recomputed_and_balanced]
-)
+@pytest.mark.parametrize("function", [folds_of_two_layers, partial_by_dtensor, recomputed_and_balanced])
 def test_models_of_other_kinds(function: Any) -> None:
     run_ranks(function, 4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "replicas"),
+    [(solve_layout(8, pp=2), 2), pytest.param(solve_layout(4, pp=2, ep=2), 1, marks=pytest.mark.long)],
+)
+def test_stages_of_a_pipeline_are_sharded_by_themselves(layout: foldpar.FoldedLayout, replicas: int) -> None:
+    run_ranks(stages_of_a_pipeline, layout.world, layout, replicas)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,9 +326,9 @@ def numbers_of(tensors: Any) -> int:
 
 def bytes_by_stage(layout: foldpar.FoldedLayout, replicas: int = 1) -> None:
     plain = plain_model(bias=True)
-    for dtypes in (None, MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)):
-        for stage in (0, *(STAGES if dtypes is None else (1, 2))):
-            with create_groups(layout) as groups:
+    with create_groups(layout) as groups:
+        for dtypes in (None, MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)):
+            for stage in (0, *STAGES) if dtypes is None else (1, 2):
                 model = toys.fold(plain, groups)
                 model.head.bias.requires_grad_(False)
                 options: dict[str, Any] = {"stage": stage, "replicas": replicas, "mixed_precision": dtypes}

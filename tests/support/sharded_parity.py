@@ -29,13 +29,14 @@ class Run:
     steps: int = 10
     micro_batches: int = 2
     max_norm: float = 0.5
+    momentum: float = 0.5
 
     def batch(self, data_rank: int, step: int, micro: int) -> Tensor:
         return batch_of(replace(self.case, seed=self.case.seed + micro), data_rank, step)
 
     def optimizer_of(self, parameters: Any) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=0.3, momentum=0.5)
+            return torch.optim.SGD(parameters, lr=0.3, momentum=self.momentum)
         return torch.optim.AdamW(parameters, lr=0.01, foreach=self.optimizer == "adamw-foreach")
 
 

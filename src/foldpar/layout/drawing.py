@@ -116,9 +116,10 @@ def _check(layout: FoldedLayout, rank: int | None, gpus_per_node: int | None) ->
     if rank is not None:
         layout.position("dense", rank)
     if layout.world > _MOST_RANKS:
+        stage = f"; or draw one stage: world = {layout.stage_size} without pp" if layout.pp > 1 else ""
         raise LayoutError(
             f"world = {layout.world} has more ranks than a drawing can show, which is {_MOST_RANKS}. The picture in "
-            f"text cuts what is long; or draw one stage: world = {layout.stage_size} without pp."
+            f"text cuts what is long{stage}."
         )
 
 
@@ -138,7 +139,8 @@ def _panel(
     strips = _strips(rows, columns * cell + label, cell)
     height = ceil(rows / strips)
     sizes = " x ".join(f"{axis} {layout.size(axis)}" for axis in (by_row[0], by_row[1], *by_column))
-    parts = [f'<text x="{left}" y="40" fill="#333333">{view} view: {sizes}</text>\n']
+    head = f"{view} view: {sizes}"
+    parts = [f'<text x="{left}" y="40" fill="#333333">{head}</text>\n']
     for row in range(rows):
         strip, line = divmod(row, height)
         x, y = left + strip * (columns * cell + label + 10), _TOP + 14 + line * cell
@@ -156,7 +158,8 @@ def _panel(
             member = layout.rank_at(view, row * columns + column)
             places[view, member] = (x + label + column * cell + cell / 2, y + cell / 2)
             parts.append(_cell(layout, member, x + label + column * cell, y, cell, gpus_per_node))
-    return "".join(parts) + "\n", strips * (columns * cell + label + 10), _TOP + 14 + height * cell
+    width = max(strips * (columns * cell + label + 10), 6.5 * len(head))
+    return "".join(parts) + "\n", width, _TOP + 14 + height * cell
 
 
 def _strips(rows: int, width: float, cell: int) -> int:
@@ -229,9 +232,12 @@ def _legend(layout: FoldedLayout, top: float, width: float) -> tuple[str, float]
 
 
 _STYLE = """
-body { font-family: system-ui, sans-serif; margin: 16px; color: #111; background: #fff; }
-#axes label { margin-right: 14px; white-space: nowrap; } #drawing { overflow-x: auto; margin: 10px 0; }
-#told { min-height: 9em; background: #f5f6f8; padding: 10px; white-space: pre-wrap; overflow-wrap: anywhere; }
+:root { color-scheme: light dark; --ground: #fff; --ink: #111; --box: #f5f6f8; }
+@media (prefers-color-scheme: dark) { :root { --ground: #16181d; --ink: #e6e6e6; --box: #23262d; } }
+body { font-family: system-ui, sans-serif; margin: 16px; color: var(--ink); background: var(--ground); }
+#axes label { margin-right: 14px; white-space: nowrap; } #axes b { filter: brightness(1.25); }
+#drawing { overflow-x: auto; margin: 10px 0; } #drawing svg { border-radius: 6px; }
+#told { min-height: 9em; background: var(--box); padding: 10px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .cell { cursor: pointer; } .cell.faint { opacity: 0.3; }
 """
 _SCRIPT = """

@@ -35,15 +35,9 @@ from foldpar.models.tensor_parallel import LaneCut, lane_cut
 from foldpar.moe import ExpertShare
 from foldpar.parameters import mark_of, mark_parameters, resolve_parameters, sharded_module, when_greeted
 
-__all__ = ["adapters_aside", "base_of", "welcome_adapters"]
+__all__ = ["adapters_aside", "welcome_adapters"]
 
 _FITTED = "_foldpar_fitted"
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The model that a library's model of adapters is around, or the model itself."""
-    get = getattr(model, "get_base_model", None)
-    return cast(nn.Module, get()) if get is not None and hasattr(model, "peft_config") else model
 
 
 @contextmanager
@@ -144,9 +138,11 @@ def _fit_all(model: nn.Module, groups: FoldedGroups) -> None:
 def _fit(name: str, adapter: Any) -> None:
     """Make one adapter fit what it is around; what fits already stays as it is."""
     base, pairs = _inside(adapter), _pairs(adapter)
-    state = (id(base), tuple(pairs))
-    if getattr(adapter, _FITTED, None) == state:
+    state, fitted = (id(base), tuple(pairs)), getattr(adapter, _FITTED, None)
+    if fitted == state:
         return
+    if (fitted is None or set(pairs) - set(fitted[1])) and not isinstance(base, ExpertShare):
+        _refuse_sharded(name, base)
     parameter_name, cut = getattr(adapter, "parameter_name", None), lane_cut(base)
     if isinstance(base, ExpertShare):
         _fit_experts(name, adapter, base, parameter_name)
@@ -159,6 +155,16 @@ def _fit(name: str, adapter: Any) -> None:
     if pairs and not _variants(adapter):
         adapter.merge, adapter.unmerge = partial(_merge, adapter), partial(_unmerge, adapter)
     setattr(adapter, _FITTED, state)
+
+
+def _refuse_sharded(name: str, base: nn.Module) -> None:
+    record = sharded_module(base)
+    if record is not None and record.names:
+        raise ModelError(
+            f"{name} is an adapter that came after shard_model, around a {type(base).__name__} of which this rank "
+            f"holds a shard, so the library made it for the shard's size. Adapt first, then shard: "
+            f"get_peft_model(model, ...), then shard_model(model, groups, stage={record.stage})."
+        )
 
 
 def _pairs(adapter: Any) -> dict[str, tuple[Any, Any]]:

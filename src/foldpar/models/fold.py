@@ -12,7 +12,7 @@ from foldpar.arguments import expect
 from foldpar.comm import FoldedGroups, adopt
 from foldpar.errors import ModelError
 from foldpar.families import REPLICATED, REPLICATED_PARTIAL
-from foldpar.models.adapted import adapters_aside, base_of, welcome_adapters
+from foldpar.models.adapted import adapters_aside, welcome_adapters
 from foldpar.models.block_proof import kind_of, prove_block
 from foldpar.models.known import MoEAdapter
 from foldpar.models.meta_copy import HOOKS
@@ -21,6 +21,7 @@ from foldpar.models.refusals import refuse_what_needs_all_ranks
 from foldpar.models.tensor_parallel import shard_dense
 from foldpar.moe import FoldedExperts, ModelChecks, OneSided, Partition, correction_bias_in
 from foldpar.parameters import (
+    base_of,
     keep_dtypes,
     mark_parameters,
     mark_replaced,

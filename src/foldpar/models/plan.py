@@ -25,12 +25,12 @@ from foldpar.families import (
     ParameterFamily,
 )
 from foldpar.layout import FoldedLayout
-from foldpar.models.adapted import adapters_aside, base_of
+from foldpar.models.adapted import adapters_aside
 from foldpar.models.dense_plan import DensePlan, DenseStep, ending_in, model_plan, plan_dense
 from foldpar.models.known import DEFAULT_ADAPTERS, ByInterface, ExpertWeights, MoEAdapter, adapter_by_interface
 from foldpar.models.meta_copy import HOOKS, on_meta
 from foldpar.moe import Activation, ExpertShare, FoldedMoE, is_gated
-from foldpar.parameters import refuse_gradient_hooks
+from foldpar.parameters import base_of, refuse_gradient_hooks
 from foldpar.wording import divisors, listed
 
 __all__ = ["Block", "FoldPlan", "FoldPlanRow", "Survey", "plan_fold", "survey"]

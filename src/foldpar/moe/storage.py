@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from einops import rearrange
 from torch import Tensor
 
+from foldpar.arguments import expect
+
 __all__ = ["ExpertStorage"]
 
 
@@ -39,6 +41,12 @@ class ExpertStorage:
     gate_up_bias: str = "gate_up_bias"
     down_bias: str = "down_bias"
     gate_up: str = "gate_up_proj"
+
+    def __post_init__(self) -> None:
+        """Raise an ``ArgumentError`` for what is no bool and no name."""
+        expect("ExpertStorage", transposed=(self.transposed, bool), interleaved=(self.interleaved, bool))
+        names = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias, "gate_up": self.gate_up}
+        expect("ExpertStorage", **{what: (name, str) for what, name in names.items()})
 
     @property
     def names(self) -> tuple[str, str, str, str]:

@@ -48,7 +48,7 @@ from foldpar.parameters.marks import (
     resolve_parameters,
     tie_marks_to_names,
 )
-from foldpar.parameters.newcomers import greet_newcomers, when_greeted
+from foldpar.parameters.newcomers import base_of, greet_newcomers, when_greeted
 from foldpar.parameters.placements import Placement, mark_placement, parameter_placements, plain_name
 from foldpar.parameters.replicas import (
     check_before_reduction,
@@ -75,6 +75,7 @@ __all__ = [
     "ResolvedParameter",
     "Share",
     "Stage",
+    "base_of",
     "bring_back_shards",
     "buffer_places",
     "check_before_reduction",

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import nn
 
-__all__ = ["greet_newcomers", "when_greeted"]
+__all__ = ["base_of", "greet_newcomers", "when_greeted"]
 
 _GREETER = "_foldpar_greeter"
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model that a library's model of adapters is around, or the model itself."""
+    get = getattr(model, "get_base_model", None)
+    return cast(nn.Module, get()) if get is not None and hasattr(model, "peft_config") else model
 
 
 def when_greeted(model: nn.Module, greet: Callable[[nn.Module], None]) -> None:

@@ -53,6 +53,8 @@ def calibrate(file: str | PathLike[str], *, name: str | None = None, quick: bool
     Raises:
         OSError: the file cannot be written.
     """
+    if not Path(file).parent.is_dir():  # on every rank, and before a minute is spent
+        raise FileNotFoundError(f"{Path(file).parent} is not a folder, so {file} cannot be written there.")
     distributed = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
     layout = solve_layout(int(os.environ["WORLD_SIZE"])) if distributed else None
     if distributed and torch.cuda.is_available():

@@ -139,9 +139,9 @@ def transports(shape: ModelShape, layout: FoldedLayout, machine: Machine, work: 
     elif machine.device == "cpu":
         reason = "one-sided rows travel through the memory of GPUs"
     elif layout.etp > 1:
-        reason = "slices of an expert share rows in messages"
+        reason = "one-sided rows with etp are not in the formulas"
     elif shape.expert_bias:
-        reason = "biases of experts are sums over all rows"
+        reason = "one-sided rows with biases of experts are not in the formulas"
     elif node_span(layout, "ep", machine.gpus_per_node) < layout.ep:
         reason = "one-sided rows travel inside a node"
     return {"messages": "", "one-sided": reason}

@@ -7,12 +7,14 @@ difference between models of more and fewer layers; what a way of folding adds i
 from __future__ import annotations
 
 import gc
+import importlib
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,7 +95,11 @@ class _Slope:
         """``dense``: what is added are layers without experts."""
         key = tuple(degrees.items())
         if key not in self.groups:
-            self.groups[key] = self.stack.enter_context(create_groups(solve_layout(world, **degrees)))
+            self.groups[key] = self.stack.enter_context(
+                create_groups(
+                    solve_layout(world, tp=degrees.get("tp", 1), ep=degrees.get("ep", 1), etp=degrees.get("etp", 1))
+                )
+            )
         fewer, more = (self._phases(self.groups[key], count, stage, dense, one_sided) for count in (1, 1 + self.few))
         slope = {name: (more[name] - fewer[name]) / self.few for name in more}
         return slope, max(0.0, fewer["layer"] - slope["layer"])
@@ -128,11 +134,11 @@ class _Slope:
 
 def _small(layers: int, dense: bool, device: torch.device) -> nn.Module:
     """A Qwen3-MoE model; with ``dense`` the layers behind the first have no experts."""
-    import transformers
-
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=64, hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, intermediate_size=64, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
+    transformers: Any = importlib.import_module("transformers")
+    config = transformers.AutoConfig.for_model(
+        "qwen3_moe", vocab_size=64, hidden_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=64, moe_intermediate_size=32, num_experts=8,
+        num_experts_per_tok=2,
         mlp_only_layers=list(range(1, layers)) if dense else [], pad_token_id=None,
     )  # fmt: skip
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

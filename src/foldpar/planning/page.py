@@ -22,11 +22,15 @@ _PARTS = {
 }
 _WIDTH = 900
 _STYLE = """
-body { font-family: system-ui, sans-serif; margin: 20px auto; max-width: 1320px; padding: 0 16px; color: #111; }
+:root { color-scheme: light dark; --ground: #fff; --ink: #111; --box: #f5f6f8; --bad: #c00; }
+@media (prefers-color-scheme: dark) { :root { --ground: #16181d; --ink: #e6e6e6; --box: #23262d; --bad: #ff6b6b; } }
+body { font-family: system-ui, sans-serif; margin: 20px auto; max-width: 1320px; padding: 0 16px; }
+body { color: var(--ink); background: var(--ground); } .bad { fill: var(--bad); }
 table { border-collapse: collapse; font-size: 13px; } .wide { overflow-x: auto; }
-th, td { padding: 4px 9px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-tr:first-of-type td { font-weight: 600; } pre { background: #f5f6f8; padding: 12px; overflow-x: auto; }
-.verdict { font-size: 17px; } .left td { text-align: left; white-space: normal; } svg { max-width: 100%; height: auto; }
+th, td { padding: 4px 9px; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
+tr:first-of-type td { font-weight: 600; } pre { background: var(--box); padding: 12px; overflow-x: auto; }
+.verdict { font-size: 17px; } .left td { text-align: left; white-space: normal; }
+svg { max-width: 100%; height: auto; fill: currentColor; }
 """
 
 
@@ -81,13 +85,16 @@ def _bars(plan: Plan, row: PlanRow) -> str:
             x += width
         peak = 100 + memory.peak * scale
         parts.append(
-            f'<path d="M{peak:.1f} {y - 3:.0f} v34" stroke="#000" stroke-width="2.5"><title>peak</title></path>'
+            f'<path d="M{peak:.1f} {y - 3:.0f} v34" stroke="currentColor" stroke-width="2.5"><title>peak</title></path>'
         )
-        parts.append(f'<text x="{peak + 4:.1f}" y="{y + 43:.0f}" font-size="11">peak {memory.peak / 1e9:.1f}</text>')
+        side = 'text-anchor="end"' if memory.peak <= plan.machine.usable else ""  # away from where the memory ends
+        at = peak - 4 if side else peak + 4
+        told = f"peak {memory.peak / 1e9:.1f}"
+        parts.append(f'<text x="{at:.1f}" y="{y + 43:.0f}" font-size="11" {side}>{told}</text>')
         y += 54
     end = 100 + plan.machine.usable * scale
-    parts.append(f'<path d="M{end:.1f} 0 V{y:.0f}" stroke="#c00" stroke-dasharray="5 4" stroke-width="2"/>')
-    parts.append(f'<text x="{end - 4:.1f}" y="{y + 8:.0f}" text-anchor="end" fill="#c00">usable</text>')
+    parts.append(f'<path d="M{end:.1f} 0 V{y:.0f}" stroke="var(--bad)" stroke-dasharray="5 4" stroke-width="2"/>')
+    parts.append(f'<text x="{end - 4:.1f}" y="{y + 8:.0f}" text-anchor="end" class="bad">usable</text>')
     y += 30
     for place, (name, colour) in enumerate(_PARTS.items()):
         x = 100 + place % 4 * 180
@@ -112,7 +119,7 @@ def _pareto(plan: Plan) -> str:
     def at(x: float, y: float) -> tuple[float, float]:
         return 80 + (x - left) / (right - left) * (_WIDTH - 110), 20 + (high - y) / (high - low) * 300
 
-    parts = [f'<path d="M80 20 V320 H{_WIDTH - 20}" fill="none" stroke="#444"/>']
+    parts = [f'<path d="M80 20 V320 H{_WIDTH - 20}" fill="none" stroke="currentColor"/>']
     for step in range(6):
         x, y = left + (right - left) * step / 5, low + (high - low) * step / 5
         parts.append(f'<text x="{at(x, low)[0]:.0f}" y="338" text-anchor="middle" font-size="11">{x:.0f}</text>')

@@ -29,6 +29,7 @@ from foldpar.layout import FoldedLayout
 from foldpar.parameters import (
     ResolvedParameter,
     Stage,
+    base_of,
     bring_back_shards,
     compare_in_stage,
     data_replicas,
@@ -174,6 +175,10 @@ def shard_model(
     units = _units(model, groups, blocks, resolved, shards)
     converting = _converting(model, resolved, [entry for entry in narrowed if entry.parameter in whole], precision)
     _check_units(model, units, shards)
+    if set((root := base_of(model)).parameters()) != set(model.parameters()):
+        root = model
+    # A library's model of adapters may be taken off, and what is left must go on by itself.
+    units = [replace(unit, module=root) if unit.module is model else unit for unit in units]
     _check_tensors(shards, groups, explicitly_marked(model))
     if not shards and not converting:
         return
@@ -183,7 +188,7 @@ def shard_model(
     tie_marks_to_names(model)  # FSDP2 makes new parameters
     before = list(model.parameters())
     for unit in units if shards else ():
-        is_root = unit.module is model
+        is_root = unit.module is root
         wrapped = fully_shard(
             unit.module,
             mesh=unit.groups.data_mesh(unit.axis, data_replicas(unit.groups.layout, unit.axis, replicas)),
@@ -207,10 +212,10 @@ def shard_model(
     take_shares_on_load(model, groups)
     for parameter in model.parameters():
         adopt(parameter)
-    model.register_forward_pre_hook(refuse_replaced, prepend=True)
-    model.register_forward_hook(_shards_again)
+    root.register_forward_pre_hook(refuse_replaced, prepend=True)
+    root.register_forward_hook(_shards_again)
     if prefetch:
-        _prefetch(model, units)
+        _prefetch(root, units)
 
 
 @contextmanager

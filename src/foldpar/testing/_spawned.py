@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import functools
+import gc
 import importlib
 import importlib.util
 import io
@@ -300,6 +301,7 @@ def _warning_filters() -> list[tuple[Any, ...]]:
 
 def serve(rank: int, pipe: Connection, stacks: Connection, port: int, under_pytest: bool) -> None:
     """Answer calls until the caller goes away."""
+    gc.freeze()  # what the worker was forked with is no garbage, and much to look through
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable(stacks.fileno())
     if hasattr(faulthandler, "register"):

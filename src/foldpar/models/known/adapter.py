@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from foldpar.arguments import expect
 from foldpar.comm import FoldedGroups
 from foldpar.errors import ModelError
 from foldpar.models.meta_copy import on_meta
@@ -27,6 +28,12 @@ class ExpertWeights:
     down: Tensor
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Raise an ``ArgumentError`` for what is no tensor."""
+        bias = (Tensor, type(None))
+        expect("ExpertWeights", gate_up=(self.gate_up, Tensor), down=(self.down, Tensor))
+        expect("ExpertWeights", gate_up_bias=(self.gate_up_bias, bias), down_bias=(self.down_bias, bias))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +162,10 @@ class MoEAdapter:
                 f"The weights of the adapter for {self.blocks[0]}, called with {where} ({type(experts).__name__}), "
                 f"raised {type(error).__name__}: {error}"
             ) from error
-        tensors = [getattr(made, name, None) for name in ("gate_up", "down", "gate_up_bias", "down_bias")]
-        if not isinstance(made, ExpertWeights) or not all(isinstance(each, Tensor) for each in tensors[:2]):
+        if not isinstance(made, ExpertWeights):
             raise ModelError(
-                f"The weights of the adapter for {self.blocks[0]} must return an ExpertWeights of tensors for {where}, "
-                f"and returned a {type(made).__name__}: ExpertWeights(gate_up, down)."
+                f"The weights of the adapter for {self.blocks[0]} must return an ExpertWeights for {where}, and "
+                f"returned a {type(made).__name__}: ExpertWeights(gate_up, down)."
             )
         return made
 

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from foldpar.arguments import expect
 from foldpar.moe.kernels.permutation import runs_on_triton, wide
 
 
@@ -34,6 +35,16 @@ class ClampedSwiGLU:
 
     alpha: float = 1.702
     limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        """Raise an ``ArgumentError`` for what is no number, and a ``ValueError`` for one that is not positive."""
+        number = (int, float)
+        expect("ClampedSwiGLU", alpha=(self.alpha, number), limit=(self.limit, number))
+        if not (self.alpha > 0 and self.limit > 0):
+            raise ValueError(
+                f"ClampedSwiGLU: alpha and limit must be positive; given were alpha = {self.alpha} and "
+                f"limit = {self.limit}."
+            )
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -55,6 +66,12 @@ class OwnActivation:
 
     function: Callable[[Tensor], Tensor]
     form: Literal["gate", "gate_up", "plain"]
+
+    def __post_init__(self) -> None:
+        """Raise an ``ArgumentError`` for what cannot be called, and a ``ValueError`` for a form that there is not."""
+        expect("OwnActivation", function=(self.function, Callable), form=(self.form, str))  # type: ignore[arg-type]
+        if self.form not in ("gate", "gate_up", "plain"):
+            raise ValueError(f"OwnActivation: form is {self.form!r}; choose 'gate', 'gate_up' or 'plain'.")
 
     def value(self, x: Tensor, interleaved: bool) -> Tensor:
         """``[rows, columns]`` of the first product to ``[rows, hidden]``."""
