@@ -5,6 +5,17 @@ One set of ranks, partitioned twice: tensor parallelism for the dense layers, ex
     layout = foldpar.solve_layout(world=8, tp=2, ep=4)      # integers only: no torch is loaded
     groups = foldpar.create_groups(layout)                  # process groups, under torchrun
 
+How a step flows through the wings, each with a face that says what is in it:
+
+    layout       integers: who sits where
+    comm         process groups for each axis, and collectives that say their backward
+    moe          tokens -> router -> dispatch -> experts -> combine; in backward the same way back
+    parameters   what each parameter is: its family, and which part of it lies here
+    gradients    reduce_gradients reads families and layout -> clip -> the optimizer's step
+
+Around it: ``models`` folds whole models, ``sharding`` puts FSDP2 on top, ``checkpoint`` and ``hf`` are files,
+``planning`` chooses a layout, ``testing`` compares with one process.
+
 Names load on first use, so ``import foldpar`` is light and everything about layouts works without torch.
 """
 

@@ -12,7 +12,7 @@ import torch
 import foldpar
 from foldpar import GroupsError
 from foldpar.comm.host_meeting import HostMeeting
-from foldpar.comm.peers import DeviceMemories
+from foldpar.comm.peers import DeviceMemories, check_room, memories_of
 from foldpar.testing import run_ranks
 
 
@@ -74,7 +74,9 @@ def test_a_file_that_not_all_can_map_is_an_error_on_all(monkeypatch: pytest.Monk
 @pytest.fixture
 def memories(monkeypatch: pytest.MonkeyPatch) -> DeviceMemories:
     monkeypatch.setattr("foldpar.comm.peers.why_no_peers", lambda device: None)
-    return DeviceMemories(foldpar.create_groups(foldpar.solve_layout(1)).ep, torch.device("cpu"))
+    found = memories_of(foldpar.create_groups(foldpar.solve_layout(1)), torch.device("cpu"), ask=True)
+    assert found is not None
+    return found
 
 
 def test_layers_share_memory_and_it_grows_by_doubling(memories: DeviceMemories) -> None:
@@ -102,3 +104,16 @@ def test_memory_that_a_rank_has_not_is_refused_and_not_asked_for_again(
     assert memories.holding((2**20, 2**20)) == "rank 0 has no 2 MiB to share: out of memory"
     assert memories.holding((2**21, 2**20)) == "rank 0 has no 2 MiB to share: out of memory"
     assert asked == [2**21] and memories.made == []
+
+
+def test_memory_that_is_made_after_a_check_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldpar.comm.peers.why_no_peers", lambda device: None)
+    groups = foldpar.create_groups(foldpar.solve_layout(1))
+    found = memories_of(groups, torch.device("cpu"), ask=True)
+    assert found is not None
+    check_room(groups)
+    memory: Any = found.holding((1, 1))
+    memory.flags.copy_(torch.tensor([16, 10, 0]))
+    with pytest.raises(foldpar.ShapeError, match="were sent 16 rows and have room for 10"):
+        check_room(groups)
+    check_room(groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,7 @@ def test_room_for_a_part_of_the_rows_is_refused() -> None:
     ):
         register_with_transformers(one_sided=OneSided(slack=2.0))
     register_with_transformers(one_sided=OneSided())
+    register_with_transformers(one_sided=OneSided(8, slack=math.inf))
     register_with_transformers()
 
 

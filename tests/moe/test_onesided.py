@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foldpar import ShapeError, create_groups, solve_layout
+from foldpar import FoldedMoE, GroupedExperts, OneSided, ShapeError, TopKRouter, create_groups, solve_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -25,7 +25,9 @@ pytest.importorskip("triton")
 
 from foldpar.comm.peers import check_room, memories_of  # noqa: E402
 from foldpar.moe.kernels.permutation import collect, pick, spread  # noqa: E402
+from foldpar.moe.transport import journey as journeys  # noqa: E402
 from foldpar.moe.transport.one_sided import (  # noqa: E402
+    OneSidedPlan,
     OneSidedWay,
     RowExchange,
     combine_one_sided,
@@ -269,3 +271,40 @@ def test_a_half_that_is_written_twice_waits_in_between() -> None:
         return memory.barriers
 
     assert on_ranks(1, exchange, work) == [3]
+
+
+class OwnExperts(torch.nn.Module):
+    """Experts that know nothing of weights, and answer in float32."""
+
+    num_experts, dim = 4, 16
+
+    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        assert len(rows) == int(rows_per_expert.sum())
+        return rows.float() * 1.5
+
+
+@pytest.mark.parametrize(("kind", "apart"), [("plain", True), ("biases", True), ("foreign", False)])
+def test_a_layer_computes_the_same_in_both_ways(monkeypatch: pytest.MonkeyPatch, kind: str, apart: bool) -> None:
+    monkeypatch.setattr("foldpar.comm.peers.why_no_peers", lambda device: None)
+    monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
+    seen: list[bool] = []
+
+    def combined(rows: Tensor, plan: OneSidedPlan) -> Tensor:
+        seen.append(plan.apart is not None)
+        return combine_one_sided(rows, plan)
+
+    monkeypatch.setattr(journeys, "combine_one_sided", combined)
+    groups, results = create_groups(solve_layout(1)), []
+    for way in (None, OneSided()):
+        torch.manual_seed(0)
+        experts: Any = OwnExperts()
+        if kind != "foreign":
+            experts = GroupedExperts(4, 16, 8, groups, bias=kind == "biases", seed=0)
+        moe = FoldedMoE(TopKRouter(16, 4, 2), experts, groups, one_sided=way, check=False).to(DEVICE)
+        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+        y = moe(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *moe.parameters()])])
+    assert seen == [apart]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    groups.destroy()

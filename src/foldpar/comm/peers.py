@@ -151,7 +151,7 @@ class PeerMemories(Kept):
     def __init__(self, groups: FoldedGroups) -> None:
         self.found: dict[torch.device, DeviceMemories] = {}
         self.watched: bool | None = None
-        """Whether any rank of the stage shares memory; ``None`` while nobody has asked."""
+        """Whether any rank of the stage may share memory; ``None`` while nobody has asked."""
 
 
 def memories_of(groups: FoldedGroups, device: torch.device, *, ask: bool) -> DeviceMemories | None:
@@ -177,7 +177,8 @@ def check_room(groups: FoldedGroups) -> None:
     device = next(iter(kept.found))
     shared = [memory for each in kept.found.values() for memory in each.made]
     if kept.watched is None:  # other ranks of the stage may be on other machines, and share nothing
-        kept.watched = _of_stage(torch.tensor([len(shared)], dtype=torch.int32, device=device), groups)[0] > 0
+        may = any(each.hosts is not None for each in kept.found.values())
+        kept.watched = _of_stage(torch.tensor([may], dtype=torch.int32, device=device), groups)[0] > 0
     if not kept.watched:
         return
     flags = torch.stack([torch.zeros(3, dtype=torch.int32, device=device), *(memory.flags for memory in shared)])

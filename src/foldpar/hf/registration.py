@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -37,7 +38,7 @@ def register_with_transformers(name: str = "foldpar", *, one_sided: OneSided | N
 
     Args:
         one_sided: let rows travel through shared memory where GPUs allow it. Nobody reads there whether rows found
-            room, so there must be room for all: ``OneSided()``, without a ``slack``.
+            room, so there must be room for all: ``OneSided()``, or with ``slack=math.inf``.
 
     Backward:
         Exact, of all parameters, inputs and routing weights; also in float64. Over the lanes of a TP group it is that
@@ -53,7 +54,7 @@ def register_with_transformers(name: str = "foldpar", *, one_sided: OneSided | N
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     expect("register_with_transformers", name=(name, str), one_sided=(one_sided, (OneSided, type(None))))
-    if one_sided is not None and one_sided.slack is not None:
+    if one_sided is not None and one_sided.slack not in (None, math.inf):
         raise ArgumentError(
             f"register_with_transformers: one_sided has slack = {one_sided.slack}, room for a part of all rows that "
             f"may come, and in a loop of transformers nobody reads whether they found it. Leave slack away: there is "

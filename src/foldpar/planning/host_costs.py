@@ -7,13 +7,14 @@ difference between models of more and fewer layers; what a way of folding adds i
 from __future__ import annotations
 
 import gc
+import importlib
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -133,8 +134,7 @@ class _Slope:
 
 def _small(layers: int, dense: bool, device: torch.device) -> nn.Module:
     """A Qwen3-MoE model; with ``dense`` the layers behind the first have no experts."""
-    import transformers
-
+    transformers: Any = importlib.import_module("transformers")
     config = transformers.AutoConfig.for_model(
         "qwen3_moe", vocab_size=64, hidden_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, intermediate_size=64, moe_intermediate_size=32, num_experts=8,
@@ -143,7 +143,7 @@ def _small(layers: int, dense: bool, device: torch.device) -> nn.Module:
     )  # fmt: skip
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device(device):
-        model: nn.Module = cast(Any, transformers.AutoModelForCausalLM).from_config(config, dtype=dtype)
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():  # equal on all ranks, which may be threads
         for parameter in model.parameters():
             parameter.copy_(torch.sin(torch.arange(parameter.numel(), device=device)).view_as(parameter) / 8)

@@ -1,5 +1,12 @@
 """What foldpar's own tests stand on, for yours: ranks on a laptop, and hypothesis strategies for layouts and routings.
 
+    ranks       run_ranks: a function on many ranks, threads or processes; ``decorators``: the same as a test
+    outcomes    what ranks gave back, or which of them failed first
+    parity      check_against_one_process: one step of a folded module beside one process
+    shares      which part of a whole tensor a rank should hold, on its own, not by the code that folds
+    report      what differs, and by how much; ``mistakes``: what such a ratio looks like
+    strategies  layouts, routings and batches for hypothesis
+
 Needs the extra ``foldpar[testing]``. The library itself imports nothing from here, and importing this package loads
 neither torch nor hypothesis: names load on first use.
 """

@@ -51,13 +51,13 @@ class Shares:
     def of(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """This rank's share of every tensor, in the order of the folded module's parameters."""
         looked_up = _LookUp(tensors)
-        shares = [self.share_of(name, self._whole(name, looked_up)) for name in self.parameters]
+        wholes = {name: self._whole(name, looked_up) for name in self.parameters}
         if forgotten := [name for name in tensors if name not in looked_up.seen]:
             raise ShapeError(
                 f"The reference has parameters that no parameter of the folded module is a share of: "
                 f"{', '.join(forgotten[:5])}. They would go unchecked. Name or stack them with whole(name, tensors)."
             )
-        return shares
+        return [self.share_of(name, whole) for name, whole in wholes.items()]
 
     def _whole(self, name: str, tensors: _LookUp) -> Tensor:
         if self._whole_of is not None:

@@ -331,8 +331,9 @@ class _Dispatch(Function):
         if way.room is None:
             room, sizes = _learned(ends, memory, num_experts)
         if reads_places and room > exchange.slots:
-            tables = ids.new_zeros((2, room), dtype=torch.int32)  # behind the last row too it is one that can be read
-            apart = Places(source=tables[0], slots=tables[1], copies=places, ends=ends)
+            even = -(-room // 4) * 4  # 16 bytes
+            tables = ids.new_zeros((2, even), dtype=torch.int32)  # behind the last row too it is one that can be read
+            apart = Places(source=tables[0, :room], slots=tables[1, :room], copies=places, ends=ends)
             arriving, weights_of = exchange.slots, places.shape
         else:
             apart, arriving, weights_of = None, room, torch.Size([room])
