@@ -118,9 +118,9 @@ def test_the_exactness_sees_an_untied_weight(monkeypatch: pytest.MonkeyPatch) ->
     tie_down(model)
     kept = foldpar.models.fold._folded
 
-    def untied(*given: Any) -> Any:
+    def untied(*given: Any, **options: Any) -> Any:
         given[-1].weights.clear()
-        return kept(*given)
+        return kept(*given, **options)
 
     monkeypatch.setattr(foldpar.models.fold, "_folded", untied)
     with pytest.raises(Exception, match=r"Folding did not give what was planned|assert"):
