@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import seeded
 from hf_models import FAMILIES
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
@@ -23,8 +24,8 @@ VOCAB, RATE, GAMMAS = 32, 0.05, (0.5, 0.25)
 
 @cache
 def base() -> nn.Module:
-    torch.manual_seed(3)
-    return FAMILIES["qwen3_moe"].make().double()
+    with seeded(3):
+        return FAMILIES["qwen3_moe"].make().double()
 
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:

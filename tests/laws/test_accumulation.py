@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import seeded
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
@@ -126,8 +127,8 @@ def uneven(layout: foldpar.FoldedLayout, rounds: list[list[list[int]]]) -> list[
     """
     report = []
     with foldpar.create_groups(layout) as groups:
-        torch.manual_seed(0)
-        model = Branches(groups).double()
+        with seeded(0):
+            model = Branches(groups).double()
         sent: list[tuple[str, int]] = []
         original = foldpar.gradients.overlapped.start_all_reduce
 

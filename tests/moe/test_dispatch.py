@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dense import dense_experts
+from draws import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -135,8 +136,8 @@ def step(partition: str) -> list[Tensor]:
     """Output and gradients of a layer whose ranks have all experts."""
     with foldpar.create_groups(foldpar.solve_layout(2, tp=2)) as groups:
         experts = foldpar.GroupedExperts(16, DIM, 8, groups, seed=0, dtype=torch.float64)
-        torch.manual_seed(0)
-        router = foldpar.TopKRouter(DIM, 16, 3, dtype=torch.float64)
+        with seeded(0):
+            router = foldpar.TopKRouter(DIM, 16, 3, dtype=torch.float64)
         moe = foldpar.FoldedMoE(router, experts, groups, partition=partition)
         x = torch.randn(5, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
         y = moe(x)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import seeded
 from hf_models import tiny_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -25,12 +26,10 @@ from foldpar.testing import run_ranks
 
 LAYOUT = foldpar.solve_layout(4, tp=2, ep=4)
 DIM = 8
-ONE_AT_A_TIME = threading.Lock()  # threads draw from one generator
 
 
 def layer(groups: foldpar.FoldedGroups, **options: Any) -> foldpar.FoldedMoE:
-    with ONE_AT_A_TIME:
-        torch.manual_seed(0)
+    with seeded(0):
         experts = foldpar.GroupedExperts(8, DIM, 8, groups)
         return foldpar.FoldedMoE(foldpar.TopKRouter(DIM, 8, 2), experts, groups, **options)
 

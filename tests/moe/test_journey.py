@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import seeded
 from torch import Tensor, nn
 from toys import name_of
 
@@ -17,8 +18,9 @@ DIM, EXPERTS = 8, 4
 
 def layer(groups: foldpar.FoldedGroups, bias: bool = False, **options: Any) -> foldpar.FoldedMoE:
     experts = foldpar.GroupedExperts(EXPERTS, DIM, 8, groups, bias=bias, seed=0, dtype=torch.float32)
-    torch.manual_seed(0)
-    return foldpar.FoldedMoE(foldpar.TopKRouter(DIM, EXPERTS, 2), experts, groups, **options)
+    with seeded(0):
+        router = foldpar.TopKRouter(DIM, EXPERTS, 2)
+    return foldpar.FoldedMoE(router, experts, groups, **options)
 
 
 class OwnExperts(nn.Module):

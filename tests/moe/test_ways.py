@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import seeded
 from torch import Tensor, nn
 from toys import name_of
 
@@ -36,8 +37,8 @@ def layer(groups: foldpar.FoldedGroups, kind: str = "plain", **options: Any) -> 
         experts = foldpar.GroupedExperts(EXPERTS, DIM, 8, groups, bias=kind == "biases", seed=0, dtype=dtype)
     if kind == "counters":
         options["counters"] = foldpar.LayerCounters()
-    torch.manual_seed(0)
-    router = foldpar.TopKRouter(DIM, EXPERTS, 2, dtype=dtype)
+    with seeded(0):
+        router = foldpar.TopKRouter(DIM, EXPERTS, 2, dtype=dtype)
     return foldpar.FoldedMoE(router, experts, groups, **{"one_sided": SHARED, **options})
 
 
@@ -176,9 +177,10 @@ def counted(etp: int, autocast: bool, foreign: bool) -> tuple[int, int]:
     seen: list[int] = []
     with foldpar.create_groups(foldpar.solve_layout(4, ep=4 // etp, etp=etp)) as groups:
         counters = foldpar.LayerCounters()
-        torch.manual_seed(0)
+        with seeded(0):
+            router = foldpar.TopKRouter(DIM, EXPERTS, 2)
         experts: Any = Widening() if foreign else foldpar.GroupedExperts(EXPERTS, DIM, 8, groups, seed=0)
-        moe = foldpar.FoldedMoE(foldpar.TopKRouter(DIM, EXPERTS, 2), experts, groups, counters=counters, check=False)
+        moe = foldpar.FoldedMoE(router, experts, groups, counters=counters, check=False)
         SEEN[groups.rank] = seen
         x = torch.randn(5 + groups.rank, DIM, generator=torch.Generator().manual_seed(groups.rank))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -11,6 +11,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from draws import seeded
 from torch import nn
 
 import foldpar
@@ -278,10 +279,11 @@ def test_mark_parameters_refuses_what_it_cannot_mark():
 
 def decaying_model(groups):
     """Layers with all kinds of parameters that do not decay, experts' biases among them."""
-    torch.manual_seed(0)
     experts = foldpar.GroupedExperts(4, 2, 4, groups, bias=True, seed=0)
-    moe = foldpar.FoldedMoE(foldpar.TopKRouter(2, 4, 2, bias=True), experts, groups)
-    return mark_parameters(nn.ModuleDict({"embed": nn.Embedding(4, 2), "norm": nn.RMSNorm(2), "moe": moe}), REPLICATED)
+    with seeded(0):
+        router, embed = foldpar.TopKRouter(2, 4, 2, bias=True), nn.Embedding(4, 2)
+    moe = foldpar.FoldedMoE(router, experts, groups)
+    return mark_parameters(nn.ModuleDict({"embed": embed, "norm": nn.RMSNorm(2), "moe": moe}), REPLICATED)
 
 
 VECTORS = ["norm.weight", "moe.router.bias", "moe.experts.gate_up_bias", "moe.experts.down_bias"]

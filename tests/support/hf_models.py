@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from draws import seeded
 from torch import nn
 
 VOCAB = 32
@@ -354,8 +355,8 @@ BRIEFLY = (
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) -> nn.Module:
     """A model with every parameter random and of a size that matters, correction biases and gains included."""
-    torch.manual_seed(seed)
-    model = FAMILIES[family].make(**overrides)
+    with seeded(seed):
+        model = FAMILIES[family].make(**overrides)
     randomise(model, seed)
     return model.to(dtype)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from draws import seeded
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -107,8 +108,8 @@ def batch_of(case: Case, data_rank: int, step: int) -> Tensor:
 
 
 def fresh_model(case: Case) -> ByteLM:
-    torch.manual_seed(case.seed)
-    return ByteLM(case.config).to(case.device, case.dtype)
+    with seeded(case.seed):
+        return ByteLM(case.config).to(case.device, case.dtype)
 
 
 def train_reference(case: Case) -> Trace:

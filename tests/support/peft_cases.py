@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from boxes import cut
+from draws import seeded
 from hf_models import FAMILIES
 from torch import Tensor, nn
 
@@ -53,8 +54,8 @@ class Case:
 
 @cache
 def base(family: str) -> nn.Module:
-    torch.manual_seed(3)
-    return FAMILIES[family].make().double()
+    with seeded(3):
+        return FAMILIES[family].make().double()
 
 
 def adapted(model: nn.Module, case: Case) -> nn.Module:

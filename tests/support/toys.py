@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from dense import dense_experts, feed_forward, softmax_routing
+from draws import seeded
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -136,9 +137,8 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def plain_model(seed: int = 0, **options: Any) -> Model:
-    """Call it outside of ranks: those that are threads share the default generator."""
-    torch.manual_seed(seed)
-    return Model(**options).double()
+    with seeded(seed):
+        return Model(**options).double()
 
 
 def fold(
