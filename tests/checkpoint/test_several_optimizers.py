@@ -32,12 +32,10 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for matrices of attention, AdamW for all else, experts and their router included."""
     matrices = [each for name, each in model.named_parameters() if "_proj" in name and "self_attn" in name]
     others = [each for each in model.parameters() if all(each is not matrix for matrix in matrices)]
+    apart = ([each for each in others if is_dtensor(each) == kind] for kind in (False, True))
     return [
         torch.optim.Muon(matrices, lr=RATE, adjust_lr_fn="match_rms_adamw"),
-        # DTensors and plain tensors apart
-        torch.optim.AdamW(
-            [{"params": [each for each in others if is_dtensor(each) == kind]} for kind in (False, True)], lr=RATE
-        ),
+        torch.optim.AdamW([{"params": group} for group in apart if group], lr=RATE),
     ]
 
 

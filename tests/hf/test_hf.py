@@ -77,7 +77,8 @@ def check_round_trip(family: str, layout: dict[str, Any], tmp_path: Path) -> Non
         fold_model(model, groups)
         read = import_(model, tmp_path / "hub", groups)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            assert local_tensor(tensor).device.type == "cpu" and tensor.dtype == torch.float64, name
+            assert local_tensor(tensor).device.type == "cpu", name
+            assert tensor.dtype == torch.float64 or not tensor.is_floating_point(), name
         own = [local_tensor(tensor) for tensor in model.state_dict().values()]
         assert read.bytes_read == sum(tensor.numel() * tensor.element_size() for tensor in own) < read.bytes_stored
         values = original.state_dict()

@@ -69,7 +69,7 @@ def _matrix() -> list[Case]:
             ]
         cases += [
             Case(family, world=8, ep=2, etp=2, partition="assignments"),
-            Case(family, attention="eager" if family == "gpt_oss" else "sdpa"),
+            Case(family, attention="eager" if family in ("gpt_oss", "deepseek_v4") else "sdpa"),
             Case(family),
             Case(family, checkpointing=True),
             Case(family, checkpointing=False),

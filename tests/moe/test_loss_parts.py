@@ -40,10 +40,11 @@ def predicted(tokens: Tensor) -> int:
 
 def worst(model: nn.Module, wanted: dict[str, Tensor], shares: Shares) -> float:
     """The largest relative difference of a gradient; shares are those before the model was sharded."""
-    assert dict(model.named_parameters()).keys() == wanted.keys()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained.keys() == {name for name, gradient in wanted.items() if gradient is not None}
     return max(
         relative(parameter.grad, shard_of(shares.share_of(name, wanted[name]), parameter))
-        for name, parameter in model.named_parameters()
+        for name, parameter in trained.items()
     )
 
 
