@@ -189,10 +189,10 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("partial sums over etp are not reduced", SLICED, "output")
 def _(patch: pytest.MonkeyPatch) -> None:
-    def own(x: Tensor, group: foldpar.AxisGroup, *, row_counts: tuple[int, ...]) -> Tensor:
+    def own(x: Tensor, row_counts: tuple[int, ...], group: foldpar.AxisGroup) -> Tensor:
         return x.split(list(row_counts))[group.index]
 
-    patch.setattr(foldpar.moe.transport.messages, "reduce_scatter_rows", own)
+    patch.setattr(foldpar.moe.transport.messages, "scatter_sum_rows", own)
 
 
 @fault("gradients of rows are not summed over etp", SLICED, "input gradient")
