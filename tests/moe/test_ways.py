@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -240,3 +241,24 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bytes_are_those_of_the_rows_that_travel(watched: None, etp: int, autocast: bool, foreign: bool) -> None:
     for told_bytes, seen_bytes in run_ranks(counted, 4, etp, autocast, foreign, backend="threads"):
         assert told_bytes == seen_bytes > 0
+
+
+def test_what_is_made_at_once_stays_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
+    monkeypatch.setattr("foldpar.comm.peers.why_no_peers", lambda device: None)
+    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
+        way = OneSided(max_tokens=10**6, most_bytes=2**24)
+        found = way.way(5, torch.float32, DIM, 2, groups, EXPERTS, torch.device("cpu"), needs_sizes=False)
+        assert not isinstance(found, str)
+        assert 2**23 < sum(found.memory.halves) <= 2**24 + 2 * 2**20  # halves are whole MiB
+        assert found.exchange.max_tokens == 5
+
+
+def test_wrong_numbers_of_one_sided_rows_are_told() -> None:
+    for given, says in (
+        ({"max_tokens": 0}, "max_tokens = 0 is not a number of tokens; it is 1 or more"),
+        ({"most_bytes": 1.5}, "most_bytes = 1.5 is not a number of bytes; it is 1 or more"),
+        ({"slack": 0.5}, "slack = 0.5 must be 1 or more: 1 is room for perfectly balanced routing"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            OneSided(**given)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ user has said how much room there is (``slack``), and then what finds none is no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -109,7 +109,9 @@ class OneSided:
             can come; the host then never waits, and rows that find no room are left out, of which ``reduce_gradients``
             tells by raising. ``None``: there is room for all rows, always; where more than 128 MiB of them may not
             come, the host waits once a forward to learn how many did.
-        most_bytes: the most memory of a rank to share. Tokens that would need more travel in messages.
+        most_bytes: the most memory of a rank that a forward may share. Tokens that would need more travel in messages.
+            Memory that grew stays, and at least doubles, so all of it may come to four times as much; with
+            ``max_tokens`` it is made once.
     """
 
     max_tokens: int | None = None
@@ -166,8 +168,8 @@ class OneSided:
         if largest > (most := self.most_tokens(ranks, dim, top_k, dtype)):
             return f"a rank routes {largest} tokens, and there is to be memory for {most}"
         exchange = RowExchange(ranks, max(largest, 1), dim, top_k, dtype)
-        reserved = RowExchange(ranks, max(largest, self.max_tokens or 1), dim, top_k, dtype)
-        memory = memories.holding((reserved if self.max_tokens is not None else exchange).halves())
+        reserved = exchange if self.max_tokens is None else replace(exchange, max_tokens=max(most, 1))
+        memory = memories.holding(reserved.halves())
         if isinstance(memory, str):
             return memory
         room = None if needs_sizes else self._room(exchange, groups, num_experts // groups.ep.size)
