@@ -17,7 +17,6 @@ import gc
 import os
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from trainer_hf import start_folder, trained
+from trainer_hf import job_in_a_folder, start_folder, trained
 
 ENTRIES: dict[str, dict[str, Any]] = {
     "fsdp": {"implementation": "all_to_all", "ep": 1, "one_sided": False},
@@ -118,13 +117,8 @@ def compare(options: argparse.Namespace, folder: str) -> None:
 
 def main() -> None:
     options = parser.parse_args()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    with tempfile.TemporaryDirectory() as own_folder:
-        shared: list[Any] = [own_folder]
-        dist.broadcast_object_list(shared, src=0)
-        folder = start_folder(options, shared[0])
+    with job_in_a_folder() as shared:
+        folder = start_folder(options, shared)
         if options.profile:
             for name in options.entries:
                 profiled = Profile()
@@ -132,8 +126,6 @@ def main() -> None:
                 say(name, profiled.tables(options.profile))
         else:
             compare(options, folder)
-        dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import os
 import resource
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -178,19 +180,26 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options = arguments()
+@contextmanager
+def job_in_a_folder() -> Iterator[str]:
+    """All ranks of torchrun, with a folder of rank 0 that is gone afterwards."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     with tempfile.TemporaryDirectory() as own_folder:
         shared: list[Any] = [own_folder]
         dist.broadcast_object_list(shared, src=0)
-        result = trained(options, start_folder(options, shared[0]), shared[0])
-        if dist.get_rank() == 0:
-            print(json.dumps(result), flush=True)
+        yield shared[0]
         dist.barrier()
     dist.destroy_process_group()
+
+
+def main() -> None:
+    options = arguments()
+    with job_in_a_folder() as folder:
+        result = trained(options, start_folder(options, folder), folder)
+        if dist.get_rank() == 0:
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

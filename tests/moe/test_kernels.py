@@ -5,20 +5,13 @@ Runs on a GPU. Without one, ``TRITON_INTERPRET=1`` runs the kernels in Triton's 
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from kernels_device import DEVICE
 from torch import Tensor
 
 from foldpar.moe.kernels import activations, permutation
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a GPU, or Triton with TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
-
-from foldpar.moe.kernels import triton_rows as kernels  # noqa: E402
+from foldpar.moe.kernels import triton_rows as kernels
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,6 @@ between barriers and share one memory; ``tests/gpu/gpu_onesided.py`` runs whole 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,19 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from kernels_device import DEVICE
 from torch import Tensor
 
 from foldpar import FoldedMoE, GroupedExperts, OneSided, ShapeError, TopKRouter, create_groups, solve_layout
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a GPU, or Triton with TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
-
-from foldpar.comm.peers import check_room, memories_of  # noqa: E402
-from foldpar.moe.kernels.permutation import collect, pick, spread  # noqa: E402
-from foldpar.moe.transport import journey as journeys  # noqa: E402
-from foldpar.moe.transport.one_sided import (  # noqa: E402
+from foldpar.comm.peers import check_room, memories_of
+from foldpar.moe.kernels.permutation import collect, pick, spread
+from foldpar.moe.transport import journey as journeys
+from foldpar.moe.transport.one_sided import (
     OneSidedPlan,
     OneSidedWay,
     RowExchange,

@@ -78,8 +78,8 @@ class FeedForward(nn.Module):
 
     def shard(self, tp: foldpar.AxisGroup, lanes: str = "replicated") -> None:
         self.tp, self.lanes = tp, lanes
-        self.up.weight = nn.Parameter(self.up.weight.detach().chunk(tp.size, 0)[tp.index].clone())
-        self.down.weight = nn.Parameter(self.down.weight.detach().chunk(tp.size, 1)[tp.index].clone())
+        self.up.weight = nn.Parameter(self.up.weight.detach().tensor_split(tp.size, 0)[tp.index].clone())
+        self.down.weight = nn.Parameter(self.down.weight.detach().tensor_split(tp.size, 1)[tp.index].clone())
         foldpar.mark_parameters(self, families.DENSE_SHARDED)
 
 

@@ -81,11 +81,8 @@ class Shares:
             return placed(whole, parameter)
         sharded = "tp" in self.families[name].shard_axes and whole.dim() == parameter.dim()
         differing = [dim for dim in range(whole.dim()) if sharded and whole.shape[dim] != parameter.shape[dim]]
-        if len(differing) == 1:  # uneven parts are those of torch's chunk, or of tensor_split where these do not fit
-            dim, tp = differing[0], self._groups.tp
-            chunks = whole.chunk(tp.size, dim)
-            fits = tp.index < len(chunks) and chunks[tp.index].shape[dim] == parameter.shape[dim]
-            return chunks[tp.index] if fits else whole.tensor_split(tp.size, dim)[tp.index]
+        if len(differing) == 1:
+            return whole.tensor_split(self._groups.tp.size, dim=differing[0])[self._groups.tp.index]
         return whole
 
 
