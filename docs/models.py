@@ -49,9 +49,11 @@ HEAD = """# Models of transformers
 Every model type of transformers {version} whose code has experts, as `fold_model` takes it. *Compared*: trained
 folded and in one process, with `tp`, `ep` and `etp`, all gradients equal
 ([tests/models/test_fold_parity.py](../tests/models/test_fold_parity.py)). *Proven*: each block is equal to its folded
-self, which `fold_model` finds out anew each time; it folds over `ep` and `etp` with `tp = 1`, and over `tp` with an
-adapter of one line, which is then yours to compare. *Unproven*: the plan works, and a block could not be run beside
-its folded self. *Refused*: before anything is touched. [Why](#why-not) is below the table. Written by `docs/models.py`.
+self, which `fold_model` finds out anew each time, and here on four ranks too
+([tests/models/test_every_model_type.py](../tests/models/test_every_model_type.py)); it folds over `ep` and `etp` with
+`tp = 1`, and over `tp` with an adapter of one line, which is then yours to compare. *Unproven*: the plan works, and a
+block could not be run beside its folded self. *Refused*: before anything is touched. [Why](#why-not) is below the
+table. Written by `docs/models.py`.
 
 | `model_type` | folding | block |
 |---|---|---|

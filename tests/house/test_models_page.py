@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from types import ModuleType
-
 import pytest
 import transformers
 from hf_models import FAMILIES
-from pages import DOCS, ROOT
+from pages import DOCS, models_script
 
 PAGE = DOCS["models"]
 ROWS = {row.split(" | ")[0].strip("|` "): row for row in PAGE.splitlines() if row.startswith("| `")}
-
-
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("models_of_docs", ROOT / "docs" / "models.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_family_that_is_compared_says_so() -> None:
@@ -36,7 +24,7 @@ def test_every_family_that_is_compared_says_so() -> None:
 )
 @pytest.mark.parametrize("model_type", ["mixtral", "flint"])
 def test_some_rows_are_up_to_date(model_type: str) -> None:
-    models = script()
+    models = models_script()
     assert models.line_of(models.row(model_type, models.compared())) == ROWS[model_type] + "\n"
 
 
@@ -46,4 +34,4 @@ def test_some_rows_are_up_to_date(model_type: str) -> None:
     f"transformers {transformers.__version__} whose" not in PAGE, reason="the table is of another version"
 )
 def test_all_rows_are_up_to_date() -> None:
-    assert script().page() == PAGE
+    assert models_script().page() == PAGE

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 README, CONTRIBUTING = ((ROOT / page).read_text() for page in ("README.md", "CONTRIBUTING.md"))
@@ -46,3 +49,14 @@ def table(text: str, heading: str) -> list[list[str]]:
     """The cells of the table whose first column is called so, without its heading."""
     lines = text[text.index(f"| {heading} |") :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def models_script() -> ModuleType:
+    """What writes the page of models, as a module."""
+    if (known := sys.modules.get("models_of_docs")) is not None:
+        return known
+    spec = importlib.util.spec_from_file_location("models_of_docs", ROOT / "docs" / "models.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
