@@ -59,7 +59,7 @@ class Operator:
         given = [tensor for tensor in tensors if tensor is not None]
         present = [tensor is not None for tensor in tensors]
         needed = [torch.is_grad_enabled() and tensor.requires_grad for tensor in given]
-        out: Tensor = _run(given, self.handle, present, needed, rows)[0]
+        out: Tensor = torch.ops.foldpar.run(given, self.handle, present, needed, rows)[0]
         return out
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -84,7 +84,18 @@ _KEPT: WeakValueDictionary[int, _Kept] = WeakValueDictionary()
 _TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 
 
-@torch.library.custom_op("foldpar::run", mutates_args=(), tags=_TAGS)
+# Defined by themselves: ``custom_op`` compares the storages of all that goes in and comes out, in every call.
+torch.library.define(
+    "foldpar::run",
+    "(Tensor[] given, Tensor handle, bool[] present, bool[] needed, int rows) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "foldpar::run_backward", "(Tensor grad, Tensor token, int[] shapes, str kinds) -> Tensor[]", tags=_TAGS
+)
+
+
+@torch.library.impl("foldpar::run", "CompositeExplicitAutograd")
 def _run(
     given: Sequence[Tensor], handle: Tensor, present: Sequence[bool], needed: Sequence[bool], rows: int
 ) -> tuple[Tensor, Tensor]:
@@ -101,14 +112,13 @@ def _run(
         return out.detach(), token
 
 
-@_run.register_fake
-def _(
+def _like_run(
     given: Sequence[Tensor], handle: Tensor, present: Sequence[bool], needed: Sequence[bool], rows: int
 ) -> tuple[Tensor, Tensor]:
     return given[0].new_empty((rows, *given[0].shape[1:])), torch.empty(1, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("foldpar::run_backward", mutates_args=(), tags=_TAGS)
+@torch.library.impl("foldpar::run_backward", "CompositeExplicitAutograd")
 def _run_backward(grad: Tensor, token: Tensor, shapes: Sequence[int], kinds: str) -> list[Tensor]:
     kept = _KEPT.get(int(token))
     if kept is None:
@@ -125,8 +135,7 @@ def _run_backward(grad: Tensor, token: Tensor, shapes: Sequence[int], kinds: str
     ]
 
 
-@_run_backward.register_fake
-def _(grad: Tensor, token: Tensor, shapes: Sequence[int], kinds: str) -> list[Tensor]:
+def _like_run_backward(grad: Tensor, token: Tensor, shapes: Sequence[int], kinds: str) -> list[Tensor]:
     return [grad.new_empty(shape, dtype=dtype) for shape, dtype in _forms(shapes, kinds)]
 
 
@@ -140,11 +149,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
     (token,) = ctx.saved_tensors
-    grads = iter(_run_backward(grad, token, ctx.shapes, ctx.kinds))
+    grads = iter(torch.ops.foldpar.run_backward(grad, token, ctx.shapes, ctx.kinds))
     return [next(grads) if need else None for need in ctx.needed], None, None, None, None
 
 
-_run.register_autograd(_backward, setup_context=_save)
+torch.library.register_fake("foldpar::run", _like_run)
+torch.library.register_fake("foldpar::run_backward", _like_run_backward)
+torch.library.register_autograd("foldpar::run", _backward, setup_context=_save)
 
 
 class _Start(Function):
