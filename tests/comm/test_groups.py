@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import foldpar
@@ -358,3 +360,32 @@ def test_a_rank_of_4096_makes_only_its_own_groups(monkeypatch: pytest.MonkeyPatc
             assert len(made) <= len(AXES)
     finally:
         dist.destroy_process_group()
+
+
+def _meshes_of_two_libraries(first: str) -> None:
+    """Meshes that compare equal, one after the other; what an operation gives back lies on its own."""
+
+    def of_foldpar() -> None:
+        with foldpar.create_groups(foldpar.solve_layout(2, tp=2, ep=2)) as groups:
+            _on_its_own_mesh(groups.mesh("dense")["tp"])
+
+    def of_somebody_else() -> None:
+        mesh = init_device_mesh("cpu", (1, 1, 1, 2), mesh_dim_names=("pp", "dp", "cp", "tp"))
+        _on_its_own_mesh(mesh["tp"])  # over the default group
+
+    in_turn = [of_foldpar, of_somebody_else] if first == "foldpar" else [of_somebody_else, of_foldpar]
+    for use in (*in_turn, *in_turn):
+        use()
+
+
+def _on_its_own_mesh(mesh: DeviceMesh) -> None:
+    tensor = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
+    doubled = torch.zeros_like(tensor) + tensor * 2
+    assert dist.get_process_group_ranks(doubled.device_mesh.get_group()) == [0, 1]
+    assert doubled.device_mesh.get_group() is mesh.get_group()
+    assert doubled.full_tensor().tolist() == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("first", ["foldpar", "somebody else"])
+def test_a_mesh_that_ended_is_not_given_to_the_next_one_that_is_equal(first: str) -> None:
+    run_ranks(_meshes_of_two_libraries, 2, first)

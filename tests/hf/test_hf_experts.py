@@ -35,8 +35,8 @@ def check(family: str) -> None:
     assert any(hasattr(each, "_foldpar_activation") for each in model.modules())
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        # Norms and rotary embeddings of transformers are float32 inside, whatever they are given.
-        assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-8), name
+        # Norms, rotary embeddings and Mamba of transformers are float32 inside, whatever they are given.
+        assert (found[name] - value).norm() <= 1e-6 * value.norm(), name
 
 
 @pytest.mark.parametrize("family", STORES)
@@ -80,7 +80,7 @@ def test_another_activation_is_kept() -> None:
     model.set_experts_implementation(register_with_transformers())
     found = gradients_of(model)
     for name, value in wanted.items():
-        assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-8), name
+        assert (found[name] - value).norm() <= 1e-6 * value.norm(), name
 
 
 @pytest.mark.parametrize("scale", [1, 1e3])

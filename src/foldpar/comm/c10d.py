@@ -29,8 +29,8 @@ class GroupFactory:
     agree beforehand on a store prefix that was never used. The price is one call of a function that torch keeps to
     itself, in :meth:`create` and nowhere else.
 
-    The *name* is the same whenever the same ranks form a group again, because DTensor caches meshes that compare
-    equal and looks their groups up by name.
+    The *name* is the same whenever the same ranks form a group again, because whatever keeps a mesh looks its groups
+    up by name.
     """
 
     backend: str
@@ -95,10 +95,10 @@ def next_generation() -> int:
 
 
 def forget_meshes() -> None:
-    """Drop what DTensor remembers of operations: meshes that look their groups up by names that may be gone.
+    """Drop what DTensor remembers of operations: results that lie on meshes which may be gone.
 
-    Groups that live alone are always named alike (generation 0), so what is remembered of them fits the next ones. It
-    does not where groups begin or end beside others.
+    A mesh that compares equal, of these ranks under these names, would be given the remembered one, whoever made it: a
+    mesh of other groups, or that of another library.
     """
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor import debug

@@ -330,6 +330,7 @@ class FoldedGroups:
         """A mesh of the world with these dimensions by name, which partition a view."""
         if self._factory is None:
             raise GroupsError("A DeviceMesh needs torch.distributed: call init_process_group before create_groups.")
+        forget_meshes()
         return DeviceMesh.from_group(
             # All axes of one rank share a group: a mesh needs one for every dimension.
             [group.process_group or self._alone() for group in dims.values()],
@@ -377,7 +378,7 @@ class FoldedGroups:
         for process_group in self.communicators:
             dist.destroy_process_group(process_group)
         self._communicators.clear()
-        if had_meshes and self._factory is not None and (self._factory.generation or next_generation()):
+        if had_meshes:
             forget_meshes()
         if self._owns_default:
             dist.destroy_process_group()
@@ -462,8 +463,6 @@ def create_groups(
         chosen = frozenset() if refusal is not None else frozenset(_names(separate))
         generation, nonce = _agree(layout, backend, chosen, refusal)
         factory = GroupFactory.of_default_group(backend, timeout, generation, nonce)
-        if generation:
-            forget_meshes()
         return _make_together(
             lambda: FoldedGroups(layout, dist.get_rank(), factory, chosen, owns_default), _destroy_all, factory.nonce
         )
