@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 _KNOWN_VERSIONS = ("3.6.",)
 """Of Triton, whose compiled kernels were seen to take what is given here; elsewhere all launches are its own."""
@@ -38,8 +37,10 @@ class Described:
     block_shape: tuple[int, ...]
     padding: str = "zero"
 
-    def checked(self) -> TensorDescriptor:
+    def checked(self) -> Any:
         """Triton's own."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
         return TensorDescriptor(self.base, list(self.shape), list(self.strides), list(self.block_shape))
 
 

@@ -386,59 +386,69 @@ def _place_rows_kernel(
         place += tl.sum(wanted, axis=0)
 
 
-@triton.jit
-def _chosen(ids, slot, slots, expert):
-    """The local experts of a block of slots, and ``[BLOCK, EP]``: whether each is an expert's."""
-    chosen = tl.load(ids + slot, mask=slot < slots, other=-1)
-    return chosen, (chosen[:, None] == expert[None, :]).to(tl.int32)
-
-
 @Kernel
 @triton.jit
-def _count_experts_kernel(ids, counts, slots, experts, span, EP: tl.constexpr, BLOCK: tl.constexpr):
-    me = tl.program_id(0)
+def _count_experts_kernel(ids, counts, slots, experts, blocks, EP: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0)
+    slot = block * BLOCK + tl.arange(0, BLOCK)
     expert = tl.arange(0, EP)
-    count = tl.zeros([EP], dtype=tl.int32)
-    for start in range(me * span, tl.minimum(me * span + span, slots), BLOCK):
-        _, hit = _chosen(ids, start + tl.arange(0, BLOCK), slots, expert)
-        count += tl.sum(hit, axis=0)
-    tl.store(counts + me * experts + expert, count, mask=expert < experts)
+    chosen = tl.load(ids + slot, mask=slot < slots, other=-1)
+    hit = (chosen[:, None] == expert[None, :]).to(tl.int32)
+    tl.store(counts + expert * blocks + block, tl.sum(hit, axis=0), mask=expert < experts)
+
+
+@triton.jit
+def _sums_of_few(counts, block, blocks, expert, experts, EP: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Of every expert: its first place in this block, its last place anywhere, and how many it has."""
+    sizes = tl.zeros([EP], dtype=tl.int32)
+    before = tl.zeros([EP], dtype=tl.int32)
+    for first in range(0, blocks, AT_ONCE):
+        other = first + tl.arange(0, AT_ONCE)
+        inside = (other < blocks)[:, None] & (expert < experts)[None, :]
+        count = tl.load(counts + expert[None, :] * blocks + other[:, None], mask=inside, other=0)
+        sizes += tl.sum(count, axis=0)
+        before += tl.sum(tl.where((other < block)[:, None], count, 0), axis=0)
+    last = tl.cumsum(sizes, axis=0)
+    return last - sizes + before, last, sizes
+
+
+@triton.jit
+def _sums_of_many(counts, running, block, blocks, expert, experts):
+    """The same, from the running sums of all counts."""
+    inside = expert < experts
+    at = expert * blocks + block
+    start = tl.load(running + at, mask=inside, other=0) - tl.load(counts + at, mask=inside, other=0)
+    last = tl.load(running + (expert + 1) * blocks - 1, mask=inside, other=0)
+    before = tl.load(running + expert * blocks - 1, mask=(expert > 0) & inside, other=0)
+    return start, last, last - before
 
 
 @Kernel
 @triton.jit
 def _place_experts_kernel(
-    ids, counts, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes,
-    slots, experts, span, assignments,
-    K: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, SPANS: tl.constexpr,
+    ids, counts, running, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes,
+    slots, experts, blocks, assignments,
+    MANY: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    me = tl.program_id(0)
+    block = tl.program_id(0)
+    slot = block * BLOCK + tl.arange(0, BLOCK)
     expert = tl.arange(0, EP)
-    sizes = tl.zeros([EP], dtype=tl.int32)
-    before = tl.zeros([EP], dtype=tl.int32)
-    for first in range(0, tl.num_programs(0), SPANS):
-        other = first + tl.arange(0, SPANS)
-        inside = (other < tl.num_programs(0))[:, None] & (expert < experts)[None, :]
-        count = tl.load(counts + other[:, None] * experts + expert[None, :], mask=inside, other=0)
-        sizes += tl.sum(count, axis=0)
-        before += tl.sum(tl.where((other < me)[:, None], count, 0), axis=0)
-    ends = tl.cumsum(sizes, axis=0)
-    next = ends - sizes + before
-    placed = tl.sum(sizes, axis=0)
-    for start in range(me * span, tl.minimum(me * span + span, slots), BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        chosen, hit = _chosen(ids, slot, slots, expert)
-        place = tl.sum(hit * (next[None, :] + tl.cumsum(hit, axis=0) - 1), axis=1)
-        next += tl.sum(hit, axis=0)
-        there = (chosen >= 0) & (chosen < experts)
-        tl.store(assignment_of_slot + slot, tl.where(there, place, -1), mask=slot < slots)
-        tl.store(slot_of_assignment + place, slot, mask=there)
-        tl.store(row_of_assignment + place, slot // K, mask=there)
-        behind = (slot >= placed) & (slot < assignments)
-        tl.store(slot_of_assignment + slot, tl.zeros_like(slot), mask=behind)
-        tl.store(row_of_assignment + slot, tl.zeros_like(slot), mask=behind)
-    if me == 0:
-        tl.store(group_ends + expert, ends, mask=expert < experts)
+    chosen = tl.load(ids + slot, mask=slot < slots, other=-1)
+    hit = (chosen[:, None] == expert[None, :]).to(tl.int32)
+    if MANY:
+        start, last, sizes = _sums_of_many(counts, running, block, blocks, expert, experts)
+    else:
+        start, last, sizes = _sums_of_few(counts, block, blocks, expert, experts, EP, AT_ONCE)
+    place = tl.sum(hit * (start[None, :] + tl.cumsum(hit, axis=0) - 1), axis=1)
+    there = (chosen >= 0) & (chosen < experts)
+    tl.store(assignment_of_slot + slot, tl.where(there, place, -1), mask=slot < slots)
+    tl.store(slot_of_assignment + place, slot, mask=there)
+    tl.store(row_of_assignment + place, slot // K, mask=there)
+    behind = (slot >= tl.max(last, axis=0)) & (slot < assignments)
+    tl.store(slot_of_assignment + slot, tl.zeros_like(slot), mask=behind)
+    tl.store(row_of_assignment + slot, tl.zeros_like(slot), mask=behind)
+    if block == 0:
+        tl.store(group_ends + expert, last, mask=expert < experts)
         tl.store(group_sizes + expert, sizes, mask=expert < experts)
 
 
@@ -483,13 +493,13 @@ def _spans(ids: Tensor, destinations: int) -> tuple[int, int]:
     """
     block = _block_of_tokens(ids)
     blocks = ceil_div(ids.shape[0], block)
-    return _cut(blocks, block, most=max(1, 128 // destinations) if blocks > 4 else 1)
-
-
-def _cut(blocks: int, block: int, most: int) -> tuple[int, int]:
-    """How many spans of whole blocks there are, ``most`` at most, and how long one is."""
-    length = max(1, ceil_div(blocks, most))
+    spans = min(blocks, max(1, 128 // destinations)) if blocks > 4 else 1
+    length = max(1, ceil_div(blocks, spans))
     return max(1, ceil_div(blocks, length)), length * block
+
+
+FEW_BLOCKS = 256
+"""Up to here every program adds up the counts of all blocks itself, which saves a launch; beyond, it takes longer."""
 
 
 def place_experts(
@@ -498,15 +508,17 @@ def place_experts(
     """A stable counting sort by expert. Twin: ``permutation.place_experts``."""
     slots, padded = local_ids.numel(), power_of_2(max(local_experts, 2))
     block = max(16, min(256, 8192 // padded))
-    spans, span = _cut(ceil_div(slots, block), block, most=256)
+    blocks = max(1, ceil_div(slots, block))
     counts, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes = _tables(
-        local_ids, spans * local_experts, assignments, assignments, slots, local_experts, local_experts
+        local_ids, local_experts * blocks, assignments, assignments, slots, local_experts, local_experts
     )
-    _count_experts_kernel[(spans,)](local_ids, counts, slots, local_experts, span, EP=padded, BLOCK=block)
-    _place_experts_kernel[(spans,)](
-        local_ids, counts, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes,
-        slots, local_experts, span, assignments,
-        K=local_ids.shape[1], EP=padded, BLOCK=block, SPANS=max(1, 8192 // padded),
+    _count_experts_kernel[(blocks,)](local_ids, counts, slots, local_experts, blocks, EP=padded, BLOCK=block)
+    many = blocks > FEW_BLOCKS
+    running = counts.cumsum(0, dtype=torch.int32) if many else None
+    _place_experts_kernel[(blocks,)](
+        local_ids, counts, running, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes,
+        slots, local_experts, blocks, assignments,
+        MANY=many, K=local_ids.shape[1], EP=padded, BLOCK=block, AT_ONCE=max(1, min(128, 8192 // padded)),
     )  # fmt: skip
     return slot_of_assignment, row_of_assignment, assignment_of_slot.view_as(local_ids), group_ends, group_sizes
 
