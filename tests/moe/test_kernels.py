@@ -45,7 +45,7 @@ SHAPES += [(3000, 8, 8, 1), (5500, 6, 4, 2)]  # longer than one program works on
 
 @pytest.mark.parametrize("kind", ["random", "skewed", "masked"])
 @pytest.mark.parametrize(("tokens", "experts", "top_k", "ranks"), SHAPES)
-def test_tables(tokens: int, experts: int, top_k: int, ranks: int, kind: str) -> None:
+def test_tables(tokens: int, experts: int, top_k: int, ranks: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, mask = routing(tokens, experts, top_k, kind)
     for listed in {0, min(8, experts // ranks)}:
         counts = permutation.count_rows(ids, mask, experts, ranks, listed)
@@ -59,16 +59,19 @@ def test_tables(tokens: int, experts: int, top_k: int, ranks: int, kind: str) ->
 
     local_ids = wanted[2][:rows].contiguous()
     assignments = int((local_ids >= 0).sum())
-    for one, other in zip(
-        kernels.place_experts(local_ids, experts // ranks, assignments),
-        permutation.place_experts(local_ids, experts // ranks, assignments),
-        strict=True,
-    ):
-        assert torch.equal(one, other)
+    sorted_by_expert = permutation.place_experts(local_ids, experts // ranks, assignments)
+    for few in (kernels.FEW_BLOCKS, 0):
+        monkeypatch.setattr(kernels, "FEW_BLOCKS", few)
+        placed = kernels.place_experts(local_ids, experts // ranks, assignments)
+        assert all(torch.equal(one, other) for one, other in zip(placed, sorted_by_expert, strict=True))
 
 
+@pytest.mark.parametrize("few", [0, 256])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_ids_of_no_expert_go_nowhere_and_leave_tables_that_can_be_read(top_k: int) -> None:
+def test_ids_of_no_expert_go_nowhere_and_leave_tables_that_can_be_read(
+    top_k: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "FEW_BLOCKS", few)
     ids = torch.tensor([[0, 9, 2], [-1, 3, 1], [2**40, 1, 4]], device=DEVICE)[:, :top_k].contiguous()
     slots, rows, inverse, ends, sizes = kernels.place_experts(ids, 4, ids.numel())
     wanted = permutation.place_experts(ids, 4, ids.numel())

@@ -7,9 +7,11 @@ bfloat16. ``tests/gpu/gpu_kernels.py`` goes through real shapes.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -17,11 +19,17 @@ if not HOPPER and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a Hopper GPU, or Triton with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton.tools.ragged_tma")
 
+import foldpar  # noqa: E402
+from foldpar.moe import Places  # noqa: E402
 from foldpar.moe.kernels import products  # noqa: E402
 from foldpar.moe.kernels import triton_products as kernels  # noqa: E402
+from foldpar.moe.kernels.permutation import place_experts  # noqa: E402
 from foldpar.moe.kernels.triton_products import Blocks  # noqa: E402
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),  # the interpreter's
+]
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if HOPPER else ("cpu", torch.float16)
 TOLERANCE = 8e-3 if HOPPER else 2e-3
 
@@ -110,3 +118,41 @@ def test_gradients_of_weights(sizes: tuple[int, ...], dim: int, hidden: int, gat
     places = problem.source[: problem.rows]
     problem.near(got, products.weight_gradient(grad.double(), rows.double(), places, gathered, problem.ends))
     assert not got[torch.tensor(sizes) == 0].any()
+
+
+@pytest.fixture
+def groups() -> Iterator[foldpar.FoldedGroups]:
+    dist.init_process_group("nccl" if HOPPER else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
+        yield groups
+    dist.destroy_process_group()
+
+
+def test_distributed_weights_are_opened_and_their_gradients_lie_alike(
+    groups: foldpar.FoldedGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "takes", lambda *_, **__: True)
+    experts = foldpar.GroupedExperts(6, 40, 24, groups, seed=0, device=DEVICE, dtype=DTYPE)
+    ids = torch.rand(9, 6, generator=torch.Generator().manual_seed(0)).topk(2).indices.to(DEVICE)
+    slots, source, copies, ends, sizes = place_experts(ids, 6, ids.numel())
+    places = Places(source, slots, copies, ends)
+    rows, weights = draw(9, 40).requires_grad_(), torch.rand(9, 2, device=DEVICE).requires_grad_()
+
+    distributed = [experts.gate_up_proj, experts.down_proj]
+    y = experts.compute(rows, sizes, weights, None, places)
+    steps = {type(step).__name__ for step, _ in y.grad_fn.next_functions if step is not None}
+    assert steps == {"AccumulateGrad"}, "one autograd function from rows and weights to what they sum up to"
+    of_rows, of_weights, *grads = torch.autograd.grad(y, [rows, weights, *distributed], torch.ones_like(y))
+
+    plain = [each.detach().to_local().requires_grad_() for each in distributed]
+    wanted_y = experts.product((*plain, None, None), rows, sizes, weights, None, places)
+    wanted = torch.autograd.grad(wanted_y, [rows, weights, *plain], torch.ones_like(y))
+    assert torch.equal(y, wanted_y)
+    for grad, parameter in zip(grads, distributed, strict=True):
+        assert grad.placements == parameter.placements and grad.device_mesh == parameter.device_mesh
+    got = [of_rows, of_weights, *(grad.to_local() for grad in grads)]
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+    experts.down_proj.requires_grad_(False)
+    y = experts.compute(rows, sizes, weights, None, places)
+    assert torch.equal(torch.autograd.grad(y, rows, torch.ones_like(y))[0], of_rows)

@@ -37,8 +37,10 @@ __all__ = [
     "is_sharding",
     "local_parts",
     "local_tensor",
+    "opened",
     "own_part",
     "partial_dimension",
+    "placed_as",
     "placed_like",
     "refuse_foreign_scalers",
     "version_of",
@@ -226,6 +228,23 @@ def local_parts(*tensors: Tensor | None, partial_over: str | None = None) -> tup
     return tuple(parts)
 
 
+def opened(tensor: Tensor) -> tuple[Tensor, Any]:
+    """This rank's part of a DTensor, and how it lies; any other tensor as it is, and ``None``.
+
+    For autograd functions, in which nothing is recorded: what :func:`local_parts` is by itself, as their first step.
+    """
+    return (tensor._local_tensor, tensor._spec) if is_dtensor(tensor) else (tensor, None)
+
+
+def placed_as(part: Tensor | None, lies: Any) -> Tensor | None:
+    """The way back, of a gradient: distributed like the tensor that was opened."""
+    if part is None or lies is None:
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(part, lies, requires_grad=False)
+
+
 def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Copies in another dtype, DTensors of DTensors that lie alike: one autograd function for all of them.
 
@@ -306,7 +325,7 @@ def _placements_of_gradient(
     if partial_over is None or partial_over not in names:
         return placements
     dim = names.index(partial_over)
-    if mesh.size(dim) == 1 or not placements[dim].is_replicate():
+    if not placements[dim].is_replicate() or mesh.size(dim) == 1:
         return placements
     return (*placements[:dim], Partial(), *placements[dim + 1 :])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from foldpar.arguments import expect, expect_sizes
-from foldpar.comm import FoldedGroups, adopt, distributed_parameter, local_parts
+from foldpar.comm import FoldedGroups, adopt, distributed_parameter, is_dtensor, local_parts, opened
 from foldpar.errors import ShapeError
 from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT, ParameterFamily
 from foldpar.moe.kernels.activations import Activation, check_activation, is_gated
@@ -240,7 +240,7 @@ class ExpertShare(nn.Module):
                 f"rows_per_expert must be [local experts] = [{self.local_experts}], and is "
                 f"{list(rows_per_expert.shape)}."
             )
-        return self.product(self.local_weights(), rows, rows_per_expert, weights, sizes, places)
+        return self.product(self._weights(), rows, rows_per_expert, weights, sizes, places)
 
     @classmethod
     def computes_its_own_way(cls) -> bool:
@@ -341,6 +341,14 @@ class ExpertShare(nn.Module):
             assert share is not None
             shares[name] = change(share)
         return tuple(shares.values())
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        """What the product is computed with: parameters as they are, where it opens them itself, else local weights."""
+        if self._changes or self.storage.transposed or self.biases is not None or self.pairs:
+            return self.local_weights()
+        gate_up, down = (getattr(self, name) for name in self.storage.names[:2])
+        ours = is_dtensor(gate_up) and is_dtensor(down) and opened(down)[0].shape[0] == self.local_experts
+        return (gate_up, down, None, None) if ours else self.local_weights()
 
     def share_of_product(self, name: str, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """What this rank's share of a weight ``left @ right`` is made of: views of the factors' own parts.

@@ -199,7 +199,9 @@ def _some_parameter(experts: object) -> nn.Parameter | None:
 def check_device_and_dtype(x: Tensor, experts: object) -> None:
     """Raise a ``ShapeError`` where the input does not go with the experts' parameters."""
     weight = _some_parameter(experts)
-    if weight is None or not isinstance(experts, nn.Module) or not computes_in_own_dtype(experts, weight):
+    if weight is None or (x.device == weight.device and x.dtype == weight.dtype):
+        return
+    if not isinstance(experts, nn.Module) or not computes_in_own_dtype(experts, weight):
         return
     if x.device != weight.device:
         raise ShapeError(f"The input is on {x.device} and the experts on {weight.device}; put them on one device.")

@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from foldpar.comm import local_parts
 from foldpar.moe.kernels import activations, products
 from foldpar.moe.kernels.activations import Activation
 from foldpar.moe.kernels.permutation import Places, collect, pick, spread
@@ -48,24 +49,26 @@ def grouped_feed_forward(
     there too, ``[rows, top_k]``; ``ends`` and ``sizes`` are of the copies. The same as spreading rows and picking
     weights before and collecting outputs after; on Hopper GPUs both are read where they lie, and no copies are kept.
 
+    Parameters may be DTensors: this rank's parts are computed with, as :func:`~foldpar.comm.local_parts` gives them.
+
     Backward:
         Of the rows, all parameters, and the routing weights (from the side of the activation, where they were applied).
     """
-    parameters = tuple(
-        None if parameter is None else in_autocast_dtype(parameter)
-        for parameter in (gate_up_proj, down_proj, gate_up_bias, down_bias)
-    )
-    rows = in_autocast_dtype(rows)
-    first, down, *biases = parameters
+    parameters: tuple[Tensor | None, ...] = (gate_up_proj, down_proj, gate_up_bias, down_bias)
+    rows, groups = in_autocast_dtype(rows), Groups(ends, sizes)
+    count = rows.shape[0] if places is None else places.source.shape[0]
+    plain = not interleaved and gate_up_bias is None and down_bias is None and not _few_and_large(groups, count)
+    if torch.is_autocast_enabled(rows.device.type):
+        parameters = tuple(None if each is None else in_autocast_dtype(each) for each in local_parts(*parameters))
+    first, down = parameters[:2]
     assert first is not None and down is not None
-    groups, count = Groups(ends, sizes), rows.shape[0] if places is None else places.source.shape[0]
-    plain = not interleaved and all(bias is None for bias in biases) and not _few_and_large(groups, count)
     if products.takes(rows, first, down, count, activation, plain=plain):
         return products.feed_forward(rows, first, down, ends, weights, places)
     if places is not None:
         rows = spread(rows, places.source, places.copies)
         weights = None if weights is None else pick(weights, places.slots, places.copies)
-    computed = cast(Any, _FeedForward).apply(rows, weights, first, down, *biases, groups, activation, interleaved)
+    given = (rows, weights, *local_parts(*parameters), groups, activation, interleaved)
+    computed = cast(Any, _FeedForward).apply(*given)
     return cast(Tensor, computed if places is None else collect(computed, places.source, places.copies))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from foldpar.comm import opened, placed_as
 from foldpar.moe.kernels import activations
 from foldpar.moe.kernels.activations import Activation
 from foldpar.moe.kernels.permutation import Places, copy_rows, runs_on_triton, sum_copies
@@ -40,10 +41,11 @@ def takes(
 ) -> bool:
     """Whether the kernels compute this, and were measured to be the faster way.
 
-    ``places`` are the rows of all groups. ``plain``: no bias, gate above up.
+    ``places`` are the rows of all groups. ``plain``: no bias, gate above up. Weights may be DTensors.
     """
     if not (plain and activation == "swiglu" and runs_on_triton(rows) and _on_hopper(rows.device)):
         return False
+    (gate_up_proj, _), (down_proj, _) = opened(gate_up_proj), opened(down_proj)
     experts, dim, hidden = down_proj.shape
     tensors = (rows, gate_up_proj, down_proj)
     known = rows.dtype in (torch.bfloat16, torch.float16) and all(each.dtype == rows.dtype for each in tensors)
@@ -67,7 +69,7 @@ def feed_forward(
     weights: Tensor | None,
     places: Places | None,
 ) -> Tensor:
-    """What ``grouped_feed_forward`` computes with SwiGLU."""
+    """What ``grouped_feed_forward`` computes with SwiGLU. Gradients of weights that are DTensors lie as these do."""
     tables: tuple[Tensor | None, ...] = (None, None, None)
     if places is not None:
         tables = (places.source.to(torch.int32), places.slots, places.copies)
@@ -91,6 +93,8 @@ class _FeedForward(Function):
     ) -> Tensor:
         from foldpar.moe.kernels import triton_products as kernels
 
+        (gate_up_proj, lies), (down_proj, down_lies) = opened(gate_up_proj), opened(down_proj)
+        ctx.lies = lies, down_lies
         places = rows.shape[0] if source is None else source.shape[0]
         table = kernels.tiles_of(ends, places, _ROWS)
         gate_up, hidden = kernels.first_product(
@@ -124,7 +128,9 @@ class _FeedForward(Function):
             blocks = kernels.blocks(_ROWS, 256, 64, 3)
             grad_rows = kernels.product(grad_gate_up, None, gate_up_proj, table, places, blocks, transposed=False)
             grad_rows = grad_rows if copies is None else sum_copies(grad_rows, copies)
-        return grad_rows, grad_weights, grad_first, grad_down, None, None, None, None
+        lies, down_lies = ctx.lies
+        grads = (grad_rows, grad_weights, placed_as(grad_first, lies), placed_as(grad_down, down_lies))
+        return *grads, None, None, None, None
 
 
 _ROWS = 128

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foldpar.moe.kernels.rules import Decision, Rule
 from foldpar.moe.kernels.sizes import ceil_div, power_of_2
+from foldpar.moe.kernels.triton_launches import Kernel
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -45,6 +46,7 @@ def _weights(chosen, there, OVER_ALL: tl.constexpr, RENORMALIZE: tl.constexpr):
     return weights, total
 
 
+@Kernel
 @triton.jit
 def _decide_kernel(
     raw, bias, logits_out, scores_out, ids_out, weights_out, rows, experts, factor,
@@ -83,6 +85,7 @@ def _decide_kernel(
     tl.store(weights_out + slot, weights * factor, mask=there)
 
 
+@Kernel
 @triton.jit
 def _gradient_kernel(
     raw, ids, of_logits, of_scores, of_weights, grad, rows, experts, factor,

@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from foldpar.moe.kernels.permutation import Places
+from foldpar.moe.kernels.triton_launches import Kernel
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tokens", "num_experts"])
 def _publish_kernel(
     x, weights, ids, mask, header, own_x, own_weights, own_ids, kept_ids, tokens, dim, num_experts,
@@ -44,6 +46,7 @@ def _publish_kernel(
             tl.store(own_x + row * dim + columns, tl.load(x + row * dim + columns, mask=inside), mask=inside)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["slots", "per_rank", "first", "local", "blocks"])
 def _read_ids_kernel(
     bases, ids_at, local_ids, counts, flags, slots, per_rank, first, local, blocks,
@@ -66,6 +69,7 @@ def _read_ids_kernel(
     tl.store(counts + number * blocks + block, tl.sum(hit, axis=0), mask=number < local)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["slots", "local", "blocks", "room"])
 def _place_kernel(
     local_ids, counts, running, places, ends, flags, slots, local, blocks, room,
@@ -90,6 +94,7 @@ def _place_kernel(
         tl.store(flags + 1, room)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["most"])
 def _read_rows_kernel(
     bases, x_at, weights_at, places, out, out_weights, sources, slots, most, dim,
@@ -124,6 +129,7 @@ def _read_rows_kernel(
                     tl.store(out + copy * dim + columns, value, mask=inside & (copy >= 0))
 
 
+@Kernel
 @triton.jit
 def _offer_sums_kernel(
     rows, weights, places, out, out_weights, dim,
@@ -152,6 +158,7 @@ def _offer_sums_kernel(
                 tl.store(out + row * dim + columns, total, mask=inside)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["first_row", "local"])
 def _take_sums_kernel(
     bases, sums_at, weights_at, ids, out, out_weights, first_row, dim, local,

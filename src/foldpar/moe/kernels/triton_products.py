@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from foldpar.moe.kernels.sizes import power_of_2
+from foldpar.moe.kernels.triton_launches import Described, Kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ blocks = cache(Blocks)
 # Tiles.
 
 
+@Kernel
 @triton.jit
 def _tiles_kernel(ends, table, experts, EP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
     me = tl.program_id(0)
@@ -137,6 +138,7 @@ def _load_rows(rows, rows_desc, origin, first, k, width, GATHER: tl.constexpr, E
 # The first product, and SwiGLU times the routing weight.
 
 
+@Kernel
 @triton.jit
 def _first_kernel(
     rows, rows_desc, source, weight_desc, scales, slots, table, gate_up, hidden, width, units,
@@ -195,7 +197,7 @@ def first_product(
     gate_up, hidden = rows.new_empty((count, double)), rows.new_empty((count, double // 2))
     halves = weight.view(2 * experts, double // 2, width)
     _first_kernel[(_programs(rows.device),)](
-        rows, _rows_descriptor(rows, source, blocks), source, _descriptor(halves, [1, blocks.columns, blocks.depth]),
+        rows, _rows_descriptor(rows, source, blocks), source, _descriptor(halves, (1, blocks.columns, blocks.depth)),
         scales, slots, table, gate_up, hidden, width, double // 2, GATHER=source is not None,
         EVEN=width % blocks.depth == 0, WEIGHTED=scales is not None, PICKED=slots is not None, **blocks.options(),
     )  # fmt: skip
@@ -206,6 +208,7 @@ def first_product(
 # A product of rows, with weights as they are stored or transposed.
 
 
+@Kernel
 @triton.jit
 def _product_kernel(
     rows, rows_desc, source, weight_desc, table, out, width, units,
@@ -248,7 +251,7 @@ def product(
     Rows behind the last group are left undefined. Twin: ``products.product``.
     """
     units = weight.shape[1 if transposed else 2]
-    box = [1, blocks.columns, blocks.depth] if transposed else [1, blocks.depth, blocks.columns]
+    box = (1, blocks.columns, blocks.depth) if transposed else (1, blocks.depth, blocks.columns)
     out = rows.new_empty((count, units))
     _product_kernel[(_programs(rows.device),)](
         rows, _rows_descriptor(rows, source, blocks), source, _descriptor(weight, box), table, out, rows.shape[1],
@@ -276,6 +279,7 @@ def _strip(x, x_desc, source, start, size, k, column, width, GATHER: tl.constexp
     return strip
 
 
+@Kernel
 @triton.jit
 def _weight_gradient_kernel(
     grad, grad_desc, rows, rows_desc, source, ends, out, experts, units, width, GRAD: tl.constexpr,
@@ -311,8 +315,8 @@ def weight_gradient(
     of_grad = gathered == "grad"
     out = grad.new_empty((experts, units, width))
     _weight_gradient_kernel[(_programs(grad.device),)](
-        grad, None if of_grad else create_ragged_descriptor(grad, [blocks.depth, blocks.rows]),
-        rows, create_ragged_descriptor(rows, [blocks.depth, blocks.columns]) if of_grad else None,
+        grad, None if of_grad else _ragged(grad, (blocks.depth, blocks.rows)),
+        rows, _ragged(rows, (blocks.depth, blocks.columns)) if of_grad else None,
         source, ends, out, experts, units, width, GRAD=of_grad, **blocks.options(),
     )  # fmt: skip
     return out
@@ -322,12 +326,27 @@ def weight_gradient(
 # Descriptors and grids.
 
 
-def _descriptor(tensor: Tensor, box: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box)
+_Sizes = tuple[int, ...]
 
 
-def _rows_descriptor(rows: Tensor, source: Tensor | None, blocks: Blocks) -> TensorDescriptor | None:
-    return None if source is not None else _descriptor(rows, [blocks.rows, blocks.depth])
+def _descriptor(tensor: Tensor, box: tuple[int, ...]) -> Described:
+    return Described(tensor, tensor.shape, tensor.stride(), box)
+
+
+def _rows_descriptor(rows: Tensor, source: Tensor | None, blocks: Blocks) -> Described | None:
+    return None if source is not None else _descriptor(rows, (blocks.rows, blocks.depth))
+
+
+def _ragged(rows: Tensor, box: tuple[int, int]) -> Described:
+    """Of rows whose groups ``load_ragged`` reads."""
+    return Described(rows, *_ragged_like(rows.shape[1], rows.dtype, box))
+
+
+@cache
+def _ragged_like(width: int, dtype: torch.dtype, box: tuple[int, int]) -> tuple[_Sizes, _Sizes, _Sizes]:
+    """Shape, strides and block of the descriptor, which are those of any number of rows."""
+    made = create_ragged_descriptor(torch.empty(1, width, dtype=dtype, device="meta"), list(box))
+    return tuple(made.shape), tuple(made.strides), tuple(made.block_shape)
 
 
 @cache

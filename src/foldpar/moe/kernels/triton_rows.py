@@ -11,11 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from foldpar.moe.kernels.sizes import ceil_div, power_of_2
+from foldpar.moe.kernels.triton_launches import Kernel
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows.
 
 
+@Kernel
 @triton.jit
 def _copy_rows_kernel(x, source, out, dim, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -25,6 +27,7 @@ def _copy_rows_kernel(x, source, out, dim, BLOCK: tl.constexpr):
     tl.store(out + row * dim + columns, tl.load(x + origin * dim + columns, mask=inside), mask=inside)
 
 
+@Kernel
 @triton.jit
 def _sum_copies_kernel(rows, copies, out, dim, COPIES: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -67,6 +70,7 @@ def _block(width: int) -> int:
 # Rows and their routing weights in one payload: [row | weights], the weights' float32 bits behind the row.
 
 
+@Kernel
 @triton.jit
 def _pack_kernel(
     x, weights, source, out, out32, dim, width, TOP_K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr
@@ -86,6 +90,7 @@ def _pack_kernel(
     )
 
 
+@Kernel
 @triton.jit
 def _sum_packed_kernel(
     payload, payload32, copies, out, weights, dim, width,
@@ -110,6 +115,7 @@ def _sum_packed_kernel(
         tl.store(out + row * dim + columns, total, mask=inside)
 
 
+@Kernel
 @triton.jit
 def _unpack_kernel(payload, payload32, slots, out, weights, dim, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
@@ -123,6 +129,7 @@ def _unpack_kernel(payload, payload32, slots, out, weights, dim, width, TOP_K: t
         tl.store(out + place * dim + columns, tl.load(payload + row * width + columns, mask=inside), mask=inside)
 
 
+@Kernel
 @triton.jit
 def _pack_sums_kernel(
     rows, weights, copies, out, out32, dim, width, TOP_K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr
@@ -147,7 +154,9 @@ def pack(x: Tensor, weights: Tensor, source: Tensor) -> Tensor:
     """``[x[source] | weights[source]]``. Twin: ``permutation.pack``."""
     out, sizes = _payload(x, source.shape[0], weights.shape[1])
     if out.shape[0]:
-        _pack_kernel[(out.shape[0],)](x, weights, source, out, out.view(torch.float32), **sizes)
+        _pack_kernel[(out.shape[0],)](
+            x, weights, source, out, out.view(torch.float32), x.shape[1], out.shape[1], **sizes
+        )
     return out
 
 
@@ -156,10 +165,10 @@ def sum_packed(payload: Tensor, copies: Tensor, dim: int, top_k: int) -> tuple[T
     out = payload.new_empty((copies.shape[0], dim))
     weights = payload.new_empty((copies.shape[0], top_k), dtype=torch.float32)
     if out.shape[0]:
-        sizes = _sizes(dim, payload.shape[1], top_k)
         _sum_packed_kernel[(out.shape[0],)](
-            payload, payload.view(torch.float32), copies, out, weights, COPIES=copies.shape[1], **sizes
-        )
+            payload, payload.view(torch.float32), copies, out, weights, dim, payload.shape[1],
+            COPIES=copies.shape[1], **_sizes(dim, top_k),
+        )  # fmt: skip
     return out, weights
 
 
@@ -168,9 +177,11 @@ def unpack(payload: Tensor, slots: Tensor, dim: int, top_k: int) -> tuple[Tensor
     out = payload.new_empty((slots.shape[0], dim))
     weights = payload.new_empty(slots.shape[0], dtype=torch.float32)
     if out.shape[0]:
-        sizes = _sizes(dim, payload.shape[1], top_k)
+        sizes = _sizes(dim, top_k)
         del sizes["KP"]
-        _unpack_kernel[(out.shape[0],)](payload, payload.view(torch.float32), slots, out, weights, **sizes)
+        _unpack_kernel[(out.shape[0],)](
+            payload, payload.view(torch.float32), slots, out, weights, dim, payload.shape[1], **sizes
+        )
     return out, weights
 
 
@@ -178,24 +189,26 @@ def pack_sums(rows: Tensor, weights: Tensor, copies: Tensor) -> Tensor:
     """The adjoint of :func:`unpack`. Twin: ``permutation.pack_sums``."""
     out, sizes = _payload(rows, copies.shape[0], copies.shape[1])
     if out.shape[0]:
-        _pack_sums_kernel[(out.shape[0],)](rows, weights, copies, out, out.view(torch.float32), **sizes)
+        _pack_sums_kernel[(out.shape[0],)](
+            rows, weights, copies, out, out.view(torch.float32), rows.shape[1], out.shape[1], **sizes
+        )
     return out
 
 
 def _payload(like: Tensor, rows: int, top_k: int) -> tuple[Tensor, dict[str, int]]:
     width = like.shape[1] + top_k * 4 // like.element_size()
-    return like.new_empty((rows, width)), _sizes(like.shape[1], width, top_k)
+    return like.new_empty((rows, width)), _sizes(like.shape[1], top_k)
 
 
-def _sizes(dim: int, width: int, top_k: int) -> dict[str, int]:
-    padded = power_of_2(top_k)
-    return {"dim": dim, "width": width, "TOP_K": top_k, "KP": padded, "BLOCK": _block(dim), "num_warps": 4}
+def _sizes(dim: int, top_k: int) -> dict[str, int]:
+    return {"TOP_K": top_k, "KP": power_of_2(top_k), "BLOCK": _block(dim), "num_warps": 4}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SwiGLU times the routing weight.
 
 
+@Kernel
 @triton.jit
 def _swiglu_forward_kernel(
     gate_up, weights, end, out, hidden, WEIGHTED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr
@@ -213,6 +226,7 @@ def _swiglu_forward_kernel(
     tl.store(out + row * hidden + columns, value, mask=inside)
 
 
+@Kernel
 @triton.jit
 def _swiglu_backward_kernel(
     grad, gate_up, weights, slots, end, out, grad_gate_up, grad_weights, hidden,
@@ -312,6 +326,7 @@ def _wanted(
     return expert, inside, (expert >= 0) & (expert < num_experts)
 
 
+@Kernel
 @triton.jit
 def _count_rows_kernel(
     ids, mask, counts, tokens, num_experts, local, span,
@@ -340,6 +355,7 @@ def _count_rows_kernel(
     tl.store(out + 3 + order, per_expert, mask=order < LISTED)
 
 
+@Kernel
 @triton.jit
 def _place_rows_kernel(
     ids, mask, counts, token_of_sent, sent_of_token, local_ids, tokens, num_experts, local, destinations,
@@ -370,6 +386,7 @@ def _place_rows_kernel(
         place += tl.sum(wanted, axis=0)
 
 
+@Kernel
 @triton.jit
 def _count_experts_kernel(ids, counts, slots, experts, blocks, EP: tl.constexpr, BLOCK: tl.constexpr):
     block = tl.program_id(0)
@@ -381,31 +398,58 @@ def _count_experts_kernel(ids, counts, slots, experts, blocks, EP: tl.constexpr,
 
 
 @triton.jit
+def _sums_of_few(counts, block, blocks, expert, experts, EP: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Of every expert: its first place in this block, its last place anywhere, and how many it has."""
+    sizes = tl.zeros([EP], dtype=tl.int32)
+    before = tl.zeros([EP], dtype=tl.int32)
+    for first in range(0, blocks, AT_ONCE):
+        other = first + tl.arange(0, AT_ONCE)
+        inside = (other < blocks)[:, None] & (expert < experts)[None, :]
+        count = tl.load(counts + expert[None, :] * blocks + other[:, None], mask=inside, other=0)
+        sizes += tl.sum(count, axis=0)
+        before += tl.sum(tl.where((other < block)[:, None], count, 0), axis=0)
+    last = tl.cumsum(sizes, axis=0)
+    return last - sizes + before, last, sizes
+
+
+@triton.jit
+def _sums_of_many(counts, running, block, blocks, expert, experts):
+    """The same, from the running sums of all counts."""
+    inside = expert < experts
+    at = expert * blocks + block
+    start = tl.load(running + at, mask=inside, other=0) - tl.load(counts + at, mask=inside, other=0)
+    last = tl.load(running + (expert + 1) * blocks - 1, mask=inside, other=0)
+    before = tl.load(running + expert * blocks - 1, mask=(expert > 0) & inside, other=0)
+    return start, last, last - before
+
+
+@Kernel
+@triton.jit
 def _place_experts_kernel(
-    ids, counts, ends, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes,
-    slots, experts, blocks, assignments, K: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+    ids, counts, running, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes,
+    slots, experts, blocks, assignments,
+    MANY: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
     expert = tl.arange(0, EP)
     chosen = tl.load(ids + slot, mask=slot < slots, other=-1)
     hit = (chosen[:, None] == expert[None, :]).to(tl.int32)
-    at = expert * blocks + block
-    end = tl.load(ends + at, mask=expert < experts, other=0)
-    start = end - tl.load(counts + at, mask=expert < experts, other=0)
+    if MANY:
+        start, last, sizes = _sums_of_many(counts, running, block, blocks, expert, experts)
+    else:
+        start, last, sizes = _sums_of_few(counts, block, blocks, expert, experts, EP, AT_ONCE)
     place = tl.sum(hit * (start[None, :] + tl.cumsum(hit, axis=0) - 1), axis=1)
     there = (chosen >= 0) & (chosen < experts)
     tl.store(assignment_of_slot + slot, tl.where(there, place, -1), mask=slot < slots)
     tl.store(slot_of_assignment + place, slot, mask=there)
     tl.store(row_of_assignment + place, slot // K, mask=there)
-    behind = (slot >= tl.load(ends + experts * blocks - 1)) & (slot < assignments)
+    behind = (slot >= tl.max(last, axis=0)) & (slot < assignments)
     tl.store(slot_of_assignment + slot, tl.zeros_like(slot), mask=behind)
     tl.store(row_of_assignment + slot, tl.zeros_like(slot), mask=behind)
     if block == 0:
-        last = tl.load(ends + (expert + 1) * blocks - 1, mask=expert < experts, other=0)
-        before = tl.load(ends + expert * blocks - 1, mask=(expert > 0) & (expert < experts), other=0)
         tl.store(group_ends + expert, last, mask=expert < experts)
-        tl.store(group_sizes + expert, last - before, mask=expert < experts)
+        tl.store(group_sizes + expert, sizes, mask=expert < experts)
 
 
 def count_rows(ids: Tensor, mask: Tensor | None, num_experts: int, destinations: int, listed: int = 0) -> Tensor:
@@ -454,6 +498,10 @@ def _spans(ids: Tensor, destinations: int) -> tuple[int, int]:
     return max(1, ceil_div(blocks, length)), length * block
 
 
+FEW_BLOCKS = 256
+"""Up to here every program adds up the counts of all blocks itself, which saves a launch; beyond, it takes longer."""
+
+
 def place_experts(
     local_ids: Tensor, local_experts: int, assignments: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -461,17 +509,25 @@ def place_experts(
     slots, padded = local_ids.numel(), power_of_2(max(local_experts, 2))
     block = max(16, min(256, 8192 // padded))
     blocks = max(1, ceil_div(slots, block))
-    counts = local_ids.new_empty((local_experts, blocks), dtype=torch.int32)
-    slot_of_assignment, row_of_assignment = (local_ids.new_empty(assignments, dtype=torch.int32) for _ in range(2))
-    assignment_of_slot = torch.empty_like(local_ids, dtype=torch.int32)
-    group_ends, group_sizes = (local_ids.new_empty(local_experts, dtype=torch.int32) for _ in range(2))
+    counts, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes = _tables(
+        local_ids, local_experts * blocks, assignments, assignments, slots, local_experts, local_experts
+    )
     _count_experts_kernel[(blocks,)](local_ids, counts, slots, local_experts, blocks, EP=padded, BLOCK=block)
-    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
+    many = blocks > FEW_BLOCKS
+    running = counts.cumsum(0, dtype=torch.int32) if many else None
     _place_experts_kernel[(blocks,)](
-        local_ids, counts, ends, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes,
-        slots, local_experts, blocks, assignments, K=local_ids.shape[1], EP=padded, BLOCK=block,
+        local_ids, counts, running, slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes,
+        slots, local_experts, blocks, assignments,
+        MANY=many, K=local_ids.shape[1], EP=padded, BLOCK=block, AT_ONCE=max(1, min(128, 8192 // padded)),
     )  # fmt: skip
-    return slot_of_assignment, row_of_assignment, assignment_of_slot, group_ends, group_sizes
+    return slot_of_assignment, row_of_assignment, assignment_of_slot.view_as(local_ids), group_ends, group_sizes
+
+
+def _tables(like: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+    """Of int32, from whole 16 bytes on, in one allocation."""
+    whole = [4 * ceil_div(size, 4) for size in sizes]
+    parts = like.new_empty(sum(whole), dtype=torch.int32).split(whole)
+    return tuple(part if part.shape[0] == size else part[:size] for part, size in zip(parts, sizes, strict=True))
 
 
 def _token_blocks(ids: Tensor, mask: Tensor | None) -> dict[str, object]:

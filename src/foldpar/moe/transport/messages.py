@@ -126,9 +126,8 @@ class Arriving:
     """A number on its way from the device to the host, which goes on meanwhile."""
 
     def __init__(self, number: Tensor) -> None:
-        self._number = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
-        self._number.copy_(number, non_blocking=True)
-        self._there = torch.cuda.Event()
+        self._number = number.to("cpu", non_blocking=True)
+        self._there = torch.Event(number.device)
         self._there.record()
 
     def value(self) -> int:
@@ -252,7 +251,7 @@ def _plan_at_home(ids: Tensor, groups: FoldedGroups, num_experts: int) -> Dispat
         rows_per_expert=rows_per_expert,
         ends=ends,
         sizes=None,
-        placed=Arriving(ends[-1]) if ids.is_cuda else None,
+        placed=Arriving(ends[-1:]) if ids.is_cuda else None,
     )
 
 
