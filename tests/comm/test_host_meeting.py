@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import foldpar
 from foldpar import GroupsError
@@ -238,3 +240,55 @@ def test_streams_take_turns_with_a_memory(memories: DeviceMemories, monkeypatch:
             memory.begin("rows")
             memory.begin("sums")
     assert (first.after, second.after, captured.after) == ([second], [first], [])
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("none", None),
+        ("no memory", "rank 1 has no 2 MiB to share: out of memory"),
+        ("no rendezvous", "memory could not be shared: cannot import"),
+        ("elsewhere", "memory could not be shared: torch shares it from elsewhere than where it begins"),
+        ("other bytes", "memory could not be shared: rank 1 reads something else than the others have written"),
+    ],
+)
+def test_what_goes_wrong_on_one_rank_is_agreed_on_by_all(
+    monkeypatch: pytest.MonkeyPatch, fault: str, says: str | None
+) -> None:
+    """Torch's shared memory, as far as it is used, between threads."""
+    gate, buffers = threading.Barrier(2), dict[int, Any]()
+
+    def empty(size: int, **options: Any) -> Any:
+        if fault == "no memory" and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("out of memory\nat length")
+        return torch.empty(size, **options)
+
+    def read(rank: int, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return buffers[rank][: sizes[0]] + (fault == "other bytes" and dist.get_rank() == 1)
+
+    def rendezvous(own: torch.Tensor, name: str) -> Any:
+        buffers[dist.get_rank()] = own
+        gate.wait(timeout=60)
+        if dist.get_rank() == 1 and fault == "no rendezvous":
+            raise RuntimeError("cannot import\nat length")
+        moved = 64 * (fault == "elsewhere")
+        return SimpleNamespace(
+            buffer_ptrs=[buffers[rank].data_ptr() + moved for rank in (0, 1)],
+            barrier=lambda channel, timeout_ms: gate.wait(timeout=60),
+            get_buffer=read,
+        )
+
+    monkeypatch.setattr("foldpar.comm.peers.why_no_peers", lambda device: None)
+    monkeypatch.setattr("torch.distributed._symmetric_memory.empty", empty)
+    monkeypatch.setattr("torch.distributed._symmetric_memory.rendezvous", rendezvous)
+
+    def rank() -> Any:
+        with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+            found = memories_of(groups, torch.device("cpu"), ask=True)
+            assert found is not None and found.reason is None
+            memory = found.holding((1, 1), 2**40)
+            assert isinstance(memory, str) == bool(says) == (found.made == [])
+            assert (found.hosts is None) == (says is not None and "could not be shared" in says)
+            return memory if isinstance(memory, str) else None
+
+    assert run_ranks(rank, 2, backend="threads") == [says, says]

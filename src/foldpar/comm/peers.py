@@ -59,6 +59,8 @@ class PeerMemory:
             self._patience = int(1000 * seconds_of(group.process_group, own.device))
             self._handle = symmetric.rendezvous(own, group.process_group.group_name)
             addresses = list(self._handle.buffer_ptrs)
+            if addresses[group.index] != own.data_ptr():  # torch may put it into a pool, and share that
+                raise RuntimeError("torch shares it from elsewhere than where it begins")
         own.zero_()
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device=own.device)
         self.flags = torch.zeros(3, dtype=torch.int32, device=own.device)
@@ -178,7 +180,8 @@ class DeviceMemories:
             memory = PeerMemory(self.group, sizes, own)
         except RuntimeError as error:
             problem = str(error).partition("\n")[0]
-        if memory is not None and not memory.is_shared():
+        problem = _first_of(problem, self.group)
+        if not problem and memory is not None and not memory.is_shared():  # a barrier, for which all must be there
             problem = f"rank {self.group.ranks[self.group.index]} reads something else than the others have written"
         if (problem := _first_of(problem, self.group)) or memory is None:
             self.reason, self.hosts = f"memory could not be shared: {problem}", None
