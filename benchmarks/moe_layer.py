@@ -84,7 +84,7 @@ def build_layer(
     lanes: str,
     routing: str,
     like: dict[str, Any],
-    one_sided: foldpar.OneSided | None,
+    one_sided: foldpar.OneSided | bool | None,
 ) -> nn.Module:
     experts = foldpar.GroupedExperts(shape.experts, shape.dim, shape.hidden, groups, device="meta", dtype=like["dtype"])
     mine = range(experts.first_expert, experts.first_expert + experts.local_experts)
@@ -218,7 +218,7 @@ def rank_main(options: argparse.Namespace) -> None:
             shape = SHAPES[name]
             for routing in options.routing:
                 for lanes, way, tokens in itertools.product(options.lanes, options.ways, options.tokens):
-                    one_sided = None if way == "messages" else foldpar.OneSided(slack=options.slack)
+                    one_sided = False if way == "messages" else foldpar.OneSided(slack=options.slack)
                     layer: Any = build_layer(shape, groups, lanes, routing, like, one_sided)
                     error = check(layer, shape, groups, lanes, like) if layout.edp * layout.etp == 1 else None
                     report = measure(layer, shape, tokens, groups, lanes, like, (flops, link), way == "graph")

@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from trainer_hf import job_in_a_folder, start_folder, trained
 
 ENTRIES: dict[str, dict[str, Any]] = {
-    "fsdp": {"implementation": "all_to_all", "ep": 1, "one_sided": False},
-    "all_to_all": {"implementation": "all_to_all", "one_sided": False},
-    "foldpar": {"implementation": "foldpar", "one_sided": False},
-    "one-sided": {"implementation": "foldpar", "one_sided": True},
+    "fsdp": {"implementation": "all_to_all", "ep": 1, "messages": False},
+    "all_to_all": {"implementation": "all_to_all", "messages": False},
+    "foldpar": {"implementation": "foldpar", "messages": True},
+    "one-sided": {"implementation": "foldpar", "messages": False},
 }
 
 parser = argparse.ArgumentParser(

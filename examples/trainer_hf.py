@@ -96,7 +96,7 @@ def start_folder(options: argparse.Namespace, parent: str) -> str:
 
 
 def load(folder: str, options: argparse.Namespace) -> Any:
-    foldpar.hf.register_with_transformers(one_sided=foldpar.OneSided() if options.one_sided else None)
+    foldpar.hf.register_with_transformers(one_sided=False if options.messages else None)
     distributed = DistributedConfig(
         tp_size=options.tp,
         fsdp_size=int(os.environ["WORLD_SIZE"]) // options.tp,
@@ -170,7 +170,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=64, help="tokens per sequence")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward")
-    parser.add_argument("--one-sided", action="store_true", help="let foldpar's rows travel through shared GPU memory")
+    parser.add_argument("--messages", action="store_true", help="no rows of foldpar through memory that GPUs share")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16; weights stay float32")
     options = parser.parse_args()
     if "RANK" not in os.environ:

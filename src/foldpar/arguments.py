@@ -30,8 +30,8 @@ _INSTEAD = {
     ("Tensor", "list"): "Make it one: torch.tensor(...).",
     ("Capacity", "float"): "Write foldpar.Capacity(factor).",
     ("LayerCounters", "bool"): "Write foldpar.LayerCounters().",
-    ("OneSided", "bool"): "Write foldpar.OneSided().",
-    ("OneSided", "int"): "Write foldpar.OneSided().",
+    ("OneSided", "bool"): "Write foldpar.OneSided(), or nothing: rows travel one-sided where they can.",
+    ("OneSided", "int"): "Write foldpar.OneSided(max_tokens=...).",
     ("GroupLimit", "tuple"): "Write foldpar.GroupLimit(num_groups, top_groups).",
 }
 

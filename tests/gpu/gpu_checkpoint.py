@@ -52,6 +52,8 @@ def gathered(shares: Held) -> dict[str, torch.Tensor]:
 
 
 def main(runner: Runner) -> None:
+    if not runner.has_ranks("checkpoint", 2, 4):
+        return
     folders: list[str] = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(folders)
     every = runs(runner.world, runner.device)

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import default_ways
 import torch
 import torch.distributed as dist
 from run import Runner
@@ -151,7 +152,7 @@ def more_tokens_than_the_bound_go_in_messages() -> None:
         for step in range(6):
             tokens = tuple(8 + (40 if step % 2 and rank == world - 1 else rank) for rank in range(world))
             case = Case(tokens, ep=world, dim=8192 * (1 + step // 2))
-            found = [Layer(case, groups, "cuda", case.dtype, way).step() for way in (OneSided(16), OneSided(), None)]
+            found = [Layer(case, groups, "cuda", case.dtype, way).step() for way in (OneSided(16), OneSided(), False)]
             for one, other, third in zip(*found, strict=True):
                 torch.testing.assert_close(one, third, rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(other, third, rtol=1e-4, atol=1e-4)
@@ -233,5 +234,6 @@ def main(runner: Runner) -> None:
     for special in specials + ([more_tokens_than_the_bound_go_in_messages] if runner.gpus >= runner.world else []):
         special()
         runner.say(True, special.__name__)
+    default_ways.main(runner)
     left = torch.cuda.memory_allocated() / 2**20
     runner.say(left < 256, f"{left:.0f} MiB are still allocated")

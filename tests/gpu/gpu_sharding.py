@@ -61,6 +61,8 @@ def worst_of(run: Run, stages: list[int], options: dict[str, Any]) -> tuple[floa
 
 
 def main(runner: Runner) -> None:
+    if not runner.has_ranks("sharding", 2, 4):
+        return
     for run, stages, options in runs(runner.world, runner.device):
         error, name = worst_of(run, stages, options)
         runner.say(error < 1e-11, f"{error:.1e}", run.case, run.optimizer, *options, name)

@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 4 tests/gpu/run.py parity checkpoint --cpu    # a rehearsal over Gloo
 
 Prints a line per case and a count per suite; exits with 1 if a case fails. With fewer GPUs than ranks, ranks share a
-GPU and messages go over Gloo: one-sided rows alone have a meaning then. ``tests/gpu/test_gpu.py`` runs it on a machine
-with GPUs.
+GPU and messages go over Gloo: one-sided rows alone have a meaning then. With one rank, ``kernels``, ``small``
+and a part of ``onesided`` run; the others say what they need. ``tests/gpu/test_gpu.py`` runs it on a machine with GPUs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-SUITES = ("parity", "sharding", "checkpoint", "onesided", "kernels", "peft")
+SUITES = ("parity", "sharding", "checkpoint", "onesided", "kernels", "small", "peft")
 
 
 class Runner:
@@ -68,6 +68,12 @@ class Runner:
         errors = [""] * self.world
         dist.all_gather_object(errors, error)
         self.say(not any(errors), name, *filter(None, errors))
+
+    def has_ranks(self, suite: str, *numbers: int) -> bool:
+        """Whether the suite runs with so many ranks; else it is left out, and told what it needs."""
+        if self.world not in numbers:
+            self.leave_out(f"{suite} needs {' or '.join(map(str, numbers))} ranks, and is run with {self.world}")
+        return self.world in numbers
 
     def leave_out(self, why: str) -> None:
         """A suite that cannot run here; none of its cases counts as passed."""

@@ -38,3 +38,17 @@ def test_the_watchdog_ends_a_process_that_waits_for_a_rank_that_never_comes() ->
     assert "both ranks came to the first one" in done.stdout
     # The watchdog aborts the communicator first, so code after the collective may still run for a moment.
     assert "Watchdog caught collective operation timeout" in done.stderr
+
+
+@pytest.mark.gpu
+def test_a_device_ends_a_process_that_waits_for_rows_that_never_come() -> None:
+    if GPUS < 1:
+        pytest.skip("needs a CUDA device")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "tests/gpu/gpu_stuck.py", "one-sided"],
+        cwd=ROOT, capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "both ranks came to the forward" in done.stdout
+    assert "CUDASymmetricMemory::barrier" in done.stdout + done.stderr

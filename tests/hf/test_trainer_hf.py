@@ -40,7 +40,7 @@ def both(folder: str, **options: Any) -> list[dict[str, Any]]:
 def on_a_rank(folder: str) -> list[dict[str, Any]]:
     return both(
         folder, preset="tiny", tp=1, ep=2, steps=2, batch=1, accumulate=2, length=32,
-        clip=0.5, checkpointing=False, bfloat16=False, one_sided=False,
+        clip=0.5, checkpointing=False, bfloat16=False, messages=False,
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def with_trl(folder: str) -> list[tuple[list[float], list[float]]]:
     )
     found = []
     for implementation in IMPLEMENTATIONS:
-        options = Namespace(preset="tiny", tp=1, ep=2, implementation=implementation, bfloat16=False, one_sided=False)
+        options = Namespace(preset="tiny", tp=1, ep=2, implementation=implementation, bfloat16=False, messages=False)
         given: dict[str, Any] = {
             "output": f"{folder}/{implementation}",
             "model": load(start_folder(options, folder), options),

@@ -117,6 +117,7 @@ BAD: list[tuple[str, Callable[[], object]]] = [
     ("MoE capacity float", lambda: foldpar.FoldedMoE(router, experts, g, capacity=1.25)),
     ("MoE counters true", lambda: foldpar.FoldedMoE(router, experts, g, counters=True)),
     ("MoE one_sided true", lambda: foldpar.FoldedMoE(router, experts, g, one_sided=True)),
+    ("FoldedExperts one_sided true", lambda: foldpar.FoldedExperts(8, 16, 32, g, one_sided=True)),
     ("MoE one_sided int", lambda: foldpar.FoldedMoE(router, experts, g, one_sided=100)),
     ("MoE tuple router", lambda: foldpar.FoldedMoE(tuple_router(), experts, g)(x)),
     ("MoE tensor router", lambda: foldpar.FoldedMoE(tensor_router(), experts, g)(x)),

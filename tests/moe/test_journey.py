@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from toys import name_of
 
 import foldpar
+from foldpar.moe import Sharing
 from foldpar.testing import run_ranks
 
 DIM, EXPERTS = 8, 4
@@ -59,9 +60,12 @@ def test_nothing_is_said_of_what_was_not_asked_for() -> None:
         "  router     router_own_tokens: left as it is, tp = 1",
         "  experts    routed_expert: left as it is",
     ]
-    folded = run_ranks(explained, 4, 1, None, backend="threads")[0]
-    assert "\n             in messages\n" in folded
-    assert "max_tokens" not in folded and "one" not in folded.replace("once", "").replace(" one sum", "")
+
+
+def test_a_layer_that_is_told_nothing_says_why_its_rows_go_in_messages() -> None:
+    for one_sided, why in ((None, "it needs GPUs, and this is cpu"), (False, "one_sided = False")):
+        folded = run_ranks(explained, 4, 1, one_sided, backend="threads")[0]
+        assert f"\n             in messages: {why}\n" in folded
 
 
 def test_rows_go_one_sided_where_everything_that_is_known_before_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +105,7 @@ def test_of_experts_of_another_kind_the_host_learns_how_many_rows_came(monkeypat
     assert why in told(moe)
 
 
-def explained(etp: int, one_sided: foldpar.OneSided | None = foldpar.OneSided(8)) -> str:  # noqa: B008 (frozen)
+def explained(etp: int, one_sided: Sharing = foldpar.OneSided(8)) -> str:  # noqa: B008 (frozen)
     with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=4 // etp, etp=etp)) as groups:
         return layer(groups, one_sided=one_sided).explain()
 
@@ -117,12 +121,12 @@ def both_ways() -> bool:
         draw = torch.Generator().manual_seed(groups.dp.index)
         x = torch.randn(6, DIM, generator=draw)
         results = []
-        for one_sided in (None, foldpar.OneSided(8)):
+        for one_sided in (None, False, foldpar.OneSided(8)):
             moe = layer(groups, one_sided=one_sided)
             y = moe(x)
             results.append([y, *torch.autograd.grad(y.sum(), list(moe.parameters()))])
         foldpar.reduce_gradients(foldpar.mark_parameters(moe, foldpar.families.REPLICATED), groups)
-        return all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+        return all(torch.equal(one, each) for one, *others in zip(*results, strict=True) for each in others)
 
 
 def test_where_memory_cannot_be_shared_rows_travel_in_messages() -> None:

@@ -244,7 +244,7 @@ def test_the_check_names_the_numbers_and_starts_over() -> None:
     memories = memories_of(groups, torch.device(DEVICE), ask=True)
     if memories.reason is not None:
         pytest.skip(memories.reason)
-    memory = memories.holding((100, 100))
+    memory = memories.holding((100, 100), 2**20)
     memory.flags.copy_(torch.tensor([16, 10, 0]))
     with pytest.raises(ShapeError, match=r"were sent 16 rows and have room for 10: .* Skip the step"):
         check_room(groups)
@@ -289,7 +289,7 @@ def test_a_layer_computes_the_same_in_both_ways(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(journeys, "combine_one_sided", combined)
     groups, results = create_groups(solve_layout(1)), []
-    for way in (None, OneSided()):
+    for way in (False, OneSided()):
         torch.manual_seed(0)
         experts: Any = OwnExperts()
         if kind != "foreign":

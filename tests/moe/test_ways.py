@@ -15,7 +15,7 @@ from toys import name_of
 
 import foldpar
 import foldpar.moe.transport.messages
-from foldpar.comm import DeviceMemories
+from foldpar.comm import DeviceMemories, memories_of
 from foldpar.moe.transport import journey as journeys
 from foldpar.moe.transport.one_sided import OneSided
 from foldpar.testing import run_ranks
@@ -59,7 +59,7 @@ def rows_meet_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
     monkeypatch.setattr("foldpar.comm.peers.why_no_peers", lambda device: None)
-    monkeypatch.setattr(DeviceMemories, "holding", lambda self, halves: SimpleNamespace(halves=halves))
+    monkeypatch.setattr(DeviceMemories, "holding", lambda self, halves, most: SimpleNamespace(halves=halves))
     monkeypatch.setattr(journeys, "dispatch_one_sided", sets_out)
 
 
@@ -96,6 +96,52 @@ def test_a_layer_takes_the_way_that_it_tells(
         waits = "the host waits for sizes" in before
         assert waits == (kind in ("biases", "foreign"))
         assert before == after or "where" in before
+
+
+def untold(kind: str, etp: int) -> tuple[str, str]:
+    with foldpar.create_groups(foldpar.solve_layout(2, ep=2 // etp, etp=etp)) as groups:
+        moe = layer(groups, kind, one_sided=None)
+        return told(moe), taken(moe, torch.ones(6, DIM, dtype=moe.router.weight.dtype))
+
+
+@pytest.mark.parametrize("etp", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("plain", None),
+        ("biases", None),
+        ("counters", "counters read the sizes on the host"),
+        ("foreign", "OwnExperts may answer in a wider dtype than it is asked in, which memory is not shared for"),
+        ("float64", "the rows are torch.float64, and the kernels add up in float32"),
+    ],
+)
+def test_a_layer_that_is_told_nothing_goes_one_sided_where_that_is_safe(
+    rows_meet_on_gpus: None, kind: str, etp: int, why: str | None
+) -> None:
+    for before, took in run_ranks(untold, 2, kind, etp, backend="threads"):
+        assert took == ("one-sided" if why is None else "in messages")
+        assert before.startswith("one-sided where" if why is None else f"in messages: {why}")
+
+
+def test_where_there_is_nothing_to_exchange_a_layer_is_left_alone(rows_meet_on_gpus: None) -> None:
+    def rank() -> str:
+        with foldpar.create_groups(foldpar.solve_layout(2)) as groups:
+            moe = layer(groups, one_sided=None)
+            took = taken(moe, torch.ones(6, DIM))
+            assert "one-sided" not in moe.explain() and "messages" not in moe.explain()
+            assert memories_of(groups, torch.device("cpu"), ask=False) is None
+            return took
+
+    assert run_ranks(rank, 2, backend="threads") == ["in messages"] * 2
+
+
+def test_where_one_rank_counts_all_send_messages(rows_meet_on_gpus: None) -> None:
+    def rank() -> str:
+        with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+            moe = layer(groups, "counters" if groups.rank else "plain", one_sided=None)
+            return taken(moe, torch.ones(6, DIM))
+
+    assert run_ranks(rank, 2, backend="threads") == ["in messages"] * 2
 
 
 @pytest.mark.parametrize("kind", ["plain", "biases", "counters", "foreign", "float64"])

@@ -74,7 +74,7 @@ class Case:
     def training(self, groups: foldpar.FoldedGroups, device: str) -> Training:
         """The model as a program would have it, folded and sharded, with its optimizer and a batch."""
         model = self.build(device)
-        one_sided = foldpar.OneSided(self.own_tokens, slack=2.0) if self.transport == "one-sided" else None
+        one_sided = foldpar.OneSided(self.own_tokens, slack=2.0) if self.transport == "one-sided" else False
         foldpar.fold_model(model, groups, one_sided=one_sided, check=False)
         route_evenly(model, groups.dp.index)
         if self.recompute == "full":

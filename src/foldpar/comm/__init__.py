@@ -61,7 +61,7 @@ from foldpar.comm.dtensors import (
 )
 from foldpar.comm.first_step import When, can_compare
 from foldpar.comm.groups import AxisGroup, FoldedGroups, Kept, create_groups
-from foldpar.comm.peers import DeviceMemories, PeerMemory, check_room, memories_of, why_no_peers
+from foldpar.comm.peers import DeviceMemories, PeerMemory, await_peers, check_room, memories_of, why_no_peers
 from foldpar.comm.world import Ranks, attempt, raise_interruption, told
 
 __all__ = [
@@ -82,6 +82,7 @@ __all__ = [
     "all_to_all_rows",
     "assert_same_on_group",
     "attempt",
+    "await_peers",
     "can_compare",
     "check_room",
     "checksum",

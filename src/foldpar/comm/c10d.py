@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 from typing_extensions import Self
 
-__all__ = ["GroupFactory", "default_store", "forget_meshes", "living_groups", "next_generation"]
+__all__ = ["GroupFactory", "default_store", "forget_meshes", "living_groups", "next_generation", "seconds_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,21 @@ class GroupFactory:
 
 def _default_timeout(device_type: str) -> timedelta:
     """The timeout that the default process group was made with."""
-    default = distributed_c10d._get_default_group()
+    return _timeout_of(distributed_c10d._get_default_group(), torch.device(device_type))
+
+
+def _timeout_of(process_group: ProcessGroup, device: torch.device) -> timedelta:
     try:
-        return default._get_backend(torch.device(device_type)).options._timeout
+        return process_group._get_backend(device).options._timeout
     except (AttributeError, RuntimeError):  # backends without options, such as those made for tests
         return distributed_c10d.default_pg_timeout
+
+
+def seconds_of(process_group: ProcessGroup | None, device: torch.device) -> float:
+    """How long its ranks wait for each other in its collectives on such a device."""
+    if process_group is None:
+        return distributed_c10d.default_pg_timeout.total_seconds()
+    return _timeout_of(process_group, device).total_seconds()
 
 
 def default_store() -> distributed_c10d.Store:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
+from foldpar.comm.c10d import seconds_of
 from foldpar.comm.collectives import all_reduce_
 from foldpar.comm.groups import AxisGroup, FoldedGroups, Kept
 from foldpar.comm.host_meeting import HostMeeting, gathered
@@ -19,6 +20,7 @@ __all__ = [
     "DeviceMemories",
     "PeerMemories",
     "PeerMemory",
+    "await_peers",
     "check_room",
     "memories_of",
     "why_no_peers",
@@ -47,19 +49,26 @@ class PeerMemory:
     def __init__(self, group: AxisGroup, halves: tuple[int, int], own: torch.Tensor) -> None:
         self.group, self.halves, self.own, self._last = group, halves, own, "sums"
         self._handle: Any = None
+        self._patience = 0
+        self._stream: torch.cuda.Stream | None = None
         addresses = [own.data_ptr()]
         if group.size > 1:
             import torch.distributed._symmetric_memory as symmetric
 
             assert group.process_group is not None
+            self._patience = int(1000 * seconds_of(group.process_group, own.device))
             self._handle = symmetric.rendezvous(own, group.process_group.group_name)
             addresses = list(self._handle.buffer_ptrs)
+            if addresses[group.index] != own.data_ptr():  # torch may put it into a pool, and share that
+                raise RuntimeError("torch shares it from elsewhere than where it begins")
         own.zero_()
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device=own.device)
         self.flags = torch.zeros(3, dtype=torch.int32, device=own.device)
 
     def begin(self, half: Literal["rows", "sums"]) -> None:
         """Before writing a half of the own buffer."""
+        if self.own.is_cuda:
+            self._follow(torch.cuda.current_stream(self.own.device))
         if self._last == half:
             self.barrier()
         self._last = half
@@ -67,7 +76,27 @@ class PeerMemory:
     def barrier(self) -> None:
         """All ranks' writes so far can be read after this; the device waits, not the host."""
         if self._handle is not None:
-            self._handle.barrier(channel=0)
+            self._handle.barrier(channel=0, timeout_ms=self._patience)
+
+    def _follow(self, stream: torch.cuda.Stream) -> None:
+        """Work on this stream comes after that on another one, of which it would know nothing."""
+        last, self._stream = self._stream, stream
+        if last is None or last == stream:
+            return
+        with torch.cuda.stream(last):
+            captured = torch.cuda.is_current_stream_capturing()
+        if captured == torch.cuda.is_current_stream_capturing():  # a capture begins when all streams are done
+            stream.wait_stream(last)
+
+    def is_shared(self) -> bool:
+        """Whether this rank reads what every rank has written; ask once, on every rank, before it is used."""
+        if self._handle is None:
+            return True
+        told = [(rank + 1) % 256 for rank in range(self.group.size)]
+        self.own[0] = told[self.group.index]
+        self.barrier()
+        read = [self._handle.get_buffer(rank, (1,), torch.uint8) for rank in range(self.group.size)]
+        return bool(torch.cat(read).tolist() == told)
 
     def holds(self, halves: tuple[int, int]) -> bool:
         """Whether so many bytes fit into its halves."""
@@ -75,57 +104,103 @@ class PeerMemory:
 
 
 class DeviceMemories:
-    """The memories that the ranks of a group share on one kind of device, smallest first; or why they share none.
+    """The memories that the ranks of a group share on one kind of device; or why they share none.
 
-    Layers take turns with them. What is asked for and fits into one is given that one; else another is made, at least
-    twice as large as the last, so that all of them together take less than twice the largest. None is let go of before
-    the groups are: a captured graph may read it. Made by a meeting of the group, and changed by meetings only, so all
-    ranks have the same ones.
+    Layers take turns with them. What is asked for and fits into one is given the smallest such; else another is made,
+    twice as large as all before where the bound allows it. None is let go of before the groups are: a captured graph
+    may read it. Made by a meeting of the group, and changed by meetings only, so all ranks have the same ones.
 
     Attributes:
         reason: why the ranks cannot read each other's memory; ``None`` where they can.
-        hosts: where the hosts of these ranks meet.
+        refused: bytes of two halves that a rank did not have, and what it said.
+        hosts: where the hosts of these ranks meet; ``None`` where they cannot.
     """
 
     def __init__(self, group: AxisGroup, device: torch.device) -> None:
         self.group, self.device, self.made = group, device, list[PeerMemory]()
-        self._refused: tuple[tuple[int, int], str] | None = None
+        self.refused: tuple[tuple[int, int], str] | None = None
         self.reason, self.hosts = _why_unreachable(group, device), None
         if self.reason is None:
             try:
-                self.hosts = HostMeeting(group)
+                self.hosts = HostMeeting(group, seconds_of(group.process_group, device))
             except GroupsError as error:
                 self.reason = str(error)
 
-    def holding(self, halves: tuple[int, int]) -> PeerMemory | str:
-        """The smallest memory with room for so many bytes in its halves; or why there can be none.
+    @property
+    def shared(self) -> int:
+        """The bytes of a rank that are shared so far."""
+        return sum(sum(memory.halves) for memory in self.made)
 
-        Call it on every rank of the group with the same number. Where one has to be made it is a collective.
+    def fitting(self, halves: tuple[int, int]) -> PeerMemory | None:
+        """The smallest memory so far with room for so many bytes in its halves."""
+        return min((each for each in self.made if each.holds(halves)), key=lambda each: sum(each.halves), default=None)
+
+    def holding(self, halves: tuple[int, int], most: int) -> PeerMemory | str:
+        """A memory with room for so many bytes in its halves; or why there can be none.
+
+        Call it on every rank of the group with the same numbers. Where one has to be made it is a collective. ``most``
+        is the bound of all memories together, up to whole MiB.
 
         Raises:
             GroupsError: one has to be made, and the stream is being captured.
         """
-        for memory in self.made:
-            if memory.holds(halves):
-                return memory
-        if self._refused is not None and all(map(int.__ge__, halves, self._refused[0])):
-            return self._refused[1]
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise GroupsError(
-                "A graph is being captured of a forward with more tokens than any before, for which memory would have "
-                "to be shared. Run one step with as many before, or give OneSided(max_tokens=...)."
+        if (found := self.fitting(halves)) is not None:
+            return found
+        if self.refused is not None and all(map(int.__ge__, halves, self.refused[0])):
+            return self.refused[1]
+        sizes, bound = self._sizes(halves), _rounded(most) + 2 * _STEP
+        if self.shared + sum(sizes) > bound:
+            sizes = _rounded(halves[0]), _rounded(halves[1])
+        if self.shared + sum(sizes) > bound:
+            return (
+                f"it takes {sum(sizes) >> 20} MiB more than the {self.shared >> 20} MiB that the ranks share already, "
+                f"and most_bytes allows {most >> 20} MiB"
             )
+        _refuse_capture(self.device, "with more tokens than any before")
+        return self._make(halves, sizes)
+
+    def _sizes(self, halves: tuple[int, int]) -> tuple[int, int]:
+        """Of a memory that has more room than is asked for, since more may be asked for soon."""
+        before = [max((memory.halves[place] for memory in self.made), default=0) for place in (0, 1)]
         first, second = (
-            max(_rounded(half), 2 * before if half > before else before)
-            for half, before in zip(halves, self.made[-1].halves if self.made else (0, 0), strict=True)
+            max(_rounded(half), 2 * largest if half > largest else largest)
+            for half, largest in zip(halves, before, strict=True)
         )
-        own, problem = _allocated(first + second, self.group, self.device)
-        problems: list[str] = [why for why in gathered(problem, self.group) if why]
-        if problems or own is None:
-            self._refused = (halves, problems[0])
-            return problems[0]
-        self.made.append(PeerMemory(self.group, (first, second), own))
-        return self.made[-1]
+        return first, second
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _make(self, wanted: tuple[int, int], sizes: tuple[int, int]) -> PeerMemory | str:
+        own, problem = _allocated(sum(sizes), self.group, self.device)
+        if (problem := _first_of(problem, self.group)) or own is None:
+            self.refused = (wanted, problem)
+            return problem
+        memory: PeerMemory | None = None
+        try:
+            memory = PeerMemory(self.group, sizes, own)
+        except RuntimeError as error:
+            problem = str(error).partition("\n")[0]
+        problem = _first_of(problem, self.group)
+        if not problem and memory is not None and not memory.is_shared():  # a barrier, for which all must be there
+            problem = f"rank {self.group.ranks[self.group.index]} reads something else than the others have written"
+        if (problem := _first_of(problem, self.group)) or memory is None:
+            self.reason, self.hosts = f"memory could not be shared: {problem}", None
+            return self.reason
+        self.made.append(memory)
+        return memory
+
+
+def _first_of(problem: str, group: AxisGroup) -> str:
+    """The first problem that a rank of the group has; nothing if none has one."""
+    return next(filter(None, gathered(problem, group)), "")
+
+
+def _refuse_capture(device: torch.device, what: str) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise GroupsError(
+            f"A graph is being captured of a forward {what}, for which memory would have to be shared. Run one step "
+            f"with as many before, or give OneSided(max_tokens=...)."
+        )
 
 
 def _rounded(size: int) -> int:
@@ -150,14 +225,26 @@ class PeerMemories(Kept):
 
     def __init__(self, groups: FoldedGroups) -> None:
         self.found: dict[torch.device, DeviceMemories] = {}
+        self.awaited = False
+        """Whether a layer may share memory, once it has run."""
         self.watched: bool | None = None
-        """Whether any rank of the stage may share memory; ``None`` while nobody has asked."""
+        """Whether any rank of the stage may share memory; ``None`` while not all have asked."""
+
+
+def await_peers(groups: FoldedGroups) -> None:
+    """A layer of these groups may share memory; call it on every rank, when the layer is built. Asks nobody."""
+    groups.keep(PeerMemories).awaited = True
 
 
 def memories_of(groups: FoldedGroups, device: torch.device, *, ask: bool) -> DeviceMemories | None:
-    """What the ranks of EP x ETP share; ``None`` where nobody has asked. To ``ask`` the first time is a meeting."""
+    """What the ranks of EP x ETP share; ``None`` where nobody has asked. To ``ask`` the first time is a meeting.
+
+    Raises:
+        GroupsError: it would be the first time, and the stream is being captured.
+    """
     found = groups.keep(PeerMemories).found
     if ask and device not in found:
+        _refuse_capture(device, "that is the first one")
         found[device] = DeviceMemories(groups.ep_etp, device)
     return found.get(device)
 
@@ -172,13 +259,17 @@ def check_room(groups: FoldedGroups) -> None:
         ShapeError: gradients since then are not those of the model, and must not be used.
     """
     kept = groups.keep(PeerMemories)
-    if not kept.found:
+    if not kept.found and not (kept.awaited and _has_gpus(groups)):
         return
-    device = next(iter(kept.found))
+    device = next(iter(kept.found), groups.device)
     shared = [memory for each in kept.found.values() for memory in each.made]
     if kept.watched is None:  # other ranks of the stage may be on other machines, and share nothing
-        may = any(each.hosts is not None for each in kept.found.values())
-        kept.watched = _of_stage(torch.tensor([may], dtype=torch.int32, device=device), groups)[0] > 0
+        share = any(each.hosts is not None for each in kept.found.values())
+        told = torch.tensor([share, not kept.found], dtype=torch.int32, device=device)
+        may, not_asked = _of_stage(told, groups)
+        if not_asked and not may:
+            return
+        kept.watched = bool(may)
     if not kept.watched:
         return
     flags = torch.stack([torch.zeros(3, dtype=torch.int32, device=device), *(memory.flags for memory in shared)])
@@ -197,6 +288,10 @@ def check_room(groups: FoldedGroups) -> None:
         )
 
 
+def _has_gpus(groups: FoldedGroups) -> bool:
+    return groups.device.type == "cuda"
+
+
 def _of_stage(numbers: torch.Tensor, groups: FoldedGroups) -> list[int]:
     largest: list[int] = all_reduce_(all_reduce_(numbers, groups.tp, "max"), groups.dp_cp, "max").tolist()
     return largest
@@ -210,20 +305,49 @@ def _why_unreachable(group: AxisGroup, device: torch.device) -> str | None:
     reason = why_no_peers(device)
     if group.size == 1 or device.type != "cuda":  # all ranks have devices of one kind
         return reason
-    if missing := why_no_objects():
-        return missing
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    everybody = gathered((reason, socket.gethostname() + _boot_id(), visible, device.index), group)
-    reasons = [entry[0] for entry in everybody if entry[0]]
-    if reasons:
-        return str(reasons[0])
-    if len({entry[1] for entry in everybody}) > 1:
-        return f"the ranks {group.ranks} are on several machines"
-    if any(entry[2] != visible for entry in everybody):  # numbers of devices mean nothing to each other
-        return None
-    apart = [peer for *_, peer in everybody if peer != device.index and not _reads(device.index, peer)]
-    told = gathered(f"GPU {device.index} cannot read GPU {apart[0]}" if apart else None, group)
-    return next(filter(None, told), None)
+    missing = why_no_objects()
+    if all_reduce_(torch.tensor([missing is not None], dtype=torch.int32, device=device), group, "max").item():
+        return missing or "another rank cannot send Python objects: numpy is not installed there"
+    machine = socket.gethostname() + _boot_id()
+    place = (machine, os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES"), device.index)
+    everybody: list[Place] = gathered((reason or _why_other_memory(device), place), group)
+    if (reason := why_apart(group.ranks, everybody)) is not None:
+        return reason
+    devices = [index for _, (*_, index) in everybody]
+    apart = [peer for peer in devices if peer != device.index and not _reads(device.index, peer)]
+    return _first_of(f"GPU {device.index} cannot read GPU {apart[0]}" if apart else "", group) or None
+
+
+def why_apart(ranks: tuple[int, ...], everybody: list[Place]) -> str | None:
+    """What keeps ranks from reading each other's memory, wherever their GPUs are in the machine."""
+    for why, _ in everybody:
+        if why is not None:
+            return why
+    machines, processes, visible, devices = (set(entries) for entries in zip(*(at for _, at in everybody), strict=True))
+    if len(machines) > 1:
+        return f"the ranks {ranks} are on several machines"
+    if len(processes) < len(ranks):
+        return f"of the ranks {ranks} some are threads of one process"
+    if len(visible) > 1:  # numbers of devices mean nothing to each other
+        return f"the ranks {ranks} see different GPUs: CUDA_VISIBLE_DEVICES is not the same on all"
+    if len(devices) < len(ranks) and os.environ.get(_OVERLAPPING) != "1":
+        return f"of the ranks {ranks} some share a GPU"
+    return None
+
+
+Place: TypeAlias = tuple[str | None, tuple[str, int, str | None, int]]
+"""Of a rank: why it shares nothing; and its machine, its process, the GPUs that it sees, and the number of its own."""
+
+_OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+"""With which torch shares memory between ranks on one GPU, for tests."""
+
+
+def _why_other_memory(device: torch.device) -> str | None:
+    """Why torch's symmetric memory is another one than what is used here."""
+    from torch.distributed._symmetric_memory import get_backend
+
+    backend = get_backend(device)
+    return None if backend == "CUDA" else f"torch's symmetric memory is that of {backend} and not of CUDA"
 
 
 def _reads(one: int, other: int) -> bool:
@@ -234,6 +358,8 @@ def why_no_peers(device: torch.device) -> str | None:
     """Why a device can share no memory, whatever the other ranks have; ``None`` where it may. Asks nobody."""
     if device.type != "cuda":
         return f"it needs GPUs, and this is {device.type}"
+    if torch.version.hip is not None:
+        return "it was never run with ROCm"
     for module in ("triton", "torch.distributed._symmetric_memory"):
         if find_spec(module) is None:
             return f"{module} is missing"

@@ -18,12 +18,12 @@ from transformers.distributed.expert_parallel import EPImplementation
 from foldpar.comm import FoldedGroups
 from foldpar.hf.kernels import grouped_products, why_not_grouped
 from foldpar.models import experts_implementation
-from foldpar.moe import Journey, LaneState, OneSided, Routing
+from foldpar.moe import Journey, LaneState, Routing, Sharing
 
 __all__ = ["implementation"]
 
 
-def implementation(name: str, one_sided: OneSided | None) -> type[EPImplementation]:
+def implementation(name: str, one_sided: Sharing) -> type[EPImplementation]:
     """The class that transformers makes an object of for each module of experts.
 
     Experts are computed by foldpar's products where the experts implementation is transformers' default or ``name``.

@@ -10,12 +10,12 @@ from typing import Any
 from foldpar.arguments import expect
 from foldpar.errors import ArgumentError, ModelError
 from foldpar.hf.kernels import experts_forward
-from foldpar.moe import OneSided
+from foldpar.moe import OneSided, Sharing, as_expected
 
 __all__ = ["register_with_transformers"]
 
 
-def register_with_transformers(name: str = "foldpar", *, one_sided: OneSided | None = None) -> str:
+def register_with_transformers(name: str = "foldpar", *, one_sided: Sharing = None) -> str:
     """Make foldpar known to transformers under a name, in two places; returns the name.
 
     **Its products**, an experts implementation: the model keeps its modules and its weights, and each rank computes all
@@ -37,8 +37,9 @@ def register_with_transformers(name: str = "foldpar", *, one_sided: OneSided | N
     ``etp``, sequence parallelism) are :func:`foldpar.fold_model`'s, whose experts come by neither way.
 
     Args:
-        one_sided: let rows travel through shared memory where GPUs allow it. Nobody reads there whether rows found
-            room, so there must be room for all: ``OneSided()``, or with ``slack=math.inf``.
+        one_sided: how rows travel through memory that GPUs share: where that is possible by default, ``False`` for
+            messages. Experts that transformers computes get messages, unless this says ``OneSided()``. Nobody reads
+            there whether rows found room, so there must be room for all: no ``slack``, or ``slack=math.inf``.
 
     Backward:
         Exact, of all parameters, inputs and routing weights; also in float64. Over the lanes of a TP group it is that
@@ -53,8 +54,8 @@ def register_with_transformers(name: str = "foldpar", *, one_sided: OneSided | N
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    expect("register_with_transformers", name=(name, str), one_sided=(one_sided, (OneSided, type(None))))
-    if one_sided is not None and one_sided.slack not in (None, math.inf):
+    expect("register_with_transformers", name=(name, str), one_sided=(as_expected(one_sided), (OneSided, type(None))))
+    if isinstance(one_sided, OneSided) and one_sided.slack not in (None, math.inf):
         raise ArgumentError(
             f"register_with_transformers: one_sided has slack = {one_sided.slack}, room for a part of all rows that "
             f"may come, and in a loop of transformers nobody reads whether they found it. Leave slack away: there is "
@@ -64,7 +65,7 @@ def register_with_transformers(name: str = "foldpar", *, one_sided: OneSided | N
         from foldpar.hf.expert_parallel import implementation
 
         module.EPImplementationInterface.register(name, implementation(name, one_sided))
-    elif one_sided is not None:
+    elif isinstance(one_sided, OneSided):
         raise ModelError(
             f"register_with_transformers: one_sided is for expert-parallel implementations, which transformers has "
             f"since 5.23, and this is {version('transformers')}. Without it, foldpar's products are registered alone."

@@ -19,7 +19,7 @@ from foldpar.models.meta_copy import HOOKS
 from foldpar.models.plan import Block, FoldPlan, survey
 from foldpar.models.refusals import refuse_what_needs_all_ranks
 from foldpar.models.tensor_parallel import shard_dense
-from foldpar.moe import FoldedExperts, ModelChecks, OneSided, Partition, correction_bias_in
+from foldpar.moe import FoldedExperts, ModelChecks, OneSided, Partition, Sharing, as_expected, correction_bias_in
 from foldpar.parameters import (
     base_of,
     keep_dtypes,
@@ -40,7 +40,7 @@ def fold_model(
     *,
     adapters: Iterable[MoEAdapter] = (),
     partition: Partition = "tokens",
-    one_sided: OneSided | None = None,
+    one_sided: Sharing = None,
     check: bool | None = None,
 ) -> FoldPlan:
     """Fold a model in place: its experts over ``ep`` and ``etp``, its dense part over ``tp``; returns what was done.
@@ -71,8 +71,8 @@ def fold_model(
             weights or layers shared between depths, stays one.
         adapters: :class:`~foldpar.MoEAdapter` for blocks that are not known here; they come first.
         partition: how lanes share the experts' work, see :class:`foldpar.FoldedExperts`.
-        one_sided: let rows travel through shared memory where that is possible, see :class:`foldpar.OneSided`; by
-            default they travel in messages.
+        one_sided: how rows travel through memory that GPUs share, as in :class:`foldpar.FoldedMoE`: where that is
+            possible by default, ``False`` for messages.
         check: when to compare what is taken on trust, as in :class:`foldpar.FoldedMoE`; here also that all lanes of a
             TP group call the model with the same tensors, and send the same gradients back to its outputs.
 
@@ -88,7 +88,7 @@ def fold_model(
         "fold_model",
         model=(model, nn.Module),
         groups=(groups, FoldedGroups),
-        one_sided=(one_sided, (OneSided, type(None))),
+        one_sided=(as_expected(one_sided), (OneSided, type(None))),
     )
     model = base_of(model)
     with adapters_aside(model):

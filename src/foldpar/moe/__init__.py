@@ -49,7 +49,7 @@ from foldpar.moe.stand_ins import lockstep
 from foldpar.moe.storage import ExpertStorage
 from foldpar.moe.transport.journey import Journey
 from foldpar.moe.transport.messages import DispatchPlan, Partition, combine, dispatch, plan_dispatch
-from foldpar.moe.transport.one_sided import OneSided
+from foldpar.moe.transport.one_sided import OneSided, Sharing, as_expected
 
 __all__ = [
     "ELEMENTWISE",
@@ -75,7 +75,9 @@ __all__ = [
     "Places",
     "Router",
     "Routing",
+    "Sharing",
     "TopKRouter",
+    "as_expected",
     "collect",
     "combine",
     "correction_bias_in",

@@ -25,7 +25,7 @@ from foldpar.moe.recomputation import in_backward, unseen_by_modes
 from foldpar.moe.routing.router import Routing, without_tokens
 from foldpar.moe.transport.journey import Journey
 from foldpar.moe.transport.messages import Partition
-from foldpar.moe.transport.one_sided import OneSided
+from foldpar.moe.transport.one_sided import OneSided, Sharing, as_expected
 from foldpar.moe.transport.whole import BALANCED, WholeJourney, uncompiled, why_uncompiled
 from foldpar.parameters import computes_in_own_dtype
 
@@ -48,7 +48,7 @@ class FoldedExperts(ExpertShare):
         partition: how replicated lanes share the work: by ``"tokens"``, a contiguous slice each, or by
             ``"assignments"``, evenly per expert, for which all lanes must have routed alike, bit by bit.
         counters: where to count what this layer moves, a :class:`LayerCounters`.
-        one_sided: let rows travel through shared memory where that is possible, see :class:`foldpar.OneSided`.
+        one_sided: how rows travel through memory that GPUs share, as in :class:`foldpar.FoldedMoE`.
         check: when to compare what is taken on trust, as in :class:`foldpar.FoldedMoE`.
         call: ``(folded, *arguments) -> output``, for blocks that call their experts in another way: what this module is
             called with goes there, and ``folded`` is :meth:`routed`.
@@ -75,11 +75,12 @@ class FoldedExperts(ExpertShare):
         lanes: Lanes = "replicated",
         partition: Partition = "tokens",
         counters: LayerCounters | None = None,
-        one_sided: OneSided | None = None,
+        one_sided: Sharing = None,
         check: bool | None = None,
         call: Callable[..., Tensor] | None = None,
         **options: Any,
     ) -> None:
+        expect("FoldedExperts", one_sided=(as_expected(one_sided), (OneSided, type(None))))
         super().__init__(num_experts, dim, hidden_dim, groups, **options)
         self.call = call
         self.without_data = False

@@ -33,7 +33,7 @@ from foldpar.moe.routing.randomness import random_region
 from foldpar.moe.routing.router import Router, Routing, check_routing, takes_padding, without_tokens
 from foldpar.moe.transport.journey import Experts, Journey
 from foldpar.moe.transport.messages import Partition
-from foldpar.moe.transport.one_sided import OneSided
+from foldpar.moe.transport.one_sided import OneSided, Sharing, as_expected
 from foldpar.moe.transport.whole import LIMITED, RANDOM, WholeJourney, uncompiled, why_uncompiled
 from foldpar.parameters import families_seen_from, mark_children
 from foldpar.wording import not_dividing, some
@@ -65,7 +65,8 @@ class FoldedMoE(nn.Module):
             must then decide alike on all lanes.
         capacity: drop assignments that exceed the experts' :class:`Capacity`; ``None`` drops none.
         counters: where to count what this layer moves, a :class:`LayerCounters`.
-        one_sided: let rows travel through shared memory where that is possible, see :class:`OneSided`.
+        one_sided: how rows travel through memory that GPUs share, see :class:`OneSided`. ``None``: as ``OneSided()``
+            has it, where ranks can read each other's memory, and in messages elsewhere; ``False``: in messages.
         check: when to compare what this layer takes on trust: ranks fit together (dtypes, frozen parameters, top_k),
             replicated lanes hold the same tokens, routing weights are finite, lanes that route the same tokens decide
             alike, and arriving gradients are what ``lane_grads`` says (where that can be seen: not for
@@ -97,7 +98,7 @@ class FoldedMoE(nn.Module):
         partition: Partition = "tokens",
         capacity: Capacity | None = None,
         counters: LayerCounters | None = None,
-        one_sided: OneSided | None = None,
+        one_sided: Sharing = None,
         check: bool | None = None,
     ) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class FoldedMoE(nn.Module):
             shared=(shared, (nn.Module, type(None))),
             capacity=(capacity, (Capacity, type(None))),
             counters=(counters, (LayerCounters, type(None))),
-            one_sided=(one_sided, (OneSided, type(None))),
+            one_sided=(as_expected(one_sided), (OneSided, type(None))),
         )
         _check_parts(router, experts)
         made_for = getattr(experts, "groups", groups)

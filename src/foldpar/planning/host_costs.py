@@ -106,7 +106,7 @@ class _Slope:
 
     def _phases(self, groups: FoldedGroups, layers: int, stage: int, dense: bool, one_sided: bool) -> dict[str, float]:
         model = _small(layers, dense, self.device)
-        fold_model(model, groups, one_sided=OneSided(TOKENS, slack=8.0) if one_sided else None, check=False)
+        fold_model(model, groups, one_sided=OneSided(TOKENS, slack=8.0) if one_sided else False, check=False)
         if stage:
             shard_model(model, groups, stage=stage)  # type: ignore[arg-type]
         optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-4)

@@ -290,8 +290,9 @@ def commands(plan: Plan, row: PlanRow) -> str:
 
 
 def _way_of_rows(plan: Plan, row: PlanRow) -> str:
-    if row.transport == "messages":
-        return ""
+    if row.transport == "messages":  # else they travel one-sided where GPUs can, and that was not predicted
+        travel = row.layout.ep * row.layout.etp > 1 and plan.machine.device != "cpu"
+        return ", one_sided=False" if travel else ""
     own = -(-row.micro * plan.work.tokens // (row.layout.cp * row.layout.tp))
     return f", one_sided=foldpar.OneSided(max_tokens={own}, slack=2.0)"
 

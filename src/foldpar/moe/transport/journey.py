@@ -3,7 +3,8 @@
     in messages   plan | all-to-all -> experts -> all-to-all      between any ranks; the host learns the sizes
     one-sided     publish | read -> experts -> publish | read     through shared memory; sizes stay on the device
 
-Both compute the same and have the same backward. :class:`OneSided` says when rows may travel one-sided.
+Both compute the same and have the same backward. Rows travel one-sided where ranks can read each other's memory, unless
+the layer is told not to; :class:`OneSided` has the bounds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from foldpar.comm import memories_of
+from foldpar.comm import await_peers, memories_of
 from foldpar.moe.counters import LayerCounters
 from foldpar.moe.kernels.grouped import in_autocast_dtype
 from foldpar.moe.kernels.permutation import Places, wide
@@ -30,7 +31,7 @@ from foldpar.moe.transport.messages import (
     own_assignments,
     plan_dispatch,
 )
-from foldpar.moe.transport.one_sided import OneSided, OneSidedWay, combine_one_sided, dispatch_one_sided
+from foldpar.moe.transport.one_sided import OneSided, OneSidedWay, Sharing, combine_one_sided, dispatch_one_sided
 
 __all__ = ["Experts", "InMessages", "Journey", "Way"]
 
@@ -81,7 +82,8 @@ class Journey:
         experts: what computes the rows. Whether it applies the weights, and leaves rows alone that hold nothing, is
             asked here, once; it is not kept.
         counters: where to count what moves.
-        one_sided: rows may travel one-sided.
+        one_sided: whether rows may travel one-sided. ``None``: where ranks have something to exchange, and the experts
+            are known to answer in the dtype that they are asked in.
     """
 
     def __init__(
@@ -90,11 +92,14 @@ class Journey:
         experts: Experts,
         *,
         counters: LayerCounters | None = None,
-        one_sided: OneSided | None = None,
+        one_sided: Sharing = None,
     ) -> None:
         self.state, self.num_experts, self.dim = state, experts.num_experts, experts.dim
         self.ends = lane_ends(state)
-        self.counters, self.one_sided = counters, one_sided
+        self.counters = counters
+        self.one_sided, self.in_messages_why = _sharing(one_sided, experts, state)
+        if self.one_sided is not None:
+            await_peers(state.groups)
         self.in_messages = InMessages(
             state,
             self.num_experts,
@@ -102,7 +107,8 @@ class Journey:
             reads_places=getattr(experts, "reads_places", False),
             counters=counters,
         )
-        self.in_messages_why = None if counters is None else "counters read the sizes on the host"
+        if counters is not None and self.one_sided is not None:
+            self.in_messages_why = "counters read the sizes on the host"
         self.sizes_why = _needs_sizes(experts)
 
     def __call__(self, compute: Callable[..., Tensor], rows: Tensor, routing: Routing, *, tokens: int) -> Tensor:
@@ -128,12 +134,10 @@ class Journey:
         Where rows may travel one-sided it is a meeting of the group, and the answer is the same on all ranks.
         """
         if self.one_sided is None:
-            return Way("in messages")
-        if self.in_messages_why is not None:
             return Way("in messages", self.in_messages_why)
         found = self.one_sided.way(
             tokens, dtype, self.dim, top_k, self.state.groups, self.num_experts, device,
-            needs_sizes=self.sizes_why is not None,
+            needs_sizes=self.sizes_why is not None, in_messages=self.in_messages_why,
         )  # fmt: skip
         return Way("in messages", found) if isinstance(found, str) else Way("one-sided", memory=found)
 
@@ -142,7 +146,7 @@ class Journey:
         dtype that can be.
         """
         if self.one_sided is None:
-            return Way("in messages")
+            return Way("in messages", self.in_messages_why)
         if (reason := self.in_messages_why or self.one_sided.refusal(dtype, device)) is not None:
             return Way("in messages", reason)
         groups = self.state.groups
@@ -152,7 +156,14 @@ class Journey:
         name = "one-sided where ranks can read each other's memory" if memories is None else "one-sided"
         kind, local = dtype or torch.float32, self.num_experts // groups.ep.size
         most = self.one_sided.most_tokens(groups.ep_etp.size, self.dim, top_k, kind)
+        refused = None if memories is None else memories.refused
+        if refused is not None and memories is not None and not memories.made:
+            return Way("in messages", refused[1])
         told = [f"up to {most} tokens of a rank, more in messages"]
+        if memories is not None and memories.made:
+            told.append(f"{memories.shared >> 20} MiB of a rank are shared")
+        if refused is not None:
+            told.append(f"for more, {refused[1]}")
         if self.sizes_why is not None:
             told.append(f"the host waits for sizes, since {self.sizes_why}")
         elif (few := self.one_sided.waits_beyond(groups, self.dim, top_k, local, kind)) is not None and few < most:
@@ -236,6 +247,20 @@ class ThroughMemory:
         given = (arrived, rows_per_expert, row_weights, plan.sizes)
         apart = plan.apart  # rows are read where they lie, and summed there
         return combine_one_sided(compute(*given) if apart is None else compute(*given, apart), plan)
+
+
+def _sharing(one_sided: Sharing, experts: Experts, state: LaneState) -> tuple[OneSided | None, str | None]:
+    """How rows may travel one-sided; or that they do not, and why where there is something to exchange."""
+    if isinstance(one_sided, OneSided):
+        return one_sided, None
+    if state.groups.ep_etp.size == 1:
+        return None, None
+    if one_sided is False:
+        return None, "one_sided = False"
+    if not hasattr(experts, "needs_sizes"):
+        kind = type(experts).__name__
+        return None, f"{kind} may answer in a wider dtype than it is asked in, which memory is not shared for"
+    return OneSided(), None
 
 
 def _needs_sizes(experts: Experts) -> str | None:

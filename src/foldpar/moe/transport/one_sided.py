@@ -6,10 +6,12 @@
 It moves what ``messages`` moves: every row once per destination, already summed over that rank's experts
 on the way back; slices of an expert (ETP) are destinations of their own. In the backward the two halves change places.
 
-**Who decides.** Before a forward the hosts of the group tell each other how many tokens they route, through a word of
-memory they share (:class:`~foldpar.comm.host_meeting.HostMeeting`), and all take the largest. Whatever follows is a
-function of that number and of what is equal on all ranks, so all of them go the same way, make new memory in the same
-forward, or send messages: more tokens than the bound allows are no error. No device is asked.
+**Who decides.** Whether ranks can read each other's memory, they agree on once, before the first forward. Before each
+forward the hosts of the group tell each other how many tokens they route, through a word of memory they share
+(:class:`~foldpar.comm.host_meeting.HostMeeting`), and all take the largest; a rank that has to send messages tells a
+number that is larger than all others. Whatever follows is a function of that number and of what is equal on all ranks,
+so all of them go the same way, make new memory in the same forward, or send messages: more tokens than the bound allows
+are no error. No device is asked.
 
 **Room.** How many rows come to a rank's experts, only the device knows. Where those that can come beyond the balanced
 number are few (:data:`UNASKED` bytes), there is room for all. Else the host asks the device, once a forward; or the
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from foldpar.comm import FoldedGroups, PeerMemory, memories_of, why_no_peers
 from foldpar.errors import ShapeError
 from foldpar.moe.kernels.permutation import Places
+from foldpar.moe.recomputation import unseen_by_modes
 from foldpar.moe.transport.messages import MOST_LISTED
 
 __all__ = [
@@ -38,6 +41,8 @@ __all__ = [
     "OneSidedPlan",
     "OneSidedWay",
     "RowExchange",
+    "Sharing",
+    "as_expected",
     "combine_one_sided",
     "dispatch_one_sided",
 ]
@@ -46,6 +51,12 @@ _ALIGNED = 256
 
 UNASKED = 2**27
 """Bytes of rows that may not come for which there is room without being asked; experts need about four times that."""
+
+
+_SUMMED = (torch.bfloat16, torch.float16, torch.float32, None)
+
+_IN_MESSAGES = 2**40 - 1
+"""More tokens than any rank has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +120,9 @@ class OneSided:
             can come; the host then never waits, and rows that find no room are left out, of which ``reduce_gradients``
             tells by raising. ``None``: there is room for all rows, always; where more than 128 MiB of them may not
             come, the host waits once a forward to learn how many did.
-        most_bytes: the most memory of a rank that a forward may share. Tokens that would need more travel in messages.
-            Memory that grew stays, and at least doubles, so all of it may come to four times as much; with
-            ``max_tokens`` it is made once.
+        most_bytes: the most memory that a rank shares, for all layers of the same groups together, up to whole MiB.
+            Tokens that would need more travel in messages. Memory that grew stays, and doubles where the bound allows
+            it; with ``max_tokens`` it is made once.
     """
 
     max_tokens: int | None = None
@@ -131,7 +142,7 @@ class OneSided:
 
     def refusal(self, dtype: torch.dtype | None, device: torch.device) -> str | None:
         """Why no such rows travel one-sided, whatever the other ranks have; ``None`` if they may."""
-        if dtype not in (torch.bfloat16, torch.float16, torch.float32, None):
+        if dtype not in _SUMMED:
             return f"the rows are {dtype}, and the kernels add up in float32"
         return why_no_peers(device)
 
@@ -152,24 +163,37 @@ class OneSided:
         device: torch.device,
         *,
         needs_sizes: bool,
+        in_messages: str | None = None,
     ) -> OneSidedWay | str:
         """The memory, the exchange and the room for the rows of a forward; or why they travel in messages instead.
 
         ``tokens`` are those that this rank routes; the hosts of the group meet, and the answer is the same on all of
-        them. ``needs_sizes``: no row may hold nothing, so the host has to learn how many there are.
+        them. ``needs_sizes``: no row may hold nothing, so the host has to learn how many there are. ``in_messages``:
+        why this rank has to send messages, so that all of them do.
         """
-        if (reason := self.refusal(dtype, device)) is not None:
-            return reason
-        memories = memories_of(groups, device, ask=True)
-        assert memories is not None
+        if dtype not in _SUMMED or device.type != "cuda":  # the same on all ranks, and whether GPUs can is agreed on
+            reason = self.refusal(dtype, device)
+            if reason is not None:
+                return in_messages or reason
+        memories = memories_of(groups, device, ask=False)
+        if memories is None:
+            with unseen_by_modes():
+                memories = memories_of(groups, device, ask=True)
+            assert memories is not None
         if memories.hosts is None:
-            return memories.reason or ""
-        ranks, largest = groups.ep_etp.size, memories.hosts.largest(tokens)
+            return in_messages or memories.reason or ""
+        largest = memories.hosts.largest(tokens if in_messages is None else _IN_MESSAGES)
+        if largest == _IN_MESSAGES:
+            return in_messages or "another rank has to send messages"
+        ranks = groups.ep_etp.size
         if largest > (most := self.most_tokens(ranks, dim, top_k, dtype)):
             return f"a rank routes {largest} tokens, and there is to be memory for {most}"
         exchange = RowExchange(ranks, max(largest, 1), dim, top_k, dtype)
         reserved = exchange if self.max_tokens is None else replace(exchange, max_tokens=max(most, 1))
-        memory = memories.holding(reserved.halves())
+        memory: PeerMemory | str | None = memories.fitting(reserved.halves())
+        if memory is None:
+            with unseen_by_modes():
+                memory = memories.holding(reserved.halves(), self.most_bytes)
         if isinstance(memory, str):
             return memory
         room = None if needs_sizes else self._room(exchange, groups, num_experts // groups.ep.size)
@@ -199,6 +223,15 @@ class OneSided:
         if self.slack is not None or unsure <= 0:
             return None
         return UNASKED // (unsure * dim * dtype.itemsize)
+
+
+Sharing: TypeAlias = OneSided | Literal[False] | None
+"""What a layer is told about one-sided rows: how, not at all, or nothing."""
+
+
+def as_expected(one_sided: Sharing) -> OneSided | None:
+    """For ``foldpar.arguments.expect``, which takes a value of a kind."""
+    return None if one_sided is False else one_sided
 
 
 def _capturing() -> bool:
