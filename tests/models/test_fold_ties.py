@@ -119,7 +119,7 @@ def test_the_exactness_sees_an_untied_weight(monkeypatch: pytest.MonkeyPatch) ->
     kept = foldpar.models.fold._folded
 
     def untied(*given: Any, **options: Any) -> Any:
-        given[-1].weights.clear()
+        given[2].weights.clear()
         return kept(*given, **options)
 
     monkeypatch.setattr(foldpar.models.fold, "_folded", untied)

@@ -18,7 +18,7 @@ from transformers.distributed.expert_parallel import EPImplementation
 from foldpar.comm import FoldedGroups
 from foldpar.hf.kernels import grouped_products, why_not_grouped
 from foldpar.models import experts_implementation
-from foldpar.moe import Journey, LaneState, Routing, Sharing
+from foldpar.moe import BIASED, Abilities, Journey, LaneState, Routing, Sharing
 
 __all__ = ["implementation"]
 
@@ -76,13 +76,9 @@ def _groups(known: WeakValueDictionary[tuple[str, str], FoldedGroups], ep_mesh: 
 class _Products:
     """Experts computed by foldpar's grouped products."""
 
-    applies_weights = True
-
     def __init__(self, experts: Any, num_experts: int, dim: int) -> None:
         self.experts, self.num_experts, self.dim = experts, num_experts, dim
-
-    def needs_sizes(self) -> str | None:
-        return "the experts have biases, whose gradients are sums over all rows" if self.experts.has_bias else None
+        self.abilities = Abilities(needs_sizes=BIASED if experts.has_bias else None)
 
     def __call__(
         self, rows: Tensor, rows_per_expert: Tensor, weights: Tensor, sizes: tuple[int, ...] | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -92,7 +91,7 @@ def fold_model(
     )
     model = base_of(model)
     with adapters_aside(model):
-        plan = _fold_all(model, groups, adapters, check, partition=partition, one_sided=one_sided)
+        plan = _fold_all(model, groups, adapters, _Choices(partition, one_sided, check))
     welcome_adapters(model, groups)
     return plan
 
@@ -101,14 +100,13 @@ def _fold_all(
     model: nn.Module,
     groups: FoldedGroups,
     adapters: Iterable[MoEAdapter],
-    check: bool | None,
-    **options: Any,
+    choices: _Choices,
 ) -> FoldPlan:
     found, before = survey(model, groups.layout, adapters), list(model.parameters())
     proof = _proof(found.blocks)
     shared = _Shared({}, {})
     for block in found.blocks:
-        _fold(model, block, groups, shared, check=check, **options)
+        _fold(model, block, groups, shared, choices)
     shard_dense(model, found.dense, groups)
     for name in found.dense.partial:
         owner, _, own_name = name.rpartition(".")
@@ -122,7 +120,7 @@ def _fold_all(
     keep_dtypes(model)
     refuse_what_needs_all_ranks(model, groups)
     _check_done(model, groups, found.plan, [block.name for block in found.blocks if block.adapter.replace is not None])
-    ModelChecks(groups, check, experts=bool(found.blocks)).watch(model)
+    ModelChecks(groups, choices.check, experts=bool(found.blocks)).watch(model)
     return replace(found.plan, proof=proof)
 
 
@@ -135,6 +133,15 @@ def _proof(blocks: Iterable[Block]) -> tuple[str, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Choices:
+    """What a user of :func:`fold_model` chooses for all experts."""
+
+    partition: Partition
+    one_sided: Sharing
+    check: bool | None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Shared:
     """What is at several places of the model stays one thing: experts by their module, weights by their tensor."""
@@ -143,14 +150,14 @@ class _Shared:
     weights: dict[int, nn.Parameter]
 
 
-def _fold(model: nn.Module, block: Block, groups: FoldedGroups, shared: _Shared, **options: Any) -> None:
+def _fold(model: nn.Module, block: Block, groups: FoldedGroups, shared: _Shared, choices: _Choices) -> None:
     adapter = block.adapter
     if adapter.replace is not None:
         _put(model, block.module, adapter.replace(block.module, groups).train(block.module.training))
         return
     experts = block.experts
     if not isinstance(experts, FoldedExperts) and id(experts) not in shared.experts:
-        shared.experts[id(experts)] = _folded(block, groups, shared, **options)
+        shared.experts[id(experts)] = _folded(block, groups, shared, choices)
     folded = experts if isinstance(experts, FoldedExperts) else shared.experts[id(experts)]
     folded.counts_decisions = correction_bias_in(block.module) is not None
     for router in block.routers:
@@ -161,7 +168,7 @@ def _fold(model: nn.Module, block: Block, groups: FoldedGroups, shared: _Shared,
         _put(model, block.module, adapter.around(block.module, folded).train(block.module.training))
 
 
-def _folded(block: Block, groups: FoldedGroups, shared: _Shared, **options: Any) -> FoldedExperts:
+def _folded(block: Block, groups: FoldedGroups, shared: _Shared, choices: _Choices) -> FoldedExperts:
     assert block.activation is not None
     adapter, experts = block.adapter, block.experts
     weights = adapter.weights_of(experts, block.experts_name)
@@ -174,7 +181,9 @@ def _folded(block: Block, groups: FoldedGroups, shared: _Shared, **options: Any)
         activation=block.activation,
         storage=adapter.storage,
         call=adapter.call,
-        **options,
+        partition=choices.partition,
+        one_sided=choices.one_sided,
+        check=choices.check,
     ).train(experts.training)
     for name in HOOKS:  # the same objects, so that handles of hooks still remove them
         setattr(folded, name, getattr(experts, name))

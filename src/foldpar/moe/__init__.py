@@ -20,6 +20,7 @@ to each rank that has one of its experts.
 
 from __future__ import annotations
 
+from foldpar.moe.abilities import BIASED, Abilities
 from foldpar.moe.counters import CounterValues, LayerCounters
 from foldpar.moe.experts import ExpertShare, GroupedExperts
 from foldpar.moe.folded_experts import FoldedExperts
@@ -52,7 +53,9 @@ from foldpar.moe.transport.messages import DispatchPlan, Partition, combine, dis
 from foldpar.moe.transport.one_sided import OneSided, Sharing, as_expected
 
 __all__ = [
+    "BIASED",
     "ELEMENTWISE",
+    "Abilities",
     "Activation",
     "BalancedRouter",
     "Capacity",

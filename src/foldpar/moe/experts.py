@@ -15,6 +15,7 @@ from foldpar.arguments import expect, expect_sizes
 from foldpar.comm import FoldedGroups, adopt, distributed_parameter, is_dtensor, local_parts, opened
 from foldpar.errors import ShapeError
 from foldpar.families import EXPERT_BIAS, ROUTED_EXPERT, ParameterFamily
+from foldpar.moe.abilities import BIASED, Abilities
 from foldpar.moe.kernels.activations import Activation, check_activation, is_gated
 from foldpar.moe.kernels.grouped import grouped_feed_forward
 from foldpar.moe.kernels.permutation import Places
@@ -30,10 +31,8 @@ class ExpertShare(nn.Module):
     routing. Arguments, parameters and ``from_dense`` are those of ``GroupedExperts``.
     """
 
-    applies_weights = True
-    """A journey hands over the routing weights, which cost nothing here."""
     takes_rows = False
-    """Whether the module itself is what a journey calls with rows; else it is :meth:`compute`."""
+    """Whether the module itself is called with rows that have arrived."""
 
     def __init__(
         self,
@@ -253,13 +252,14 @@ class ExpertShare(nn.Module):
         return ExpertProduct(self.activation, self.storage, adds_down_bias=self.groups.etp.index == 0)
 
     @property
-    def reads_places(self) -> bool:
-        """Whether rows may stay where they lie; what a subclass computes takes them grouped by expert."""
-        return not self.computes_its_own_way()
+    def abilities(self) -> Abilities:
+        """What a journey may ask for; what a subclass computes takes rows grouped by expert."""
+        return Abilities(not self.computes_its_own_way(), None if self.biases is None else BIASED)
 
-    def needs_sizes(self) -> str | None:
-        """Why no rows may come that hold nothing, behind the last expert's: the host then learns how many there are."""
-        return None if self.biases is None else "the experts have biases, whose gradients are sums over all rows"
+    @property
+    def of_rows(self) -> Callable[..., Tensor]:
+        """What a journey calls with rows: the module itself, on whose call FSDP2's hooks hang, where it takes rows."""
+        return self if self.takes_rows else self.compute
 
     def mark(self, routed: ParameterFamily, bias: ParameterFamily) -> None:
         """Say of which family the parameters are, and of which the output bias."""

@@ -241,8 +241,8 @@ class FoldedMoE(nn.Module):
 
     @property
     def _compute(self) -> Callable[..., Tensor]:
-        """What computes rows: the experts, whose call FSDP2's hooks hang on, unless it takes tokens."""
-        return self.experts if getattr(self.experts, "takes_rows", True) else self.experts.compute  # type: ignore[attr-defined]
+        """What computes rows."""
+        return self.experts.of_rows if isinstance(self.experts, ExpertShare) else self.experts
 
     def _reductions(self) -> list[tuple[str, str]]:
         """How the parameters of each part are reduced over the lanes; by name where a part has several families."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from foldpar.comm import await_peers, memories_of
+from foldpar.moe.abilities import Abilities
 from foldpar.moe.counters import LayerCounters
 from foldpar.moe.kernels.grouped import in_autocast_dtype
 from foldpar.moe.kernels.permutation import Places, wide
@@ -39,9 +40,7 @@ __all__ = ["Experts", "InMessages", "Journey", "Way"]
 class Experts(Protocol):
     """Anything that computes expert-major rows, such as :class:`GroupedExperts`.
 
-    Where it has a true ``applies_weights``, it takes each row's routing weight and the sizes on the host (or ``None``)
-    as well, weights what it computes, and leaves rows alone that hold nothing. With a true ``reads_places`` it may be
-    given rows that lie anywhere, as ``grouped_feed_forward`` takes them.
+    What it can beyond that, its attribute ``abilities`` says, an :class:`~foldpar.moe.abilities.Abilities`.
     """
 
     num_experts: int
@@ -79,8 +78,7 @@ class Journey:
 
     Args:
         state: what the lanes of the layer hold; ``ends`` is how they share its work.
-        experts: what computes the rows. Whether it applies the weights, and leaves rows alone that hold nothing, is
-            asked here, once; it is not kept.
+        experts: what computes the rows. What it can is asked here, once; it is not kept.
         counters: where to count what moves.
         one_sided: whether rows may travel one-sided. ``None``: where ranks have something to exchange, and the experts
             are known to answer in the dtype that they are asked in.
@@ -97,19 +95,22 @@ class Journey:
         self.state, self.num_experts, self.dim = state, experts.num_experts, experts.dim
         self.ends = lane_ends(state)
         self.counters = counters
-        self.one_sided, self.in_messages_why = _sharing(one_sided, experts, state)
+        abilities: Abilities | None = getattr(experts, "abilities", None)
+        kind = type(experts).__name__
+        self.one_sided, self.in_messages_why = _sharing(one_sided, kind, abilities, state)
         if self.one_sided is not None:
             await_peers(state.groups)
         self.in_messages = InMessages(
             state,
             self.num_experts,
-            applies_weights=getattr(experts, "applies_weights", False),
-            reads_places=getattr(experts, "reads_places", False),
+            applies_weights=abilities is not None,
+            reads_places=abilities is not None and abilities.reads_places,
             counters=counters,
         )
         if counters is not None and self.one_sided is not None:
             self.in_messages_why = "counters read the sizes on the host"
-        self.sizes_why = _needs_sizes(experts)
+        unable = f"{kind} may not leave rows alone that hold nothing, as GroupedExperts do"
+        self.sizes_why = unable if abilities is None else abilities.needs_sizes
 
     def __call__(self, compute: Callable[..., Tensor], rows: Tensor, routing: Routing, *, tokens: int) -> Tensor:
         """Rows that this lane routed, to the experts and back to all ``[tokens, dim]``, weighted and summed.
@@ -249,7 +250,9 @@ class ThroughMemory:
         return combine_one_sided(compute(*given) if apart is None else compute(*given, apart), plan)
 
 
-def _sharing(one_sided: Sharing, experts: Experts, state: LaneState) -> tuple[OneSided | None, str | None]:
+def _sharing(
+    one_sided: Sharing, kind: str, abilities: Abilities | None, state: LaneState
+) -> tuple[OneSided | None, str | None]:
     """How rows may travel one-sided; or that they do not, and why where there is something to exchange."""
     if isinstance(one_sided, OneSided):
         return one_sided, None
@@ -257,15 +260,6 @@ def _sharing(one_sided: Sharing, experts: Experts, state: LaneState) -> tuple[On
         return None, None
     if one_sided is False:
         return None, "one_sided = False"
-    if not hasattr(experts, "needs_sizes"):
-        kind = type(experts).__name__
+    if abilities is None:
         return None, f"{kind} may answer in a wider dtype than it is asked in, which memory is not shared for"
     return OneSided(), None
-
-
-def _needs_sizes(experts: Experts) -> str | None:
-    """Why the host has to know how many rows came, so that there are no others; ``None`` where it need not."""
-    if (needs := getattr(experts, "needs_sizes", None)) is None:
-        return f"{type(experts).__name__} may not leave rows alone that hold nothing, as GroupedExperts do"
-    why: str | None = needs()
-    return why
