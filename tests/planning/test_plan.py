@@ -344,6 +344,8 @@ def test_a_thousand_gpus_plan_in_twenty_seconds_of_one_core():
 def test_the_lines_that_set_up_one_sided_rows_say_how_many_a_rank_routes():
     found = plan(QWEN3_30B, gpus=16, tokens=4096, batch=64, tp=2, ep=8, pp=1, cp=1, transport="one-sided", micro=2)
     assert "fold_model(model, groups, one_sided=foldpar.OneSided(max_tokens=4096, slack=2.0))" in found.commands()
+    found = plan(QWEN3_30B, gpus=16, tokens=4096, batch=64, tp=2, ep=8, pp=1, cp=1, transport="messages", micro=2)
+    assert "fold_model(model, groups, one_sided=False)" in found.commands()
 
 
 def test_a_model_that_does_not_fit_says_what_is_missing():
