@@ -6,7 +6,9 @@
 
 For each model and number of tokens one table: every fold, stage and way of rows on the same global batch, predicted and
 measured, with the parts of the prediction; on one GPU, which has one fold, recomputation and micro-batches. Measured is
-the median of the timed steps, on the slowest rank. Behind it what the plan is asked for: whether the best one is among
+the median of the timed steps, on the slowest rank; with ``--turns``, in which every model is built again, the median of
+their medians, and the fastest and slowest step of all of them: what differs between two models that are alike is not
+seen in the steps of one. Behind it what the plan is asked for: whether the best one is among
 the two predicted to be best, what it costs to follow the prediction (regret), Kendall's tau, the mean error. ``--json``
 keeps everything; ``--profile`` also the kernels of one step. ``--again FILE`` predicts anew what such a file measured,
 without GPUs. ``--cpu`` rehearses with small sizes over Gloo.
@@ -74,8 +76,7 @@ def cases(world: int, model: str, tokens: int, batch: int) -> Iterator[Case]:
 
 def built_as(case: Case) -> tuple[Any, ...]:
     """Cases for which this is equal can share a model."""
-    room = case.own_tokens if case.transport == "one-sided" else 0
-    return case.model, tuple(case.degrees.items()), case.stage, case.recompute, case.transport, room
+    return case.model, tuple(case.degrees.items()), case.stage, case.recompute, case.transport
 
 
 def measure(training: Training, device: str, steps: int, profile: bool) -> dict[str, Any]:
@@ -135,6 +136,20 @@ def _kernels(training: Training) -> dict[str, list[float]]:
     return {event.key: [event.self_device_time_total / 1e3, event.count] for event in events[:50]}
 
 
+def together(rows: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
+    """Put a row into its table, beside what earlier turns measured of the same case; what they say together."""
+    for earlier in rows:
+        if earlier["case"] == row["case"]:
+            earlier["turns"].append(row["measured_ms"])
+            earlier["measured_ms"] = _median(earlier["turns"])
+            for name, pick in (("fastest", min), ("slowest", max), ("measured_bytes", max)):
+                earlier[name] = pick(earlier[name], row[name])
+            return earlier
+    row["turns"] = [row["measured_ms"]]
+    rows.append(row)
+    return row
+
+
 def predicted(case: Case, machine: Machine) -> dict[str, float]:
     """Milliseconds of all parts."""
     import transformers
@@ -189,6 +204,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="keep everything")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a case")
+    parser.add_argument("--turns", type=int, default=1, help="how often every model is built and measured")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after so long")
     parser.add_argument("--again", metavar="FILE", help="predict what this JSON measured, and measure nothing")
     parser.add_argument("--profile", action="store_true", help="the kernels of one step, into the JSON")
@@ -213,7 +229,7 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     kept: dict[tuple[tuple[str, int], ...], foldpar.FoldedGroups] = {}
     tables: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
-    for model in options.models:
+    for model in options.models * options.turns:
         alike: dict[tuple[Any, ...], list[tuple[int, int, Case]]] = defaultdict(list)
         for tokens, batch in batches:
             for case in cases(world, model, tokens, batch):
@@ -223,7 +239,7 @@ def main() -> None:
                 continue
             case = of_one_model[0][2]
             key = tuple(case.degrees.items())
-            groups = kept[key] = kept.get(key) or foldpar.create_groups(case.layout)
+            groups = kept[key] = kept.get(key) or foldpar.create_groups(case.layout, separate=("dp_cp", "edp"))
             training = case.training(groups, device)
             for tokens, batch, case in of_one_model:
                 training = replace(training, ids=case.ids(device), micro_batches=case.micro_batches)
@@ -232,7 +248,7 @@ def main() -> None:
                 memory = case.predicted(device)
                 row |= {"predicted": predicted(case, machine), "predicted_bytes": memory.peak, "memory": asdict(memory)}
                 row |= {"arguments": asdict(case), "seconds": time.monotonic() - began}
-                tables[model, tokens, batch].append(row)
+                row = together(tables[model, tokens, batch], row)
                 if rank == 0:
                     print(line(row), flush=True)
                     if options.json:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 
 import foldpar
+from foldpar.comm import memories_of
 from foldpar.planning import Memory, Workload, read_model
 from foldpar.planning.memory import MemoryModel
 
@@ -74,7 +75,7 @@ class Case:
     def training(self, groups: foldpar.FoldedGroups, device: str) -> Training:
         """The model as a program would have it, folded and sharded, with its optimizer and a batch."""
         model = self.build(device)
-        one_sided = foldpar.OneSided(self.own_tokens, slack=2.0) if self.transport == "one-sided" else False
+        one_sided = foldpar.OneSided() if self.transport == "one-sided" else False
         foldpar.fold_model(model, groups, one_sided=one_sided, check=False)
         route_evenly(model, groups.dp.index)
         if self.recompute == "full":
@@ -94,18 +95,14 @@ class Case:
         ids = torch.arange(self.micro * self.tokens, device=device).view(self.micro, -1)
         return ids % int(self.config["vocab_size"])
 
-    @property
-    def own_tokens(self) -> int:
-        """Those that a rank routes in a forward."""
-        return -(-self.micro * self.tokens // self.layout.tp)
-
     def measured(
         self,
         groups: foldpar.FoldedGroups,
         device: str,
         peak_of: Callable[[Callable[[], None]], int],
     ) -> int:
-        """The peak of the second step, as ``peak_of`` counts it; beside it what is held before, on CPUs."""
+        """The peak of the second step, as ``peak_of`` counts it; beside it what is held before, on CPUs, and on GPUs
+        what ranks share."""
         training = self.training(groups, device)
         training.step()
         gc.collect()
@@ -113,7 +110,7 @@ class Case:
         held = 0 if device == "cuda" else bytes_of(model.parameters()) + bytes_of(
             value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
         )  # fmt: skip
-        return held + peak_of(training.step)
+        return held + peak_of(training.step) + shared_bytes(groups, device)
 
 
 @dataclass(frozen=True)
@@ -145,6 +142,12 @@ class Training:
     def _forward(self) -> Tensor:
         loss: Tensor = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
         return loss
+
+
+def shared_bytes(groups: foldpar.FoldedGroups, device: str) -> int:
+    """Of memory that the ranks of EP x ETP share, which torch's allocator does not count."""
+    found = memories_of(groups, torch.device(device, 0 if device == "cpu" else torch.cuda.current_device()), ask=False)
+    return sum(memory.own.numel() for memory in found.made) if found is not None and groups.ep_etp.size > 1 else 0
 
 
 def bytes_of(tensors: Any) -> int:

@@ -20,7 +20,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from foldpar.comm import AxisGroup, FoldedGroups, all_gather_rows, all_reduce_, all_to_all_rows, create_groups
+from foldpar.comm import (
+    AxisGroup,
+    FoldedGroups,
+    all_gather_rows,
+    all_reduce_,
+    all_to_all_rows,
+    create_groups,
+    reduce_scatter_rows,
+)
 from foldpar.layout import solve_layout
 from foldpar.planning import formulas
 from foldpar.planning.host_costs import measure_host
@@ -34,9 +42,9 @@ GROUPED = ((128, 64, 2048, 1536), (128, 512, 2048, 1536), (8, 2048, 4096, 14336)
 """Experts, rows of each, inner and outer width of grouped products."""
 MESSAGES = (1 << 20, 1 << 23, 1 << 25, 1 << 27)
 """Bytes that a rank sends in an exchange."""
-ATTENTION = (4, 16, 2048, 128)
+ATTENTION = (2, 32, 4096, 128)
 """Sequences, heads, tokens and width of a head."""
-NORMED, ROTATED, UPDATED = (16384, 2048), (4, 32, 2048, 128), (8, 1 << 25)
+NORMED, ROTATED, UPDATED = (16384, 2048), (4, 32, 2048, 128), (8, 1 << 27)
 """Rows and width of a norm; queries that are rotated; tensors and numbers of each in the optimizer."""
 QUICK_DENSE, QUICK_GROUPED, QUICK_MESSAGES = ((64, 64, 64),), ((4, 16, 64, 64),), (1 << 12, 1 << 16)
 QUICK_ATTENTION, QUICK_NORMED, QUICK_ROTATED, QUICK_UPDATED = (1, 2, 64, 16), (64, 64), (1, 2, 64, 16), (2, 1 << 12)
@@ -79,7 +87,9 @@ def measure(name: str, groups: FoldedGroups | None = None, *, quick: bool = Fals
     world = 1 if groups is None else groups.layout.world
     host, host_source = measure_host(base.host, world, device, quick=quick)
     here = f"measured here, {gpu}, torch {torch.__version__}"
-    sources = dict.fromkeys(("node", "ring", "network", "overlap", "peak_flops"), f"not measured: as for {base.name}")
+    sources = dict.fromkeys(
+        ("node", "ring", "scatter", "network", "overlap", "peak_flops"), f"not measured: as for {base.name}"
+    )
     rates = ("product_flops", "grouped_flops", "attention_flops", "memory_bandwidth", "elementwise_bandwidth")
     sources |= dict.fromkeys((*rates, "update_bandwidth", "memory"), here)
     sources["host"] = f"{here}, {host_source.removeprefix('measured: ')}"
@@ -119,8 +129,9 @@ def measure_links(
     points = {"node" if world <= machine.gpus_per_node else "network": _links(group, sizes, device)}
     told = dict.fromkeys(points, f"{here}: all-to-all over {world} ranks")
     if "node" in points:
-        points["ring"] = _rings(group, sizes, device)
+        points["ring"], points["scatter"] = _rings(group, sizes, device), _scatters(group, sizes, device)
         told["ring"] = f"{here}: all-gather and all-reduce over {world} ranks"
+        told["scatter"] = f"{here}: reduce-scatter over {world} ranks"
     links: dict[str, Any] = {name: fit_link(found) for name, found in points.items()}
     return replace(machine, **links, measured={**machine.measured, **points}, sources={**machine.sources, **told})
 
@@ -190,7 +201,8 @@ def _attention(shape: tuple[int, int, int, int], device: torch.device) -> float:
     query, key, value = (_leaf(shape, device) for _ in range(3))
 
     def run() -> None:
-        F.scaled_dot_product_attention(query, key, value, is_causal=True).backward(query.detach())
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        torch.autograd.grad(out, (query, key, value), query.detach())  # which adds to no earlier gradient
 
     forward = formulas.attention_flops(batch * tokens, tokens, heads * width, heads * width)
     return forward * formulas.ATTENTION_PASSES / _seconds(run, device)
@@ -252,6 +264,17 @@ def _rings(group: AxisGroup, sizes: tuple[int, ...], device: torch.device) -> li
         ):
             sent = formulas.collective_bytes(kind, group.size, float(size))
             points.append((sent, _seconds_together(run, device)))
+    return points
+
+
+def _scatters(group: AxisGroup, sizes: tuple[int, ...], device: torch.device) -> list[tuple[float, float]]:
+    """Bytes out of a rank, and the seconds of a sum into shards that moves them."""
+    points = []
+    for size in sizes:
+        whole = torch.zeros(size // 1024 // group.size * group.size, 512, device=device, dtype=torch.bfloat16)
+        counts = [len(whole) // group.size] * group.size
+        seconds = _seconds_together(lambda w=whole, c=counts: reduce_scatter_rows(w, group, row_counts=c), device)  # type: ignore[misc]
+        points.append((formulas.collective_bytes("reduce_scatter", group.size, 2.0 * whole.numel()), seconds))
     return points
 
 

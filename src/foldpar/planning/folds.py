@@ -134,15 +134,11 @@ def rules_of_stage(layout: FoldedLayout, stage: int, work: Workload) -> tuple[st
 def transports(shape: ModelShape, layout: FoldedLayout, machine: Machine, work: Workload) -> dict[Transport, str]:
     """The ways of rows, with the reason where one is not possible."""
     reason = ""
-    if layout.ep == 1:
-        reason = "rows stay where they are with ep = 1"
+    if layout.ep * layout.etp == 1:
+        reason = "rows stay where they are with ep = etp = 1"
     elif machine.device == "cpu":
         reason = "one-sided rows travel through the memory of GPUs"
-    elif layout.etp > 1:
-        reason = "one-sided rows with etp are not in the formulas"
-    elif shape.expert_bias:
-        reason = "one-sided rows with biases of experts are not in the formulas"
-    elif node_span(layout, "ep", machine.gpus_per_node) < layout.ep:
+    elif node_span(layout, "ep_etp", machine.gpus_per_node) < layout.ep * layout.etp:
         reason = "one-sided rows travel inside a node"
     return {"messages": "", "one-sided": reason}
 

@@ -13,24 +13,33 @@ from math import comb
 __all__ = [
     "ADAM_PASSES",
     "ATTENTION_PASSES",
+    "MOST_LISTED",
     "NORM_MOVES",
     "ROTATION_MOVES",
+    "UNASKED",
+    "activation_backward",
     "attention_flops",
     "attention_kept",
     "collective_bytes",
     "distinct_ranks",
     "eager_attention_kept",
+    "experts_backward",
     "feed_forward_kept",
     "head_peak",
     "in_flight",
     "latent_attention_kept",
     "matrix_flops",
+    "most_rows",
     "norm_kept",
+    "one_sided_room",
     "pipeline_bubble",
     "product_seconds",
     "routed_rows",
     "router_kept",
     "rows_kept",
+    "shared_bytes",
+    "tables_in_messages",
+    "tables_one_sided",
 ]
 
 
@@ -58,6 +67,49 @@ def routed_rows(own_tokens: float, top_k: int, etp: int, load: float, ranks: int
     """
     balanced = own_tokens * top_k * etp
     return min(load * balanced, own_tokens * ranks * etp * min(top_k, local_experts))
+
+
+def most_rows(ranks: int, tokens: int, top_k: int, local_experts: int) -> int:
+    """Expert-major rows that can come to a rank, from ``ranks`` that route so many tokens each."""
+    return ranks * tokens * min(top_k, local_experts)
+
+
+def one_sided_room(
+    ranks: int, etp: int, tokens: int, top_k: int, local_experts: int, hidden: int, item: int
+) -> int | None:
+    """Expert-major rows for which memory is made where rows travel one-sided; ``None``: for as many as come.
+
+    There is room for all where those beyond the balanced number are few bytes. Else the host waits for their number, as
+    it does for few large experts, whose plain products are faster.
+
+    Source: :meth:`foldpar.OneSided.way`, without ``slack``; ``UNASKED`` and ``MOST_LISTED`` there.
+    """
+    most = most_rows(ranks, tokens, top_k, local_experts)
+    few_and_large = local_experts <= MOST_LISTED and most >= 8192 * local_experts
+    unsure = (most - tokens * top_k * etp) * hidden * item
+    return None if unsure > UNASKED or few_and_large else most
+
+
+UNASKED = 2**27
+MOST_LISTED = 8
+
+
+def shared_bytes(ranks: int, tokens: int, hidden: int, top_k: int, item: int) -> int:
+    """Bytes of a rank that ``ranks`` read where rows travel one-sided: one memory for the forwards of all layers.
+
+    In one half its tokens' expert ids, weights and rows, in the other a sum, and gradients of weights, for every token
+    of every rank. Parts are whole 256 bytes, halves whole MiB.
+
+    Source: :meth:`foldpar.moe.transport.one_sided.RowExchange.halves`, :mod:`foldpar.comm.peers`.
+    """
+    row, choices = hidden * item, 4 * top_k
+    first = (4, tokens * choices, tokens * choices, tokens * row)
+    second = (ranks * tokens * row, ranks * tokens * choices)
+    return sum(_whole(sum(_whole(size, 256) for size in half), 2**20) for half in (first, second))
+
+
+def _whole(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 # -- What a forward keeps for its backward, in bytes a token ----------------------------------------------------------
@@ -109,9 +161,66 @@ def router_kept(experts: int, top_k: int, hidden: int, item: int, *, wide: bool)
     return 4 * experts + 20 * top_k + 4 + ((experts + 8 * top_k) + (4 * hidden if item < 4 else 0) if wide else 0)
 
 
-def rows_kept(rows: float, hidden: int, units: int, item: int) -> float:
-    """Experts: each row, its first product (gate and up) and its place; the activation is computed again."""
-    return rows * (item * (hidden + 2 * units) + 12)
+def rows_kept(rows: float, copies: float, hidden: int, units: int, item: int) -> float:
+    """Experts: the first product (gate and up) of each row, and those rows that were copied or have arrived; the
+    activation is computed again."""
+    return item * (2 * units * rows + hidden * copies)
+
+
+def tables_in_messages(rows: float, own: float, arriving: float, met: float, ep: int, top_k: int) -> float:
+    """Of each expert-major row its slot, its row and its weight; of each sent row its token and back; of each row that
+    arrived its copies. The own tokens' expert ids, 8 bytes each, are not kept any more.
+
+    Source: :class:`foldpar.moe.transport.messages.DispatchPlan`.
+    """
+    return 20 * rows + 8 * own * (ep + met - top_k) + 8 * arriving * top_k
+
+
+def tables_one_sided(rows: float, own: float, slots: float, top_k: int, *, apart: bool, in_places: bool) -> float:
+    """Numbers of 4 bytes: of each slot its copies, and of the own tokens their experts; where rows arrive ``apart``
+    from their copies, of each copy its slot and its row; and the weights, of slots or of rows.
+
+    Source: :class:`foldpar.moe.transport.one_sided.OneSidedPlan`.
+    """
+    weights = top_k * slots if in_places else rows
+    return 4 * (top_k * (slots + own) + (2 * rows if apart else 0) + weights)
+
+
+def experts_backward(
+    rows: float,
+    arriving: float,
+    hidden: int,
+    units: int,
+    item: int,
+    *,
+    in_places: bool,
+    own_products: bool,
+    one_kernel: bool,
+) -> tuple[float, float]:
+    """What the backward of the experts needs at once beside what is kept, first without the gradients of their weights.
+
+    Beside the gradients that arrive: what the activation's backward holds (:func:`activation_backward`); then the
+    gradient of the first product, the activation where torch's products are used, and the gradients of all rows, which
+    are summed where rows lie ``in_places``.
+
+    Source: the two ``_FeedForward.backward`` of :mod:`foldpar.moe.kernels.grouped` and ``products``.
+    """
+    then = ((2 if own_products else 3) * units + hidden) * rows + (hidden * arriving if in_places else 0)
+    first = activation_backward(units, item, one_kernel=one_kernel) * rows
+    return item * hidden * arriving + first, item * (hidden * arriving + then)
+
+
+def activation_backward(units: int, item: int, *, one_kernel: bool) -> float:
+    """Bytes of a row: its gradient, the activation again, and the gradient of the first product.
+
+    Without the kernel, torch's operations work in float32, in which the first product and the gradient are copied where
+    they are not: value, slope, two factors, and the two joined.
+
+    Source: :func:`foldpar.moe.kernels.activations.backward`.
+    """
+    if one_kernel:
+        return 4.0 * units * item
+    return float(units * (item + 24 + (12 if item < 4 else 0)))
 
 
 # -- Peaks ------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def _differences(base: HostCost, world: int, device: torch.device, steps: int, p
     attention = max(0.0, plain.of(world, {}, dense=True)[0]["layer"] - dense)
     costs = {
         "attention": attention, "dense": dense, "moe": layer["layer"] - attention, "head": outside,
-        "parameter": layer["optimizer"] / WEIGHTS,
+        "parameter": layer["optimizer"] / WEIGHTS, "reduction": layer["reduce"] / WEIGHTS,
     }  # fmt: skip
     if world % 2:
         ratio = (attention + costs["moe"]) / (base.attention + base.moe)
@@ -68,10 +68,12 @@ def _differences(base: HostCost, world: int, device: torch.device, steps: int, p
         return plain.of(world, degrees, **options)[0]["layer"] - unsharded  # type: ignore[arg-type]
 
     lanes = (plain.of(world, {"tp": 2}, dense=True)[0]["layer"] - attention - dense) / 2
-    summed, whole = more({}, stage=2), more({}, stage=3)
+    shards, whole = plain.of(world, {}, stage=2)[0], more({}, stage=3)
+    summed = shards["layer"] - unsharded
     costs |= {
         "messages": more({"ep": 2}), "slices": more({"etp": 2}), "lanes": lanes, "ends": more({"tp": 2}) - lanes,
-        "unit": summed / 2, "regather": (whole - summed) / 2, "reduction": layer["reduce"] / WEIGHTS,
+        "unit": summed / 2, "regather": (whole - summed) / 2, "reduction": shards["reduce"] / WEIGHTS,
+        "bucket": (layer["reduce"] - shards["reduce"]) / WEIGHTS,
     }  # fmt: skip
     if device.type == "cuda":
         costs["one_sided"] = more({"ep": 2}, one_sided=True)
@@ -106,7 +108,7 @@ class _Slope:
 
     def _phases(self, groups: FoldedGroups, layers: int, stage: int, dense: bool, one_sided: bool) -> dict[str, float]:
         model = _small(layers, dense, self.device)
-        fold_model(model, groups, one_sided=OneSided(TOKENS, slack=8.0) if one_sided else False, check=False)
+        fold_model(model, groups, one_sided=OneSided() if one_sided else False, check=False)
         if stage:
             shard_model(model, groups, stage=stage)  # type: ignore[arg-type]
         optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-4)

@@ -62,7 +62,9 @@ class HostCost:
     regather: float
     """Of the second gather of a unit, at stage 3."""
     reduction: float
-    """Of one parameter in ``reduce_gradients`` over several ranks."""
+    """Of one parameter in ``reduce_gradients``."""
+    bucket: float
+    """What its way through a bucket adds."""
     parameter: float
     """Of one parameter in the optimizer."""
 
@@ -85,7 +87,8 @@ class Machine:
         elementwise_bandwidth: those of eager norms and rotations, whose kernels broadcast and reduce.
         update_bandwidth: those of the optimizer, which goes over lists of tensors.
         node, network: the links inside a node and between nodes.
-        ring: what a gather or a sum over the ranks of a node gets out of the link.
+        ring: what a gather or a sum over the ranks of a node gets out of the link; ``scatter`` what a sum into shards
+            does.
         host: what launching costs.
         overlap: the part of the computation behind which gathers and reductions of shards can hide.
         sources: where each number comes from.
@@ -107,6 +110,7 @@ class Machine:
     update_bandwidth: float
     node: Link
     ring: Link
+    scatter: Link
     network: Link
     host: HostCost
     overlap: float = 0.6
@@ -156,7 +160,13 @@ def read_machine(source: str | PathLike[str] | Mapping[str, Any]) -> Machine:
 
 def _machine(document: Mapping[str, Any], where: str) -> Machine:
     values = _checked(Machine, document, where)
-    for name, kind in (("node", Link), ("ring", Link), ("network", Link), ("host", HostCost)):
+    for name, kind in (
+        ("node", Link),
+        ("ring", Link),
+        ("scatter", Link),
+        ("network", Link),
+        ("host", HostCost),
+    ):
         if not isinstance(values[name], Mapping):
             raise MachineError(f"{where}: {name} is an object of numbers, and not {values[name]!r}.")
         values[name] = kind(**_checked(kind, values[name], f"{where}: {name}"))
@@ -186,7 +196,7 @@ def _checked(kind: type, document: Mapping[str, Any], where: str) -> dict[str, A
         elif name in _MAPPINGS:
             if not isinstance(value, Mapping):
                 raise MachineError(f"{where}: {name} is an object, and not {value!r}.")
-        elif name not in ("node", "ring", "network", "host"):
+        elif name not in ("node", "ring", "scatter", "network", "host"):
             zero = name == "reserved" or kind is HostCost or name in ("overlap", "latency")
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not (value >= 0 if zero else value > 0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
-from math import prod
+from math import ceil, prod
 from typing import TypeVar
 
 from foldpar.layout import FoldedLayout
@@ -24,8 +24,8 @@ LOADS = (1.0, 1.5, 3.0)
 BUCKET = 64 * 2**20
 """Bytes of a bucket of :func:`foldpar.reduce_gradients`."""
 
-SLACK = 2.0
-"""The ``slack`` of :class:`foldpar.OneSided` that a plan is made with."""
+WORKSPACES = 2 * 32 * 2**20
+"""Bytes of cuBLAS, for each of the two threads that launch forwards and backwards (ATen's default on Hopper)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +180,8 @@ class MemoryModel:
         gradients = stored * own
 
         in_flight = formulas.in_flight(pipeline.behind, layout.pp, micro_batches, pipeline.chunks)
+        apart = stage == 0 or not (shards_expert or converted)  # experts are no unit, whose gradients are counted there
+        of_experts = float(item * unit_expert * apart)
         of_one = working = exchanged = persistent = kept_of_one = 0.0
         for moe, count in ((False, pipeline.dense), (True, pipeline.moe)):
             if count:
@@ -187,35 +189,38 @@ class MemoryModel:
                 kept = _kept(layer, recompute, moe)
                 of_one += count * kept
                 kept_of_one = max(kept_of_one, kept)
-                working = max(working, layer.working + layer.all_of_it - kept)
+                again = layer.all_of_it - kept
+                working = max(working, again + max(layer.working, layer.with_weights + of_experts))
                 exchanged, persistent = max(exchanged, layer.exchanged), persistent + layer.persistent
         lanes = layout.tp if work.lanes == "sharded" else 1
         stream = tokens / lanes * shape.hidden
         activations = in_flight * of_one + (stream * item if pipeline.first else 0)
-        logits = 0.0
+        logits = last_norm = 0.0
         if pipeline.last:
-            activations += tokens / lanes * formulas.norm_kept(shape.hidden, item)
+            last_norm = tokens / lanes * formulas.norm_kept(shape.hidden, item)
             logits = tokens / lanes * formulas.head_peak(shape.vocab, item)
         bucket = float(min(BUCKET, stored * own)) if layout.world > 1 else 0.0
         head_gradient = float(stored * root) if pipeline.last and stage == 0 else 0.0
 
-        base = parameters + optimizer + persistent
+        base = parameters + optimizer + persistent + (WORKSPACES if self.device == "cuda" else 0)
         earlier = float(gradients if several else 0)
         if stage == 1 and several:
             earlier = whole_gradients
-        unsummed = gradients * (1 - 1 / layers) if stage and not several else gradients
+        unsummed = float(gradients)
+        if not several:  # those of the first layer are still to come
+            unsummed -= gradients / layers if stage else float(stored * (unit_dense + unit_expert))
         moments = {
-            "loss": base + earlier + gathered + activations + logits,
+            "loss": base + earlier + gathered + activations + last_norm + logits,
             "backward": base + max(earlier, head_gradient) + gathered + activations
-            + max(of_one_unit + working + exchanged, of_one_unit + copied - kept_of_one),
+            + max(of_one_unit + working, of_one_unit + copied - kept_of_one),
             "end of backward": base + max(unsummed, whole_gradients) + last_whole
-            + max(of_one_unit + kept_of_one + working + exchanged, of_one_unit + copied),
+            + max(of_one_unit + kept_of_one + working, of_one_unit + copied),
             "optimizer": base + gradients + max(bucket, extra),
         }  # fmt: skip
         moment = max(moments, key=lambda name: moments[name])
         whole_or_summed = gathered + whole_gradients + of_one_unit + copied
         return Memory(
-            float(parameters), float(gradients), float(optimizer), whole_or_summed, activations, working,
+            float(parameters), float(gradients), float(optimizer), whole_or_summed, activations + last_norm, working,
             max(exchanged + persistent, bucket), logits, moments[moment], moment,
         )  # fmt: skip
 
@@ -283,7 +288,7 @@ class MemoryModel:
             units = shape.intermediate // tp
             kept = tokens * formulas.feed_forward_kept(units, item)
             working = max(attention_working, tokens * item * 3 * units + 3 * stream * shape.hidden * item)
-            return _Layer(attention, kept, stream * shape.hidden * item, working, 0.0, 0.0)
+            return _Layer(attention, kept, stream * shape.hidden * item, working, 0.0, 0.0, 0.0)
         return self._moe_layer(layout, tokens, stream, transport, load, attention, attention_working)
 
     def _moe_layer(
@@ -300,37 +305,58 @@ class MemoryModel:
         own, units = tokens / layout.tp, shape.expert_hidden // layout.etp
         local = shape.experts // layout.ep
         rows = formulas.routed_rows(own, shape.top_k, layout.etp, load, layout.ep, local)
-        met = formulas.distinct_ranks(shape.experts, shape.top_k, layout.ep)
-        arriving = min(load * own * met, own * layout.ep)
-        persistent = 0.0
-        places = rows
-        if transport == "one-sided":
-            room = min(own * layout.ep * min(shape.top_k, local), SLACK * own * shape.top_k + 1)
-            rows, places = max(room, 0.0), max(room, 0.0)
-            persistent = own * (8 * shape.top_k + hidden * item) + layout.ep * own * (hidden * item + 4 * shape.top_k)
         deepseek = shape.shared_name == "shared_experts"
         kept = tokens * formulas.router_kept(shape.experts, shape.top_k, hidden, item, wide=deepseek)
-        kept += formulas.rows_kept(rows, 0 if self._stays(layout, rows) else hidden, units, item) + 8 * places
-        kept += own * 8 * layout.ep + own * met * 8 + arriving * layout.etp * 8 * shape.top_k - own * 8 * shape.top_k
         if deepseek:
             kept += 4 * shape.experts * hidden if item < 4 else 0
         if shape.shared_hidden:
             gate = hidden if shape.shared_gate else 0
             kept += tokens * formulas.feed_forward_kept(shape.shared_hidden // layout.tp, item, gated_output=gate)
-        working = rows * item * (4 * units + 2 * hidden) + 2 * stream * hidden * item
-        if self.device == "cpu" and item == 2:  # the activation's backward is in float32, where GPUs have one kernel
-            working += 16 * rows * units
-        payload = hidden * item + 4 * shape.top_k
-        exchanged = (own * met + arriving) * payload if layout.ep > 1 and transport == "messages" else 0.0
+        carry = self._in_messages if transport == "messages" else self._one_sided
+        way = carry(layout, own, rows, load)
+        kept += formulas.rows_kept(way.rows, way.kept, hidden, units, item) + way.tables
+        own_products = self._own_products(layout, way.rows)
+        residual = stream * hidden * item
+        first, later = formulas.experts_backward(
+            way.rows, way.arriving, hidden, units, item, in_places=way.in_places, own_products=own_products,
+            one_kernel=self.device == "cuda" and not shape.expert_bias,
+        )  # fmt: skip
+        first = max(first, way.exchanged + way.arriving * hidden * item)
+        working = max(residual + first, attention_working)
+        return _Layer(attention, kept, residual, working, residual + later, way.exchanged, way.shared)
+
+    def _in_messages(self, layout: FoldedLayout, own: float, rows: float, load: float) -> _Way:
+        """Rows are copied for each of their experts, unless all experts are here and read them where they lie."""
+        shape, item = self.shape, self.work.item
+        met = formulas.distinct_ranks(shape.experts, shape.top_k, layout.ep)
+        arriving = min(load * own * met, own * layout.ep)
+        stays = layout.ep == layout.etp == 1 and self._own_products(layout, rows)
+        tables = formulas.tables_in_messages(rows, own, arriving * layout.etp, met, layout.ep, shape.top_k)
+        payload = shape.hidden * item + 4 * shape.top_k
+        exchanged = (own * met + arriving) * payload if layout.ep > 1 else 0.0
         if layout.etp > 1:
             exchanged += arriving * (layout.etp + 1) * payload
-        return _Layer(attention, kept, stream * hidden * item, max(working, attention_working), exchanged, persistent)
+        return _Way(rows, own if stays else rows, 0.0 if stays else rows, stays, tables, exchanged, 0.0)
 
-    def _stays(self, layout: FoldedLayout, rows: float) -> bool:
-        """Whether experts read rows where they lie, and keep no copies: ``moe.kernels.products.takes``."""
-        fine = self.shape.expert_hidden <= 1024 and rows >= 32 * self.shape.experts
-        alone = layout.ep == layout.etp == 1 and not self.shape.expert_bias
-        return self.hopper and self.work.item == 2 and alone and fine
+    def _one_sided(self, layout: FoldedLayout, own: float, rows: float, load: float) -> _Way:
+        """Rows arrive once for all their copies where those would take more; there may be room for more than come."""
+        shape, ranks, tokens = self.shape, layout.ep * layout.etp, ceil(own)
+        local = shape.experts // layout.ep
+        room = formulas.one_sided_room(ranks, layout.etp, tokens, shape.top_k, local, shape.hidden, self.work.item)
+        rows = float(room) if room is not None and not shape.expert_bias else rows
+        slots = float(ranks * tokens)
+        apart = rows > slots
+        in_places = apart and self._own_products(layout, rows)
+        tables = formulas.tables_one_sided(rows, own, slots, shape.top_k, apart=apart, in_places=in_places)
+        arriving = slots if in_places else rows
+        shared = formulas.shared_bytes(ranks, tokens, shape.hidden, shape.top_k, self.work.item)
+        return _Way(rows, arriving, arriving, in_places, tables, 0.0, float(shared))
+
+    def _own_products(self, layout: FoldedLayout, rows: float) -> bool:
+        """Whether they are used; then rows are read where they lie, if they do: ``moe.kernels.products.takes``."""
+        units, local = self.shape.expert_hidden // layout.etp, self.shape.experts // layout.ep
+        plain = self.work.item == 2 and not self.shape.expert_bias
+        return self.hopper and plain and units <= 1024 and rows >= 32 * local
 
     def _attention_kept(self, tp: int) -> float:
         shape, item, copies = self.shape, self.work.item, self.device == "cpu"
@@ -348,18 +374,37 @@ class MemoryModel:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Bytes of one layer: what its attention and its network keep, its input, and what its backward needs beside."""
+    """Bytes of one layer: what its attention and its network keep, its input, and what its backward needs beside;
+    ``with_weights``: what it needs beside them and the gradients of the experts' weights."""
 
     attention: float
     network: float
     input: float
     working: float
+    with_weights: float
     exchanged: float
     persistent: float
 
     @property
     def all_of_it(self) -> float:
         return self.attention + self.network
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What a way of rows means for a layer.
+
+    Expert-major ``rows``, those that are ``arriving`` (once for all their copies if they are read ``in_places``), and
+    of these those that are ``kept``; bytes of ``tables`` that are kept, of messages, and of memory that is shared.
+    """
+
+    rows: float
+    arriving: float
+    kept: float
+    in_places: bool
+    tables: float
+    exchanged: float
+    shared: float
 
 
 def _kept(layer: _Layer, recompute: Recompute, moe: bool) -> float:

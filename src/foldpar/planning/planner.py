@@ -204,11 +204,12 @@ class _Search:
             return
         recomputes = self._recomputes()
         self.candidates += len(found) * len(sizes) * len(stages) * len(recomputes)
-        frugal = (found[0], stages[-1], recomputes[-1], "messages", sizes[0])
+        frugal: tuple[Any, ...] = (found[0], stages[-1], recomputes[-1], "messages", sizes[0])
         found = [layout for layout in found if self._may_win(layout, frugal)]
         if not found:
             return
-        if self.wanted.get("transport") != "one-sided" and not self._fits(frugal):
+        ways = [(layout, way) for layout in found for way in self._ways(layout)]
+        if ways and not any(self._fits((layout, *frugal[1:3], way, sizes[0])) for layout, way in ways):
             needs = f"{self._peak(frugal) / 1e9:.0f} GB of {self.machine.usable / 1e9:.0f} at {_words(frugal)}"
             self._leave_out("it fits into the memory of a GPU", needs, len(found))
             return
@@ -249,13 +250,13 @@ class _Search:
                 continue
             for stage in stages:
                 for recompute in recomputes:
-                    most = self._largest(layout, stage, recompute, way, sizes)
-                    for micro in sizes[max(0, most - 1) if layout.pp == 1 else 0 : most]:
+                    fitting = self._fitting(layout, stage, recompute, way, sizes)
+                    for micro in fitting[-1:] if layout.pp == 1 else fitting:
                         choice = (layout, stage, recompute, way, micro)
                         speed = self._speed(choice)
                         if fastest is None or speed > fastest[0]:
                             fastest = (speed, choice)
-                    if most == len(sizes):
+                    if fitting[-1:] == sizes[-1:]:
                         break  # to compute more again only costs time
         if fastest is None:
             self._leave_out("it fits into the memory of a GPU", f"{layout.ep} x ep")
@@ -267,10 +268,18 @@ class _Search:
         elif entry > self.heap[0]:
             heapreplace(self.heap, entry)
 
-    def _largest(
+    def _ways(self, layout: FoldedLayout) -> list[Transport]:
+        """Those that the rows of a layout can take, of those that were asked for."""
+        ways = transports(self.shape, layout, self.machine, self.work)
+        return [way for way, reason in ways.items() if not reason and self.wanted.get("transport", way) == way]
+
+    def _fitting(
         self, layout: FoldedLayout, stage: int, recompute: Recompute, transport: Transport, sizes: list[int]
-    ) -> int:
-        """How many of the micro-batch sizes fit, the smaller ones first, since bytes grow with them."""
+    ) -> list[int]:
+        """The micro-batch sizes that fit, the smaller ones first.
+
+        Bytes grow with them, but for the room of one-sided rows, which falls where it becomes that for those that come.
+        """
         low, high = 0, len(sizes)
         while low < high:
             middle = (low + high) // 2
@@ -281,7 +290,9 @@ class _Search:
                 high = middle
         if low < len(sizes):
             self._note_too_large((layout, stage, recompute, transport, sizes[low]))
-        return low
+        if transport == "messages":
+            return sizes[:low]
+        return [micro for micro in sizes[:low] if self._fits((layout, stage, recompute, transport, micro))]
 
     def _peak(self, choice: tuple[Any, ...]) -> float:
         layout, stage, recompute, transport, micro = choice
@@ -325,15 +336,14 @@ class _Search:
         found: list[tuple[float, float, int, tuple[Any, ...]]] = []
         for layout in {row.layout: None for row in rows}:
             sizes = [each for each in divisors(self.work.batch // layout.dp) if self.wanted.get("micro", each) == each]
-            for way, reason in transports(self.shape, layout, self.machine, self.work).items():
-                if not reason and self.wanted.get("transport", way) == way:
-                    stages = [each for each in STAGES if rules_of_stage(layout, each, self.work) is None]
-                    stages = [each for each in stages if self.wanted.get("stage", each) == each]
-                    for stage in stages:
-                        for recompute in self._recomputes():
-                            for micro in sizes[: self._largest(layout, stage, recompute, way, sizes)]:
-                                choice = (layout, stage, recompute, way, micro)
-                                found.append((self._peak(choice), -self._speed(choice), len(found), choice))
+            stages = [each for each in STAGES if rules_of_stage(layout, each, self.work) is None]
+            stages = [each for each in stages if self.wanted.get("stage", each) == each]
+            for way in self._ways(layout):
+                for stage in stages:
+                    for recompute in self._recomputes():
+                        for micro in self._fitting(layout, stage, recompute, way, sizes):
+                            choice = (layout, stage, recompute, way, micro)
+                            found.append((self._peak(choice), -self._speed(choice), len(found), choice))
         front, fastest = [], 0.0
         for _, slowness, _, choice in sorted(found):
             if -slowness > 1.005 * fastest:

@@ -9,9 +9,10 @@ from typing import Any
 
 from foldpar.errors import FoldingError
 from foldpar.layout import FoldedLayout
+from foldpar.planning import formulas
 from foldpar.planning.folds import LeftOut, Recompute, Transport, Workload
 from foldpar.planning.machine import Machine
-from foldpar.planning.memory import LOADS, SLACK, Memory, MemoryModel
+from foldpar.planning.memory import LOADS, Memory, MemoryModel
 from foldpar.planning.shape import ModelShape
 from foldpar.planning.timing import Seconds
 
@@ -35,6 +36,10 @@ HEADS = (
     "", "tp", "cp", "pp", "dp", "ep", "etp", "edp", "order", "stage", "recomputed", "rows", "micro", "GB", "at 1.5x",
     "at 3x", "ms", "tokens/s", "MFU", "bound by",
 )  # fmt: skip
+
+
+SHARED_BITS = 30
+"""Less than so many bits of bytes are shared by ``OneSided()``."""
 
 
 class PlanError(FoldingError, ValueError):
@@ -207,10 +212,7 @@ def table_of(plan: Plan, rows: tuple[PlanRow, ...]) -> list[tuple[str, ...]]:
     lines = []
     for place, row in enumerate(rows, 1):
         layout, loads = row.layout, plan.at_loads(row)
-        fits = [
-            "no room" if row.transport == "one-sided" and load > SLACK else _checked(memory.peak, plan.machine.usable)
-            for load, memory in loads.items()
-        ]
+        fits = [_checked(memory.peak, plan.machine.usable) for memory in loads.values()]
         lines.append((
             str(place), *(str(getattr(layout, name)) for name in ("tp", "cp", "pp", "dp", "ep", "etp", "edp")),
             layout.order if layout.tp > 1 else "-", str(row.stage), _NAMES[row.recompute], row.transport,
@@ -290,11 +292,14 @@ def commands(plan: Plan, row: PlanRow) -> str:
 
 
 def _way_of_rows(plan: Plan, row: PlanRow) -> str:
+    """``OneSided`` without numbers, but for a bound on shared memory that these rows would exceed."""
+    layout, shape = row.layout, plan.shape
     if row.transport == "messages":  # else they travel one-sided where GPUs can, and that was not predicted
-        travel = row.layout.ep * row.layout.etp > 1 and plan.machine.device != "cpu"
-        return ", one_sided=False" if travel else ""
-    own = -(-row.micro * plan.work.tokens // (row.layout.cp * row.layout.tp))
-    return f", one_sided=foldpar.OneSided(max_tokens={own}, slack=2.0)"
+        return ", one_sided=False" if layout.ep * layout.etp > 1 and plan.machine.device != "cpu" else ""
+    own = -(-row.micro * plan.work.tokens // (layout.cp * layout.tp))
+    shared = formulas.shared_bytes(layout.ep * layout.etp, own, shape.hidden, shape.top_k, plan.work.item)
+    bits = shared.bit_length()
+    return f", one_sided=foldpar.OneSided({f'most_bytes=2**{bits}' if bits > SHARED_BITS else ''})"
 
 
 def _recomputation(row: PlanRow) -> list[str]:
@@ -310,9 +315,9 @@ def _recomputation(row: PlanRow) -> list[str]:
 
 def sureness(plan: Plan) -> str:
     """How sure the numbers are, and from what."""
-    kinds: dict[str, list[str]] = {"measured": [], "published": [], "assumed": []}
+    kinds: dict[str, list[str]] = {"measured": [], "published": [], "assumed": [], "not measured": []}
     for name, source in plan.machine.sources.items():
-        kind = next((each for each in kinds if source.startswith(each)), "published")
+        kind = next(filter(source.startswith, kinds), "published" if "data sheet" in source else "assumed")
         kinds[kind].append(name.replace("_", " "))
     told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     return (

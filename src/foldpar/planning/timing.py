@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from math import prod
+from math import ceil, prod
 from typing import Literal, TypeVar
 
 from foldpar.layout import Axis, FoldedLayout
@@ -125,7 +125,7 @@ class _Clocks:
     def after(self, host: float, device: float, count: int = 1, *, waits: bool = False) -> _Clocks:
         """After ``count`` alike pieces of work, in each of which the host may have to wait for the device."""
         if waits:
-            both = max(self.host, self.device) + count * max(host, device)
+            both = max(self.host + host, self.device + device) + (count - 1) * max(host, device)
             return _Clocks(both, both)
         launched = self.host + count * host
         return _Clocks(launched, max(max(self.host, self.device) + count * device, launched))
@@ -154,7 +154,9 @@ class TimeModel:
         tokens = whole * self.work.tokens / layout.cp
         stages = self._once(("stages", layout.pp), lambda: pipeline_stages(self.shape, layout.pp, self.work.chunks))
         found = []
-        for way in ("messages", "one-sided") if layout.ep > 1 else ("messages",):
+        ranks = layout.ep * layout.etp
+        near = ranks > 1 and self._reach(layout, "ep_etp")[0] == ranks
+        for way in ("messages", "one-sided") if near else ("messages",):
             layers = {moe: self._layer(layout, moe, tokens, "none", way, self.work.load) for moe in self._kinds}
             found.append(max(max(self._sums(each, layers)) for each in stages))
         return min(found) * (1 + formulas.pipeline_bubble(layout.pp, whole, stages[0].chunks))
@@ -209,9 +211,11 @@ class TimeModel:
         clocks, forward, backward = self._through(layout, pipeline, layers, head, stage, micro_batches)
         gathers, gradients, copies = self._shards(layout, pipeline, stage, micro_batches)
         if stage:  # gathers run behind forwards, at stage 3 half of them behind backwards, as the sums do
-            first = gathers / 2 if stage == 3 else gathers
-            before = self._felt(first, forward * (micro_batches if stage == 3 else 1))
-            behind = self._felt(gathers - first + gradients, backward * (micro_batches if stage > 1 else 1))
+            first, often = gathers / 2 if stage == 3 else gathers, micro_batches if stage == 3 else 1
+            sums = micro_batches if stage > 1 else 1
+            gather_outer, sum_outer = self._outer_shards(layout, pipeline)
+            before = self._felt(first, forward * often, often * gather_outer)
+            behind = self._felt(gathers - first + gradients, backward * sums, sums * sum_outer)
             gradients, gathers = behind, before
         bubble = formulas.pipeline_bubble(layout.pp, micro_batches, pipeline.chunks) * clocks.end
         if layout.pp > 1:
@@ -220,7 +224,8 @@ class TimeModel:
             bubble += 2 * pipeline.chunks * micro_batches * self._reach(layout, "pp")[1].seconds(sent)
         clocks = _Clocks(clocks.host, clocks.device + bubble + gathers)
         host, weights = self.machine.host, self._count(pipeline)
-        clocks = clocks.after(weights * host.reduction * (layout.world > 1), gradients + copies)
+        of_one = host.reduction + (host.bucket if layout.world > 1 and not stage else 0.0)
+        clocks = clocks.after(weights * of_one, gradients + copies)
         optimizer = self._optimizer(layout, pipeline, stage)
         clocks = clocks.after(weights * host.parameter, optimizer)
         device = (
@@ -232,9 +237,13 @@ class TimeModel:
             host=max(0.0, clocks.end - device),
         )  # fmt: skip
 
-    def _felt(self, communication: float, computation: float) -> float:
-        """Seconds that gathers or sums add to the computation behind which they run: they slow it a little."""
-        return max((1 - self.machine.overlap) * communication, communication - self.machine.overlap * computation)
+    def _felt(self, communication: float, computation: float, alone: float) -> float:
+        """Seconds that gathers or sums add to the computation behind which they run: they slow it a little, and the
+        outermost unit's, before the first layer and behind the last, have none to run behind."""
+        behind = max(0.0, communication - alone)
+        return min(communication, alone) + max(
+            (1 - self.machine.overlap) * behind, behind - self.machine.overlap * computation
+        )
 
     def _through(
         self,
@@ -248,7 +257,7 @@ class TimeModel:
         """All forwards and backwards, and the seconds of one of each; from the second on, all take as long."""
         counts = [(layer, pipeline.moe if moe else pipeline.dense, moe) for moe, layer in layers.items()]
         extra = {moe: self._launching_shards(layout, moe, stage, micro_batches) for moe in layers}
-        found, forward = [_Clocks()], 0.0
+        found, forward = [self._start(layout, pipeline, stage)], 0.0
         for _ in range(min(2, micro_batches)):
             clocks = found[-1]
             for layer, count, moe in counts:
@@ -269,6 +278,17 @@ class TimeModel:
             last.host + more * (last.host - before.host), last.device + more * (last.device - before.device)
         )
         return clocks, forward, last.end - before.end - forward
+
+    def _start(self, layout: FoldedLayout, pipeline: PipelineStage, stage: int) -> _Clocks:
+        """When the device has something to do: the host has launched the gathers of the outermost unit, of the first
+        block with its experts, and of the next block, which it gathers ahead. All but the first are counted there."""
+        if not stage:
+            return _Clocks()
+        mixed = self.work.precision == "mixed"
+        dense, experts = mixed or layout.dp * layout.cp > 1, pipeline.moe > 0 and layout.edp > 1
+        gather = self.machine.host.unit / 2
+        blocks = min(2, pipeline.dense + pipeline.moe)
+        return _Clocks(dense * gather, (dense * (1 + blocks) + experts) * gather)
 
     def _launching_shards(self, layout: FoldedLayout, moe: bool, stage: int, micro_batches: int) -> tuple[float, float]:
         """Seconds of the host for the units of one layer, in its forward and in its backward."""
@@ -317,19 +337,30 @@ class TimeModel:
         part = "shared" if moe else "dense"
         dense = self._matrices(layout, moe, part, tokens, again[1] if moe else again[0])
         experts = node = network = 0.0
+        waits = moe and self._waits(layout, tokens, transport)
         if moe:
-            experts = self._experts(layout, tokens, again[1], load)
+            experts = self._experts(layout, tokens, again[1], load, waits=waits)
             node, network = self._exchange(layout, tokens, again[1], transport, load)
         first, second = self._launching(layout, moe, transport)
         forward = attention / (3 + again[0]) + (dense + experts) / (3 + again[1 if moe else 0])
         forward += (node + network) * 2 / (4 + 2 * again[1]) + tp / (3 + again[0])
         computed_again = again[0] * first + again[1 if moe else 0] * second
-        waits = moe and transport == "messages"
-        idle = self._idle(layout) if waits else 0.0
+        idle = self._idle(layout) if waits and transport == "messages" else 0.0
         return _Layer(
             attention, experts, dense, node, network, tp, forward, first + second + computed_again / 2,
             (first + second) / 2, idle, waits, waits and bool(again[1]),
         )  # fmt: skip
+
+    def _waits(self, layout: FoldedLayout, tokens: float, transport: Transport) -> bool:
+        """Whether the host waits in a forward to learn how many rows came."""
+        shape, ranks = self.shape, layout.ep * layout.etp
+        if ranks == 1:  # it knows, and needs the sizes of few experts only
+            return shape.experts <= formulas.MOST_LISTED
+        if transport == "messages" or shape.expert_bias:
+            return True
+        own, local = ceil(tokens / layout.tp), shape.experts // layout.ep
+        item = self.work.item
+        return formulas.one_sided_room(ranks, layout.etp, own, shape.top_k, local, shape.hidden, item) is None
 
     def _idle(self, layout: FoldedLayout) -> float:
         """Seconds in which the device has nothing to do in a forward: the host, which has just learned how many rows
@@ -344,10 +375,10 @@ class TimeModel:
         if not moe:
             return host.attention + lanes, host.dense + lanes
         network = host.moe + (host.ends if layout.tp > 1 and self.work.lanes == "replicated" else 0.0)
-        if layout.ep > 1:
-            network += host.messages if transport == "messages" else host.one_sided
-        if layout.etp > 1:
-            network += host.slices
+        if transport == "one-sided":
+            network += host.one_sided
+        else:
+            network += (host.messages if layout.ep > 1 else 0.0) + (host.slices if layout.etp > 1 else 0.0)
         return host.attention + lanes, network + (host.dense + lanes if self.shape.shared_hidden else 0.0)
 
     def _attention(self, layout: FoldedLayout, tokens: float, stream: float, again: int) -> float:
@@ -385,7 +416,7 @@ class TimeModel:
     def _rate(self) -> float:
         return self.machine.product_flops / (2 if self.work.item == 4 else 1)
 
-    def _experts(self, layout: FoldedLayout, tokens: float, again: int, load: float) -> float:
+    def _experts(self, layout: FoldedLayout, tokens: float, again: int, load: float, *, waits: bool) -> float:
         shape, machine, item = self.shape, self.machine, self.work.item
         own, local = tokens / layout.tp, shape.experts // layout.ep
         units = shape.expert_hidden // layout.etp
@@ -393,7 +424,8 @@ class TimeModel:
         flops = formulas.matrix_flops(rows, shape.hidden, 3 * units)
         weights = 3 * local * shape.hidden * units
         moved = item * (weights + rows * (2 * shape.hidden + 3 * units))
-        rate = machine.grouped_flops / (2 if item == 4 else 1)
+        plain = waits and local <= formulas.MOST_LISTED and rows >= 1024 * local  # the host knows few large groups
+        rate = (machine.product_flops if plain else machine.grouped_flops) / (2 if item == 4 else 1)
         products = (3 + again) * formulas.product_seconds(flops, moved, rate, machine.memory_bandwidth)
         passes = rows * item * (ROW_PASSES * shape.hidden + UNIT_PASSES * units) + tokens * shape.experts * 40
         return products + passes * (1 + again / 3) / machine.memory_bandwidth
@@ -401,22 +433,26 @@ class TimeModel:
     def _exchange(
         self, layout: FoldedLayout, tokens: float, again: int, transport: Transport, load: float
     ) -> tuple[float, float]:
-        """Seconds on the link inside the node and on that between nodes; both run at once, the longer one counts."""
+        """Seconds on the link inside the node and on that between nodes; both run at once, the longer one counts.
+
+        One-sided, a row crosses the link once for every slice of its experts, and ranks meet twice each way.
+        """
         shape, machine = self.shape, self.machine
         own = tokens / layout.tp
         payload = shape.hidden * self.work.item + 4 * shape.top_k
         met = formulas.distinct_ranks(shape.experts, shape.top_k, layout.ep)
+        rows = min(load * own * met, own * layout.ep)
         times = 4 + 2 * again
         node = network = 0.0
+        if transport == "one-sided":
+            return machine.node.seconds(times * rows * payload * (layout.etp - 1 / layout.ep), times / 2), 0.0
         if layout.ep > 1:
             inside = self._reach(layout, "ep")[0]
-            rows = min(load * own * met, own * layout.ep)
-            latency = times if transport == "messages" else times / 2
-            node = machine.node.seconds(times * rows * payload * (inside - 1) / layout.ep, latency)
-            network = machine.network.seconds(times * rows * payload * (layout.ep - inside) / layout.ep, latency)
+            node = machine.node.seconds(times * rows * payload * (inside - 1) / layout.ep, times)
+            network = machine.network.seconds(times * rows * payload * (layout.ep - inside) / layout.ep, times)
             node, network = (node, 0.0) if node >= network else (0.0, network)
         if layout.etp > 1:
-            gathered = min(load * own * met, own * layout.ep) * layout.etp * payload
+            gathered = rows * layout.etp * payload
             link = self._reach(layout, "etp")[1]
             crossing = link.seconds(times * formulas.collective_bytes("all_gather", layout.etp, gathered), times)
             if self._reach(layout, "etp")[0] < layout.etp:
@@ -520,15 +556,51 @@ class TimeModel:
                 continue
             units = pipeline.moe if expert else pipeline.dense + pipeline.moe + 1
             link = self._reach(layout, axis)[1]
-            kind = "reduce_scatter" if sharded else "all_reduce"
-            summing += link.seconds(formulas.collective_bytes(kind, size, summed * numel), units)
+            if sharded:
+                summing += self._scattering(layout, axis, summed * numel, units)
+            else:
+                summing += link.seconds(formulas.collective_bytes("all_reduce", size, summed * numel), units)
             gather += link.seconds(formulas.collective_bytes("all_gather", size, item * numel), units)
             gather_copies += SHARD_PASSES * item * numel / machine.memory_bandwidth
             if sharded:
                 sum_copies += SHARD_PASSES * summed * numel / machine.memory_bandwidth
             else:  # the pieces of a bucket are not aligned
                 sum_copies += BUCKET_PASSES * summed * numel / machine.elementwise_bandwidth
-        return gather, gather_copies, summing, sum_copies
+        return gather, gather_copies, summing, sum_copies + self._scaling(layout, pipeline, sharded=sharded)
+
+    def _scattering(self, layout: FoldedLayout, axis: Axis, total: float, units: int) -> float:
+        """Seconds of summing so many bytes into shards: what the link gives a reduce-scatter."""
+        inside, link = self._reach(layout, axis)
+        if inside == layout.size(axis):
+            link = self.machine.scatter
+        return link.seconds(formulas.collective_bytes("reduce_scatter", layout.size(axis), total), units)
+
+    def _outer_shards(self, layout: FoldedLayout, pipeline: PipelineStage) -> tuple[float, float]:
+        """Seconds of one gather, and of one sum, of what is in no layer."""
+        size = layout.dp * layout.cp
+        if size == 1:
+            return 0.0, 0.0
+
+        def make() -> tuple[float, float]:
+            numel = sum(
+                prod(weight.local_shape(layout))
+                for weight in self.shape.outer_weights(first=pipeline.first, last=pipeline.last)
+            )
+            sent = formulas.collective_bytes("all_gather", size, self.work.item * numel)
+            summed = 4 if self.work.precision == "mixed" else self.work.stored
+            summing = self._scattering(layout, "dp_cp", summed * numel, 1)
+            return self._reach(layout, "dp_cp")[1].seconds(sent), summing
+
+        return self._once.of(layout)(("outer", pipeline), make)
+
+    def _scaling(self, layout: FoldedLayout, pipeline: PipelineStage, *, sharded: bool) -> float:
+        """Seconds in which gradients that go through no bucket are multiplied by their factor, ``1 / (dp * cp)``."""
+        ranks = layout.dp * layout.cp
+        if ranks == 1:
+            return 0.0
+        dense, expert = self._numel(layout, pipeline)
+        numel = dense / ranks + expert / layout.edp if sharded else expert * (layout.edp == 1)
+        return 2 * numel * self.work.stored / self.machine.update_bandwidth
 
     def _numel(self, layout: FoldedLayout, pipeline: PipelineStage) -> tuple[int, int]:
         def make() -> tuple[int, int]:
