@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from math import comb, isclose, prod
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,8 +26,19 @@ from foldpar.comm.peers import DeviceMemories
 from foldpar.errors import FoldingError, LayoutError, ModelError, ShapeError
 from foldpar.moe.transport import messages, one_sided
 from foldpar.moe.transport.one_sided import RowExchange
-from foldpar.planning import HostCost, LatentAttention, ModelShape, PlanError, Workload, plan, read_machine, read_model
-from foldpar.planning.folds import broken_rule, folds, layouts, node_span, transports
+from foldpar.planning import (
+    HostCost,
+    LatentAttention,
+    Machine,
+    ModelShape,
+    PlanError,
+    Seconds,
+    Workload,
+    plan,
+    read_machine,
+    read_model,
+)
+from foldpar.planning.folds import Transport, broken_rule, folds, layouts, node_span, transports
 from foldpar.planning.formulas import (
     MOST_LISTED,
     UNASKED,
@@ -292,6 +304,73 @@ def test_a_group_across_nodes_uses_the_network():
     assert node_span(foldpar.solve_layout(16, tp=2, ep=8), "ep", 8) == 4
 
 
+NOTHING = HostCost(**dict.fromkeys(HostCost.__dataclass_fields__, 0.0))
+
+
+def _seconds(machine: Machine, degrees: dict[str, int], stage: int, **work: Any) -> Seconds:
+    """Of a step on two GPUs, in which the device is what counts."""
+    layout = foldpar.solve_layout(2, **degrees)
+    model = TimeModel(QWEN3_30B, Workload(**{"tokens": 8192, "batch": 8, "precision": "bfloat16", **work}), machine)
+    return model.of(layout, stage=stage, recompute="none", transport="messages", micro=8 // layout.dp)
+
+
+@pytest.mark.parametrize(("degrees", "gathers"), [({}, 4), ({"ep": 2}, 3), ({"tp": 2}, 1), ({"tp": 2, "ep": 2}, 0)])
+def test_a_sharded_step_begins_when_its_first_gathers_are_launched(degrees, gathers):
+    """Those of the outermost unit, the first block with its experts, and the next block; with tp of experts only."""
+    slow = replace(H100, host=replace(NOTHING, unit=1e-3))
+    for stage in (0, 2, 3):
+        later = _seconds(slow, degrees, stage).total - _seconds(replace(H100, host=NOTHING), degrees, stage).total
+        assert isclose(later, gathers * 0.5e-3 if stage else 0.0, abs_tol=1e-9)
+
+
+def test_what_is_in_no_layer_is_gathered_and_summed_with_nothing_beside_it():
+    hidden = replace(H100, host=NOTHING, overlap=1.0, memory_bandwidth=1e30, update_bandwidth=1e30)
+    outer = 2 * QWEN3_30B.vocab * QWEN3_30B.hidden + QWEN3_30B.hidden
+    found = _seconds(hidden, {}, 2)
+    assert isclose(found.gathers, hidden.ring.seconds(outer), rel_tol=1e-6)  # half of 2 bytes leave a rank
+    assert isclose(found.gradients, hidden.scatter.seconds(outer), rel_tol=1e-6)
+    assert _seconds(hidden, {"tp": 2, "ep": 2}, 0).gradients == 0
+
+
+def test_gradients_that_go_through_no_bucket_are_multiplied_by_their_factor():
+    """One over the data ranks: those of experts that no other rank holds, and of all shards; with one there is none."""
+    slow = replace(H100, host=NOTHING, update_bandwidth=1e9)
+    once = replace(slow, update_bandwidth=2e9)
+    of_experts = sum(weight.numel for weight in QWEN3_30B.weights() if weight.expert)
+    of_others = QWEN3_30B.parameters - of_experts
+    for degrees, stage, numel in (
+        ({"ep": 2}, 0, of_experts / 2), ({}, 0, 0), ({}, 2, QWEN3_30B.parameters / 2),
+        ({"ep": 2}, 2, of_experts / 2 + of_others / 2), ({"tp": 2}, 2, 0),
+    ):  # fmt: skip
+        saved = _seconds(slow, degrees, stage).gradients - _seconds(once, degrees, stage).gradients
+        assert isclose(saved, 4 * numel / 2e9, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def test_the_host_waits_for_rows_that_it_does_not_know():
+    work = Workload(tokens=8192, batch=8)
+
+    def waits(shape: ModelShape, way: Transport, **degrees: int) -> bool:
+        return TimeModel(shape, work, H100)._waits(foldpar.solve_layout(8, **degrees), 8192, way)
+
+    assert not waits(QWEN3_30B, "messages")  # all experts are here
+    assert waits(MIXTRAL_8X22B, "messages")  # and so few that their sizes are asked for
+    assert waits(QWEN3_30B, "messages", ep=2) and waits(QWEN3_30B, "messages", etp=2)
+    assert waits(QWEN3_30B, "one-sided", ep=8) and not waits(QWEN3_30B, "one-sided", etp=8)
+    assert waits(GPT_OSS_120B, "one-sided", etp=8)  # biases
+
+
+def test_experts_of_one_data_rank_are_converted_and_are_no_unit():
+    """In mixed precision, for every micro-batch: 18 bytes a number on the device, and the host's hooks."""
+    mixed = {"precision": "mixed", "batch": 32}
+    slow = replace(H100, host=replace(NOTHING, conversion=1.0))
+    free = replace(H100, host=NOTHING)
+    layers = QWEN3_30B.layers * 4  # micro-batches
+    assert _seconds(slow, {"ep": 2}, 2, **mixed).total > layers * 0.99
+    for degrees, precision in (({}, "mixed"), ({"ep": 2}, "bfloat16")):
+        work = {**mixed, "precision": precision}
+        assert _seconds(slow, degrees, 2, **work).total == _seconds(free, degrees, 2, **work).total
+
+
 # -- Whole plans ------------------------------------------------------------------------------------------------------
 
 
@@ -326,7 +405,7 @@ def test_the_published_folds_are_among_the_three_best(shape, gpus, published):
         elementwise_bandwidth=H100.memory_bandwidth,
         host=HostCost(
             attention=5e-4, dense=1e-4, moe=5e-4, head=1e-4, messages=2e-4, one_sided=0.0, slices=2e-4, lanes=0.0,
-            ends=0.0, unit=0.0, regather=0.0, reduction=0.0, bucket=0.0, parameter=0.0,
+            ends=0.0, unit=0.0, regather=0.0, conversion=0.0, reduction=0.0, bucket=0.0, parameter=0.0,
         ),
     )  # fmt: skip
     found = plan(

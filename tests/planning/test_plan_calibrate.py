@@ -10,7 +10,7 @@ import torch
 
 import foldpar
 from foldpar import cli
-from foldpar.planning import HostCost, Machine, ModelShape, plan, read_machine
+from foldpar.planning import HostCost, Machine, ModelShape, host_costs, plan, read_machine
 from foldpar.planning.calibrate import fit_link, measure_links
 from foldpar.planning.host_costs import measure_host
 from foldpar.testing import run_ranks
@@ -28,6 +28,7 @@ def test_calibrate_writes_a_machine_that_plan_takes(tmp_path, capsys):
     found = plan(shape, gpus=4, gpu=file, tokens=64, batch=8)
     assert found.machine == machine
     assert "measured: product flops" in str(found)
+    assert "not measured: node, ring, scatter, network, overlap, peak flops" in str(found)
 
 
 def test_calibrate_measures_nothing_for_a_file_that_cannot_be(tmp_path, capsys):
@@ -63,6 +64,14 @@ def test_two_ranks_measure_what_launching_costs_them():
         assert found.one_sided == shipped.one_sided
         assert found != shipped
         assert all(cost >= 0 for cost in asdict(found).values())
+
+
+def test_more_layers_that_seem_to_take_less_time_cost_nothing(monkeypatch):
+    """On a busy machine noise is larger than what a small layer costs; a machine has no negative numbers."""
+    less = {"layer": -1e-4, "reduce": -1e-5, "optimizer": -1e-5}
+    monkeypatch.setattr(host_costs._Slope, "of", lambda self, world, degrees, **options: (less, 0.0))
+    found, _ = measure_host(read_machine("h100").host, 1, torch.device("cpu"), quick=True)
+    assert set(asdict(found).values()) == {0.0, found.dense}
 
 
 def test_a_link_is_the_line_through_its_points_and_noise_is_no_negative_one():

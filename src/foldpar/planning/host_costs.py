@@ -60,7 +60,7 @@ def _differences(base: HostCost, world: int, device: torch.device, steps: int, p
         "parameter": layer["optimizer"] / WEIGHTS, "reduction": layer["reduce"] / WEIGHTS,
     }  # fmt: skip
     if world % 2:
-        ratio = (attention + costs["moe"]) / (base.attention + base.moe)
+        ratio = max(0.0, layer["layer"]) / (base.attention + base.moe)  # noise can make more layers the faster ones
         return replace(_scaled(base, ratio), **_positive(costs)), "measured: one rank; what ranks add is scaled from it"
     unsharded = layer["layer"]
 

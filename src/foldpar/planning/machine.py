@@ -61,6 +61,8 @@ class HostCost:
     """Of one unit of ``shard_model``: its gather, and the sum of its gradients."""
     regather: float
     """Of the second gather of a unit, at stage 3."""
+    conversion: float
+    """Of a layer's experts that are converted for a forward and its backward, instead of a unit."""
     reduction: float
     """Of one parameter in ``reduce_gradients``."""
     bucket: float

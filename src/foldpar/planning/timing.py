@@ -32,6 +32,11 @@ BUCKET_PASSES = 7
 """How often ``reduce_gradients`` reads or writes a number beside its sum: zeros, copied in, scaled, copied out."""
 SHARD_PASSES = 2
 """How often a gather, or a sum into shards, reads or writes a number of the whole: split into tensors, or joined."""
+CONVERSION_BYTES = 18
+"""Bytes moved for each number of experts that are converted: to bfloat16 twice, and their gradients to float32.
+
+Source: :mod:`foldpar.sharding.conversion`.
+"""
 
 
 _AXES_OF_LAYERS: tuple[Axis, ...] = ("ep", "tp", "etp", "cp")
@@ -210,6 +215,9 @@ class TimeModel:
             node, network, lanes = node + times * layer.node, network + times * layer.network, lanes + times * layer.tp
         clocks, forward, backward = self._through(layout, pipeline, layers, head, stage, micro_batches)
         gathers, gradients, copies = self._shards(layout, pipeline, stage, micro_batches)
+        if self._converts(layout, stage):
+            converted = CONVERSION_BYTES * self._numel(layout, pipeline)[1] / self.machine.memory_bandwidth
+            copies += micro_batches * converted
         if stage:  # gathers run behind forwards, at stage 3 half of them behind backwards, as the sums do
             first, often = gathers / 2 if stage == 3 else gathers, micro_batches if stage == 3 else 1
             sums = micro_batches if stage > 1 else 1
@@ -294,11 +302,16 @@ class TimeModel:
         """Seconds of the host for the units of one layer, in its forward and in its backward."""
         if not stage:
             return 0.0, 0.0
-        mixed = self.work.precision == "mixed"
-        units = (mixed or layout.dp * layout.cp > 1) + (moe and (mixed or layout.edp > 1))
+        mixed, host = self.work.precision == "mixed", self.machine.host
+        units = (mixed or layout.dp * layout.cp > 1) + (moe and layout.edp > 1)
         often = 1 / micro_batches if stage == 1 else 1.0
-        half = units * self.machine.host.unit * often / 2
-        return half, half + (units * self.machine.host.regather if stage == 3 else 0.0)
+        half = units * host.unit * often / 2
+        half += host.conversion / 2 if moe and self._converts(layout, stage) else 0.0
+        return half, half + (units * host.regather if stage == 3 else 0.0)
+
+    def _converts(self, layout: FoldedLayout, stage: int) -> bool:
+        """Whether experts that no other rank holds are converted for every forward and backward, without a unit."""
+        return stage > 0 and layout.edp == 1 and self.work.precision == "mixed"
 
     def tokens_per_second(self, seconds: Seconds) -> float:
         """Of all ranks together."""
