@@ -95,6 +95,7 @@ TWO = [
 
 
 def all_compared(cases: list[Any], backend: str) -> float:
+    torch.compiler.reset()  # no more than so many graphs of one forward, and ranks live on between calls
     return max(compared({"world": 2, **degrees}, backend, **options) for degrees, options in cases)
 
 

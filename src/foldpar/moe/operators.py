@@ -87,11 +87,11 @@ _TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if 
 # Defined by themselves: ``custom_op`` compares the storages of all that goes in and comes out, in every call.
 torch.library.define(
     "foldpar::run",
-    "(Tensor[] given, Tensor handle, bool[] present, bool[] needed, int rows) -> (Tensor, Tensor)",
+    "(Tensor[] given, Tensor handle, bool[] present, bool[] needed, SymInt rows) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
-    "foldpar::run_backward", "(Tensor grad, Tensor token, int[] shapes, str kinds) -> Tensor[]", tags=_TAGS
+    "foldpar::run_backward", "(Tensor grad, Tensor token, SymInt[] shapes, str kinds) -> Tensor[]", tags=_TAGS
 )
 
 
