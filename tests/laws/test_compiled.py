@@ -129,7 +129,6 @@ def test_a_rank_without_data_runs_a_stand_in_whole() -> None:
     assert not any(each.any() for each in got)
 
 
-@pytest.mark.long
 def test_another_number_of_tokens_is_one_more_graph_for_all_numbers() -> None:
     moe = layer(ONE)
     compiled, parameters = torch.compile(moe, backend="aot_eager", fullgraph=True), list(moe.parameters())
