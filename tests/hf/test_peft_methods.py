@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from boxes import cut
 from draws import seeded
-from peft_cases import base, loss_of, peft
+from peft_cases import base, gradient_differences, loss_of, peft
 from torch import Tensor, nn
 
 import foldpar
-from foldpar.parameters import parameter_placements
 from foldpar.testing import run_ranks
 from foldpar.testing.outcomes import RanksFailed
 
@@ -122,8 +120,9 @@ def difference(method: Method, layout: foldpar.FoldedLayout, first: str) -> dict
     whole.load_state_dict(values, strict=False)
     for data_rank in range(layout.dp):
         (loss_of(whole, data_rank) / layout.dp).backward()
-    wanted = {name: each.grad for name, each in whole.named_parameters() if each.grad is not None}
-    assert any(bool(each.any()) for each in wanted.values())
+    gradients = {name: each.grad for name, each in whole.named_parameters()}
+    wanted = {name: each for name, each in gradients.items() if each is not None and each.any()}
+    assert wanted
 
     def rank() -> dict[str, float]:
         with foldpar.create_groups(layout) as groups:
@@ -138,11 +137,8 @@ def difference(method: Method, layout: foldpar.FoldedLayout, first: str) -> dict
             foldpar.reduce_gradients(model, groups)
             trained = {name for name, each in model.named_parameters() if each.requires_grad}
             assert trained == values.keys()
-            found = {}
-            for placement in parameter_placements(model, groups):
-                if (want := wanted.get(placement.name)) is not None and (scale := want.norm()) > 0:
-                    got = placement.local(placement.parameter.grad)
-                    found[placement.name] = float((got - cut(want, placement.share)).norm() / scale)
+            found = gradient_differences(model, groups, wanted)
+            assert found.keys() == wanted.keys()
             return found
 
     ranks = run_ranks(rank, layout.world, backend="threads")

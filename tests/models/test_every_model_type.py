@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from pages import DOCS, models_script
+from pages import DOCS, models_script, table
 from torch import Tensor, nn
 
 import foldpar
@@ -24,7 +24,8 @@ pytestmark = [
 
 ONE = foldpar.solve_layout(1)
 LAYOUTS = [foldpar.solve_layout(4, ep=2, etp=2), foldpar.solve_layout(4, ep=4)]
-PROVEN = [row.split(" | ")[0].strip("|` ") for row in DOCS["models"].splitlines() if " | proven" in row]
+FOLDING = {cells[0].strip("`"): cells[1] for cells in table(DOCS["models"], "`model_type`")}
+PROVEN = [model_type for model_type, folding in FOLDING.items() if folding.startswith("proven")]
 WIDTH, UNITS = 128, 32
 NARROW = {"ernie4_5_vl_moe": {"num_attention_heads": 1, "num_key_value_heads": 1, "moe_intermediate_size": [32, 32]}}
 """What else makes the text part of a type narrow."""
@@ -83,7 +84,7 @@ def filled(block: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"ep{layout.ep}-etp{layout.etp}")
 @pytest.mark.parametrize("model_type", PROVEN)
 def test_what_is_proven_in_one_process_is_exact_on_ranks(model_type: str, layout: foldpar.FoldedLayout) -> None:
-    alone = f"| `{model_type}` | proven, its experts alone |" in DOCS["models"]
+    alone = FOLDING[model_type] == "proven, its experts alone"
     for block in one_of_each_kind(model_type):
 
         def make(block: Block = block) -> nn.Module:

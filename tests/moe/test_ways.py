@@ -31,10 +31,14 @@ class OwnExperts(nn.Module):
         return rows * 1.0
 
 
+class AbleExperts(OwnExperts):
+    abilities = ("routing", "generation")  # a word of its author's
+
+
 def layer(groups: foldpar.FoldedGroups, kind: str = "plain", **options: Any) -> foldpar.FoldedMoE:
     dtype = torch.float64 if kind == "float64" else torch.float32
-    experts: Any = OwnExperts()
-    if kind != "foreign":
+    experts: Any = AbleExperts() if kind == "able" else OwnExperts()
+    if kind not in ("foreign", "able"):
         experts = foldpar.GroupedExperts(EXPERTS, DIM, 8, groups, bias=kind == "biases", seed=0, dtype=dtype)
     if kind == "counters":
         options["counters"] = foldpar.LayerCounters()
@@ -112,6 +116,7 @@ def untold(kind: str, etp: int) -> tuple[str, str]:
         ("biases", None),
         ("counters", "counters read the sizes on the host"),
         ("foreign", "OwnExperts may answer in a wider dtype than it is asked in, which memory is not shared for"),
+        ("able", "AbleExperts may answer in a wider dtype than it is asked in, which memory is not shared for"),
         ("float64", "the rows are torch.float64, and the kernels add up in float32"),
     ],
 )

@@ -134,10 +134,16 @@ def differences(case: Case, values: dict[str, Tensor], want: dict[str, Tensor]) 
         norm = foldpar.get_total_norm(model, groups)
         assert not [name for name, each in model.named_parameters() if "lora_" not in name and each.grad is not None]
         total = torch.stack([each.norm() for each in want.values()]).norm()
-        found = {"the norm": float(abs(norm - total) / total)}
-        for placement in foldpar.parameters.parameter_placements(model, groups):
-            if (name := placement.name) in want:
-                own = cut(want[name], placement.share)
-                found[name] = float((placement.local(placement.parameter.grad) - own).norm() / want[name].norm())
+        found = {"the norm": float(abs(norm - total) / total), **gradient_differences(model, groups, want)}
         assert found.keys() == {*want, "the norm"}
         return found
+
+
+def gradient_differences(model: nn.Module, groups: foldpar.FoldedGroups, want: dict[str, Tensor]) -> dict[str, float]:
+    """How far this rank's part of each gradient is from that of the whole one, which is not zero."""
+    found = {}
+    for placement in foldpar.parameters.parameter_placements(model, groups):
+        if (name := placement.name) in want:
+            own = cut(want[name], placement.share)
+            found[name] = float((placement.local(placement.parameter.grad) - own).norm() / want[name].norm())
+    return found

@@ -147,7 +147,7 @@ class Training:
 def shared_bytes(groups: foldpar.FoldedGroups, device: str) -> int:
     """Of memory that the ranks of EP x ETP share, which torch's allocator does not count."""
     found = memories_of(groups, torch.device(device, 0 if device == "cpu" else torch.cuda.current_device()), ask=False)
-    return sum(memory.own.numel() for memory in found.made) if found is not None and groups.ep_etp.size > 1 else 0
+    return found.shared if found is not None and groups.ep_etp.size > 1 else 0
 
 
 def bytes_of(tensors: Any) -> int:

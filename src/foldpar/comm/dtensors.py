@@ -106,9 +106,7 @@ def distributed_parameter(
 
 def placed_like(local: Tensor, like: DTensor) -> DTensor:
     """A DTensor that lies like another one, of this rank's part; shares the memory, communicates nothing."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor(local.detach(), like._spec, requires_grad=False)
+    return cast("DTensor", placed_as(local.detach(), like._spec))
 
 
 _STORAGE = "_foldpar_storage"

@@ -95,8 +95,8 @@ class Journey:
         self.state, self.num_experts, self.dim = state, experts.num_experts, experts.dim
         self.ends = lane_ends(state)
         self.counters = counters
-        abilities: Abilities | None = getattr(experts, "abilities", None)
-        kind = type(experts).__name__
+        said, kind = getattr(experts, "abilities", None), type(experts).__name__
+        abilities = said if isinstance(said, Abilities) else None  # else it is somebody else's name for something
         self.one_sided, self.in_messages_why = _sharing(one_sided, kind, abilities, state)
         if self.one_sided is not None:
             await_peers(state.groups)
