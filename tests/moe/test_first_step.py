@@ -4,7 +4,9 @@ nothing, and costs nothing afterwards."""
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -401,6 +403,52 @@ def test_a_sound_step_leaves_no_hooks_and_says_nothing() -> None:
         assert [type(hook).__name__ for hook in model._forward_pre_hooks.values()] == ["_Doorman"]  # adapters may come
 
     assert said_on_each_rank(step) == [""] * 4
+
+
+class Same(torch.autograd.Function):
+    """Its node in a graph is a Python object, of which a weak reference can tell whether the graph is alive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+@pytest.mark.parametrize("steps", [(False, False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("check", [None, True])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_nothing_of_a_checked_step_lives_on(
+    monkeypatch: pytest.MonkeyPatch, tp: int, check: bool | None, steps: tuple[bool, ...]
+) -> None:
+    monkeypatch.setattr("foldpar.moe.lane_checks._MOST_IN_FLIGHT", 1)
+
+    def step(groups: foldpar.FoldedGroups) -> None:
+        model = copy.deepcopy(MODEL)
+        foldpar.fold_model(model, groups, check=check)
+        nodes: list[weakref.ref[Any]] = []
+
+        def mark(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+            output = Same.apply(output)
+            nodes.append(weakref.ref(output.grad_fn))
+            return output
+
+        model.get_input_embeddings().register_forward_hook(mark)
+        ids = torch.randint(32, (2, 6), generator=torch.Generator().manual_seed(groups.dp.index))
+        for backward in steps:
+            loss = model(input_ids=ids, labels=ids).loss
+            if backward:
+                loss.backward()
+        del loss
+        gc.collect()
+        assert [node() for node in nodes] == [None] * len(steps)
+        for parameter in model.parameters():  # as torch's parametrize does; a graph that lives on would be poisoned
+            torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().clone()))
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    assert said_on_each_rank(step, foldpar.solve_layout(2, tp=tp, ep=2)) == [""] * 2
 
 
 # -- The first reduction -----------------------------------------------------------------------------------------------

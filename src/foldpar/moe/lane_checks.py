@@ -10,10 +10,10 @@ without it, and ends with an agreement among them, so that all raise together in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from typing import Any, Literal
 
 import torch
@@ -51,6 +51,8 @@ _ELSEWHERE = {
 }
 _MOST_OUTPUTS = 32
 """How many outputs of a model are looked at: a number that all ranks know, whatever their models return."""
+_MOST_IN_FLIGHT = 64
+"""Forwards of a model whose backward is awaited; of more, the first ones are not compared, and not kept alive."""
 _TOKENS = (
     "Replicated lanes share the work on one batch, so all lanes of a TP group must hold the same tokens; with others "
     "every row comes out wrong. Usually a sampler or a seed depends on the global rank: give the sampler "
@@ -172,6 +174,8 @@ class ModelChecks:
     def __init__(self, groups: FoldedGroups, check: bool | None, *, experts: bool) -> None:
         self.groups, self.when = groups, When(check)
         self.meeting = Meeting.of(groups, experts=experts)
+        self._awaited: dict[int, RemovableHandle] = {}
+        self._forwards = count()
 
     def watch(self, model: nn.Module) -> None:
         """From now on, as long as there is something to check."""
@@ -202,13 +206,24 @@ class ModelChecks:
             tensors = [each for each in _tensors(output) if each.requires_grad and can_compare(each)][:_MOST_OUTPUTS]
             if tensors:  # a gradient may arrive at each of them: the loss, and the logits that a term of one's own uses
                 shapes = [(local_tensor(each).shape, each.dtype) for each in tensors]
-                register_multi_grad_hook(tensors, partial(self._arrived, shapes))
+                most = 1 if self.when.check is None else _MOST_IN_FLIGHT  # one backward is compared, or all
+                self._let_go([*self._awaited][: max(0, len(self._awaited) - most + 1)])
+                awaited = next(self._forwards)
+                self._awaited[awaited] = register_multi_grad_hook(tensors, partial(self._arrived, awaited, shapes))
         elif not self.when.is_open(_forward()):
             for hook in self._hooks:
                 hook.remove()
 
-    def _arrived(self, shapes: Sequence[tuple[torch.Size, torch.dtype]], grads: Sequence[Tensor | None]) -> None:
+    def _let_go(self, awaited: Iterable[int]) -> None:
+        """Of forwards whose backward is awaited: the hook of several tensors holds their graph, and the graph it."""
+        for each in awaited:
+            self._awaited.pop(each).remove()
+
+    def _arrived(
+        self, awaited: int, shapes: Sequence[tuple[torch.Size, torch.dtype]], grads: Sequence[Tensor | None]
+    ) -> None:
         """Compare the gradients of all outputs, when the last of them has arrived, and before layers below have it."""
+        self._let_go(self._awaited.keys() & {awaited})
         first = next((grad for grad in grads if grad is not None), None)
         if first is None or not self.when.due("backward", first):
             return
