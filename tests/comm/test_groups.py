@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from hf_models import tiny_model
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -90,6 +94,32 @@ def cycle(times: int) -> tuple[list[str], int]:
 @pytest.mark.parametrize("cycles", [20, pytest.param(100, marks=pytest.mark.long)])
 def test_creating_and_destroying_leaks_nothing(cycles: int) -> None:
     assert run_ranks(cycle, 4, cycles, timeout=120.0, groups_left="error") == [([], 1)] * 4
+
+
+def train(tp: int, stage: int) -> list[int]:
+    """The threads of this rank after each of some models, with groups of its own."""
+    threads = []
+    for _ in range(4):
+        with foldpar.create_groups(foldpar.solve_layout(2, tp=tp, ep=2)) as groups:
+            model = tiny_model("qwen3_moe")
+            foldpar.fold_model(model, groups)
+            if stage:
+                foldpar.shard_model(model, groups, stage=stage)
+            ids = torch.zeros(1, 4, dtype=torch.int64)
+            model(input_ids=ids, labels=ids).loss.backward()
+            foldpar.reduce_gradients(model, groups)
+        del model, groups
+        gc.collect()
+        threads.append(len(os.listdir("/proc/self/task")))
+    return threads
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_groups_end_with_what_was_trained_in_them(tp: int, stage: int) -> None:
+    for threads in run_ranks(train, 2, tp, stage):
+        assert len(set(threads[1:])) == 1, threads
 
 
 def two_layouts() -> tuple[list[int], list[int]]:

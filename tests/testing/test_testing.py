@@ -146,9 +146,14 @@ def leave_groups():
     return live_groups()
 
 
+def leave_groups_in_a_cycle():
+    held = [dist.new_group([0, 1])]
+    held.append(held)
+
+
 def footprint():
     time.sleep(0.3)  # groups close in the background
-    return live_groups(), len(os.listdir("/proc/self/fd")), threading.active_count()
+    return live_groups(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")
@@ -158,6 +163,15 @@ def test_fifty_spawned_calls_leak_no_group_file_or_thread():
         assert [len(names) for names in run_ranks(leave_groups, 2)] == [2, 1]
     assert run_ranks(footprint, 2) == before
     assert before[0][0] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_groups_in_cycles_are_freed_while_a_worker_lives():
+    (_, _, before), _ = run_ranks(footprint, 2)
+    for _ in range(30):
+        run_ranks(leave_groups_in_a_cycle, 2)
+    (_, _, after), _ = run_ranks(footprint, 2)
+    assert after < before + 60  # a group has several
 
 
 def test_fifty_calls_with_threads_leak_no_group_or_thread():
