@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
 __all__ = ["GroupFactory", "default_store", "forget_meshes", "living_groups", "next_generation", "seconds_of"]
@@ -104,12 +106,16 @@ def next_generation() -> int:
     return max((int(name.split("-")[1]) + 1 for name in names if name.startswith("foldpar-")), default=0)
 
 
-def forget_meshes() -> None:
+def forget_meshes(ended: Iterable[DeviceMesh] = ()) -> None:
     """Drop what DTensor remembers of operations: results that lie on meshes which may be gone.
 
     A mesh that compares equal, of these ranks under these names, would be given the remembered one, whoever made it: a
-    mesh of other groups, or that of another library.
+    mesh of other groups, or that of another library. Other memories of torch keep one mesh of each kind for ever; an
+    ``ended`` one holds its communicators, and of gloo's their threads, no longer.
     """
+    for mesh in ended:
+        for part in (mesh, getattr(mesh, "_root_mesh", None)):
+            getattr(part, "_pg_registry", {}).clear()  # since torch 2.13; only a compiler looks there
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor import debug
 

@@ -368,7 +368,7 @@ class FoldedGroups:
             return
         failed = [kept.close() for kept in self._kept.values()]
         self._destroyed = True
-        had_meshes = bool(self._meshes)
+        meshes = [*self._meshes.values()]
         self._meshes.clear()
         self._kept.clear()
         self._data_axes.clear()
@@ -378,8 +378,8 @@ class FoldedGroups:
         for process_group in self.communicators:
             dist.destroy_process_group(process_group)
         self._communicators.clear()
-        if had_meshes:
-            forget_meshes()
+        if meshes:
+            forget_meshes(meshes)
         if self._owns_default:
             dist.destroy_process_group()
         for error in failed:
