@@ -170,6 +170,32 @@ def test_scale_gradient_scales_only_the_gradient() -> None:
     assert x.grad is not None and x.grad.tolist() == [1 / 3] * 3
 
 
+def test_what_comes_out_of_a_collective_can_be_changed_in_place() -> None:
+    def changed(counts: tuple[int, int]) -> list[Tensor]:
+        groups = foldpar.create_groups(foldpar.solve_layout(2, tp=2))
+        own, gradients = counts[groups.tp.index], []
+        for change in (lambda y: y.mul_(3), lambda y: y * 3):
+            rows = torch.ones(own, 2, requires_grad=True)
+            whole = torch.ones(sum(counts), 2, requires_grad=True)
+            for y in (
+                foldpar.all_gather_rows(rows, groups.tp, row_counts=counts, backward="slice"),
+                foldpar.all_gather_rows(rows, groups.tp, row_counts=counts, backward="reduce_scatter"),
+                foldpar.reduce_scatter_rows(whole, groups.tp, row_counts=counts),
+                foldpar.split_rows(whole, groups.tp, backward="all_gather"),
+                foldpar.all_reduce(whole, groups.tp, backward="sum"),
+                foldpar.all_to_all_rows(rows, [own, 0], [[counts[0], counts[1]], [0, 0]][groups.tp.index], groups.tp),
+            ):
+                change(y).square().sum().backward()
+            gradients += [rows.grad, whole.grad]
+        groups.destroy()
+        return gradients
+
+    for counts in ((2, 2), (3, 1)):
+        for rows, whole, rows_after, whole_after in run_ranks(changed, 2, counts, backend="threads"):
+            torch.testing.assert_close(rows, rows_after)
+            torch.testing.assert_close(whole, whole_after)
+
+
 # -- Errors -----------------------------------------------------------------------------------------------------------
 
 

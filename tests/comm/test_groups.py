@@ -237,6 +237,19 @@ def test_ranks_that_disagree_are_refused_on_every_rank() -> None:
         assert f"Rank {rank} passed" in text
 
 
+def other_backends() -> str:
+    with pytest.raises(GroupsError) as refused:
+        foldpar.create_groups(
+            foldpar.solve_layout(2, tp=2), backend="cpu:gloo,cuda:gloo" if dist.get_rank() else "cpu:gloo"
+        )
+    return str(refused.value)
+
+
+def test_backends_that_begin_alike_are_told_apart() -> None:
+    for text in run_ranks(other_backends, 2, groups_left="error"):
+        assert "different arguments: backend differ(s)" in text
+
+
 def one_rank_fails(where: str) -> str:
     """Rank 1 is wrong in its arguments, or fails while it makes the first group or the last."""
     layout, last = foldpar.solve_layout(4, tp=2, ep=4), dist.get_rank() == 1

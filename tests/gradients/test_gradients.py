@@ -324,6 +324,23 @@ def test_accumulated_gradients_are_reduced_once_and_frozen_ones_never():
     run_ranks(reduce_accumulated, 4)
 
 
+def reduce_to_its_own_dtype() -> None:
+    """A rank without a gradient receives one in the dtype that the parameter wants it in."""
+    with create_groups(solve_layout(2)) as groups:
+        model = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
+        torch.nn.init.ones_(model.weight)
+        model.weight.grad_dtype = torch.float32
+        if groups.rank == 1:
+            model.weight.grad = torch.full((1, 2), 1 + 2.0**-12)
+        reduce_gradients(model, groups, loss="sum")
+        assert model.weight.grad.dtype is torch.float32
+        assert model.weight.grad.tolist() == [[1 + 2.0**-12] * 2]
+
+
+def test_a_gradient_wider_than_its_parameter_is_received():
+    run_ranks(reduce_to_its_own_dtype, 2, backend="threads")
+
+
 def test_wrong_arguments_of_reduce_gradients_teach():
     groups = create_groups(solve_layout(1))
     with pytest.raises(ValueError, match="loss = 'total' is unknown: it can be 'mean'"):

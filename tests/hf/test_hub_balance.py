@@ -115,6 +115,19 @@ def test_a_rank_without_data_adds_nothing() -> None:
         assert all(torch.equal(before[name], each) for name, each in biases(model).items())
 
 
+def test_a_forward_in_inference_mode_does_not_keep_training_from_counting() -> None:
+    model: Any = model_of(Case("deepseek_v3"))
+    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
+        foldpar.fold_model(model, groups)
+        tokens = batch_of(0, 0)
+        with torch.inference_mode():
+            model.train()(input_ids=tokens, use_cache=False)
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        counted = [each.decisions for each in model.modules() if isinstance(each, foldpar.FoldedExperts)]
+        assert counted
+        assert all(int(each.sum()) == 2 * tokens.numel() * model.config.num_experts_per_tok for each in counted)
+
+
 def test_a_bias_that_would_not_move_is_refused() -> None:
     model: Any = model_of(Case("deepseek_v3"))
     with foldpar.create_groups(foldpar.solve_layout(1)) as groups:

@@ -15,7 +15,7 @@ from toys import Model, fold, gradient_errors, loss_of, plain_gradients, plain_m
 
 import foldpar
 from foldpar import GradientReducer, families
-from foldpar.errors import FamilyError
+from foldpar.errors import FamilyError, GradientError
 from foldpar.testing import run_ranks
 
 LAYOUTS = [
@@ -344,6 +344,28 @@ def wrong_use(plain: Model) -> None:
 
 def test_wrong_use_teaches() -> None:
     run_ranks(wrong_use, 2, plain_model(blocks=1), backend="threads", groups_left="error")
+
+
+def finish_again(reduced_by: str) -> None:
+    with foldpar.create_groups(foldpar.solve_layout(2)) as groups:
+        layer = nn.Linear(2, 1, bias=False)
+        nn.init.ones_(layer.weight)
+        with GradientReducer(layer, groups, loss="sum") as reducer:
+            for _ in range(2):  # what was refused does not disturb the next step
+                layer(torch.ones(1, 2)).sum().backward()
+                if reduced_by == "finish":
+                    reducer.finish()
+                else:
+                    foldpar.reduce_gradients(layer, groups, loss="sum")
+                with pytest.raises(GradientError, match="gradient of weight was reduced already"):
+                    reducer.finish()
+                assert layer.weight.grad is not None and layer.weight.grad.tolist() == [[2.0, 2.0]]
+                layer.zero_grad()
+
+
+@pytest.mark.parametrize("reduced_by", ["finish", "reduce_gradients"])
+def test_gradients_that_were_reduced_are_not_finished_again(reduced_by: str) -> None:
+    run_ranks(finish_again, 2, reduced_by, backend="threads")
 
 
 def gradient_in_parts(variant: str) -> None:

@@ -120,6 +120,15 @@ def test_given_experts_and_padding_are_those_of_eager() -> None:
         assert difference(got, want) < 1e-12
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_is_not_differentiated_without_the_experts(compiled: bool) -> None:
+    moe, x = layer(ONE), batch(0, ONE).requires_grad_()
+    run = torch.compile(moe, backend="eager", fullgraph=True) if compiled else moe
+    (gradient,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+    with pytest.raises((GradientError, RuntimeError), match=r"differentiate twice|can be\s+differentiated once"):
+        gradient.square().sum().backward()
+
+
 def test_a_rank_without_data_runs_a_stand_in_whole() -> None:
     moe = layer(ONE)
     compiled, parameters = torch.compile(moe, backend="aot_eager", fullgraph=True), list(moe.parameters())

@@ -180,9 +180,11 @@ def test_dropped_and_padded_assignments_have_zero_gradient_and_are_counted_once(
 
 def test_wrong_use_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"capacity factor = 0 must be positive: 1 gives every expert room for an even"
+        ValueError, match=r"capacity factor = 0 must be positive and finite: 1 gives every expert room for an even"
     ):
         Capacity(0)
+    with pytest.raises(ValueError, match=r"capacity factor = inf must be .* capacity=None drops none"):
+        Capacity(float("inf"))
     with pytest.raises(ValueError, match=r"drop is 'random'; choose 'probability' or 'position'"):
         Capacity(1.0, drop="random")
     with pytest.raises(ValueError, match=r"slots is 'full'; choose 'as_needed' or 'padded'"):

@@ -98,6 +98,22 @@ def test_one_row_that_differs_is_found_and_rounding_is_not() -> None:
             assert "field 'x' at [400, 0]" in text
 
 
+def test_a_row_that_is_not_finite_hides_no_other() -> None:
+    def with_nan(groups: foldpar.FoldedGroups, lanes: tuple[int, ...], value: float, differs: bool) -> None:
+        x = rows(groups.rank if differs else groups.dp.index)
+        if groups.tp.index in lanes:
+            x[5, 0] = value
+        with torch.no_grad():
+            layer(groups, check=True)(x)
+
+    for value in (float("nan"), float("inf")):
+        for lanes, differs in (((0,), True), ((0, 1), True), ((0,), False), ((1,), False)):
+            for text in said_on_each_rank(partial(with_nan, lanes=lanes, value=value, differs=differs)):
+                assert "What enters a FoldedMoE differs between the lanes" in text
+        for text in said_on_each_rank(partial(with_nan, lanes=(0, 1), value=value, differs=False)):
+            assert "differs between the lanes" not in text
+
+
 def test_those_who_meet_the_lanes_that_differ_are_told_too() -> None:
     """Of two expert groups over four TP groups, one meets the TP group that is wrong."""
     layout = foldpar.solve_layout(8, tp=2, ep=2)
@@ -190,8 +206,11 @@ def test_an_evaluation_before_training_does_not_use_the_check_up() -> None:
 
 
 def test_check_is_one_of_three() -> None:
-    with foldpar.create_groups(foldpar.solve_layout(1)) as groups, pytest.raises(TypeError, match="check is 'yes'"):
-        layer(groups, check="yes")
+    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
+        with pytest.raises(TypeError, match="check is 'yes'"):
+            layer(groups, check="yes")
+        with pytest.raises(TypeError, match="check is 1"):  # it equals True
+            layer(groups, check=1)
 
 
 # -- What must not hang ------------------------------------------------------------------------------------------------

@@ -211,9 +211,11 @@ def _beyond_rounding(tensor: Tensor, group: AxisGroup) -> list[int]:
     tolerance, found = torch.finfo(tensor.dtype).eps ** 0.5, torch.zeros(group.size, dtype=torch.bool)
     for chunk in rows.split(max(1, _CHUNK // max(1, rows.shape[1]))):
         of_ranks = all_gather(chunk, group).double()
-        lengths = of_ranks[0].norm(dim=-1)
+        lengths = of_ranks[0].nan_to_num(0, 0, 0).norm(dim=-1)
         allowed = tolerance * torch.maximum(lengths, lengths.square().mean().sqrt())
-        found |= ((of_ranks - of_ranks[0]).norm(dim=-1) > allowed).any(-1).cpu()
+        same = (of_ranks == of_ranks[0]) | (of_ranks.isnan() & of_ranks[0].isnan())
+        apart = torch.where(same, 0, of_ranks - of_ranks[0]).norm(dim=-1)  # NaN where only one of two is
+        found |= ~(apart <= allowed).all(-1).cpu()
     return found.nonzero().flatten().tolist()
 
 

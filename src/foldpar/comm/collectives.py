@@ -77,7 +77,12 @@ def all_gather(tensor: Tensor, group: AxisGroup) -> Tensor:
     """The tensors of all ranks, equal in shape, stacked as ``[size, *shape]`` in coordinate order, without autograd."""
     if group.size == 1:
         return tensor.unsqueeze(0)
-    gathered = tensor.new_empty((group.size, *tensor.shape))
+    return _gathered(tensor, (group.size, *tensor.shape), group)
+
+
+def _gathered(tensor: Tensor, shape: Sequence[int], group: AxisGroup) -> Tensor:
+    """In this shape from the start: autograd forbids changes in place of a function's output that is a view."""
+    gathered = tensor.new_empty(shape)
     with _named("all_gather", group):
         _all_gather_tensor(gathered.view(-1), tensor.contiguous().view(-1), group=group.process_group)
     return gathered
@@ -89,7 +94,7 @@ def gather_rows(x: Tensor, row_counts: Sequence[int], group: AxisGroup) -> Tenso
         return x
     longest = max(row_counts)
     if min(row_counts) == longest:
-        return all_gather(x, group).flatten(0, 1)
+        return _gathered(x, (group.size * longest, *x.shape[1:]), group)
     padded = x.new_empty((longest, *x.shape[1:]))
     padded[: x.shape[0]] = x
     padded[x.shape[0] :] = 0
@@ -110,7 +115,7 @@ def scatter_sum_rows(x: Tensor, row_counts: Sequence[int], group: AxisGroup) -> 
     received = x.new_empty((longest, *x.shape[1:]))
     with _named("reduce_scatter", group):
         _reduce_scatter_tensor(received.view(-1), sent.view(-1), group=group.process_group)
-    return received[:own_rows]
+    return received if own_rows == longest else received[:own_rows]
 
 
 def exchange_rows(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], group: AxisGroup) -> Tensor:
@@ -307,7 +312,8 @@ class _ReduceScatterRows(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: AxisGroup, counts: tuple[int, ...]) -> Tensor:
         ctx.group, ctx.counts = group, counts
-        return scatter_sum_rows(x, counts, group)
+        own = scatter_sum_rows(x, counts, group)
+        return own.clone() if own.shape[0] < max(counts) else own
 
     @staticmethod
     @once_differentiable

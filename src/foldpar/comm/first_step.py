@@ -19,7 +19,7 @@ class When:
     """
 
     def __init__(self, check: bool | None) -> None:
-        if check not in (None, True, False):
+        if not (check is None or isinstance(check, bool)):  # 1 equals True, and would be neither always nor once
             raise TypeError(f"check is {check!r}; choose None (the first step), True (every step) or False (never).")
         self.check = check
         self._done: set[str] = set()

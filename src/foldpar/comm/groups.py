@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -562,7 +563,7 @@ def _facts(layout: FoldedLayout, backend: str | None, separate: frozenset[str]) 
         "cp": layout.cp,
         "order": int(layout.order == "consecutive"),
         "separate": sum(1 << place for place, axis in enumerate(AXES) if axis in separate),
-        "backend": int.from_bytes((backend or "").encode()[:7], "big"),
+        "backend": zlib.crc32((backend or "").encode()),
     }
 
 

@@ -210,7 +210,7 @@ class PackedBucket:
 
 def _receive(parameter: nn.Parameter, reduced: Tensor) -> None:
     """Give a parameter that had no gradient here the one that others had."""
-    parameter.grad = torch.zeros_like(parameter)
+    parameter.grad = torch.zeros_like(parameter, dtype=_gradient_dtype(parameter))
     local_tensor(parameter.grad).copy_(reduced)
 
 

@@ -27,7 +27,7 @@ from foldpar.errors import FamilyError, ShardingError
 from foldpar.gradients.buckets import PackedBucket, Piece, PieceCutter, scale, settle
 from foldpar.gradients.reduce import BUCKET_BYTES, check_rooms, parameters_to_reduce
 from foldpar.layout import FoldedLayout, Order, solve_layout
-from foldpar.parameters import ResolvedParameter, check_before_reduction, compare_in_stage, stamp
+from foldpar.parameters import ResolvedParameter, check_before_reduction, compare_in_stage, refuse_reduced, stamp
 
 __all__ = ["GradientReducer"]
 
@@ -135,6 +135,7 @@ class GradientReducer:
         Raises:
             FamilyError: a parameter that requires a gradient was not there, or was frozen, when this was made.
             ReplicaError: parameters differ between replicas, see ``check`` of :func:`foldpar.reduce_gradients`.
+            GradientError: these very gradients were reduced before, here or by ``reduce_gradients``; they stay so.
             ShapeError: rows that travelled one-sided found no room; no gradient is touched then, and the next step
                 starts anew.
         """
@@ -154,6 +155,8 @@ class GradientReducer:
         self._start_over()
         check_before_reduction(self._model, self._groups, self._check, {})  # now that every rank has come
         check_rooms(self._given)
+        if self._groups.layout.world > 1:
+            refuse_reduced((entry.name, entry.parameter) for entry in self._parameters)
         for packed in travelled:
             packed.unpack()
         at_home = [self._cutter.piece(entry) for entry in self._at_home]

@@ -141,7 +141,8 @@ class FoldedExperts(ExpertShare):
         ones = torch.ones_like(ids) if routing.mask is None else routing.mask.long()
         with unseen_by_modes():
             if self.decisions is None or self.decisions.device != ids.device:
-                self.decisions = torch.zeros(self.num_experts, dtype=torch.int64, device=ids.device)
+                with torch.inference_mode(False):  # a tensor of inference could not be counted on in training
+                    self.decisions = torch.zeros(self.num_experts, dtype=torch.int64, device=ids.device)
             self.decisions.scatter_add_(0, ids.clamp(0, self.num_experts - 1).flatten(), ones.flatten())
 
     @property

@@ -153,9 +153,17 @@ def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
     return [next(grads) if need else None for need in ctx.needed], None, None, None, None
 
 
+def _refuse_twice(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    raise GradientError(
+        "The gradient of a compiled layer was differentiated, as with create_graph=True. A layer of routed experts can "
+        "be differentiated once."
+    )
+
+
 torch.library.register_fake("foldpar::run", _like_run)
 torch.library.register_fake("foldpar::run_backward", _like_run_backward)
 torch.library.register_autograd("foldpar::run", _backward, setup_context=_save)
+torch.library.register_autograd("foldpar::run_backward", _refuse_twice)
 
 
 class _Start(Function):

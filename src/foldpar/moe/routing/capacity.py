@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -42,10 +43,10 @@ class Capacity:
     slots: Literal["as_needed", "padded"] = "as_needed"
 
     def __post_init__(self) -> None:
-        if not self.factor > 0:
+        if not 0 < self.factor < math.inf:
             raise ValueError(
-                f"capacity factor = {self.factor} must be positive: 1 gives every expert room for an even share of "
-                f"the assignments, and 0 would drop all of them."
+                f"capacity factor = {self.factor} must be positive and finite: 1 gives every expert room for an even "
+                f"share of the assignments, and 0 would drop all of them; capacity=None drops none."
             )
         for name, choices in (("drop", ("probability", "position")), ("slots", ("as_needed", "padded"))):
             if getattr(self, name) not in choices:
