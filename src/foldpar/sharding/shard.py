@@ -138,12 +138,23 @@ def shard_model(
             sharded already, a block is not in the model, or one
             unit would have parameters of several dtypes or share one with another unit, or experts share a module with
             other parameters. FamilyError: a family is unknown or contradicted. ReplicaError: ranks of a stage differ in
-            dtypes, in what is frozen, or in the stage. GroupsError: a DTensor on another mesh,
+            dtypes, in what is frozen, or in these arguments. GroupsError: a DTensor on another mesh,
             or no torch.distributed. ShapeError: a parameter is not contiguous. All before anything is touched.
 
     Source: ZeRO (Rajbhandari et al. 2020), stages 1 to 3; FSDP2 (``torch.distributed.fsdp.fully_shard``).
     """
     expect("shard_model", model=(model, nn.Module), groups=(groups, FoldedGroups))
+    blocks = None if blocks is None else list(blocks)
+    _compare_arguments(
+        model,
+        groups,
+        blocks,
+        stage=stage,
+        replicas=replicas,
+        mixed_precision=mixed_precision,
+        offload=offload,
+        prefetch=prefetch,
+    )
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise ValueError(
             f"stage = {stage!r} is unknown. It can be 1 (shards of optimizer states), 2 (and of gradients) or 3 (and "
@@ -183,7 +194,6 @@ def shard_model(
     if not shards and not converting:
         return
     refuse_gradient_hooks(((entry.name, entry.parameter) for entry in shards), "Sharding")
-    compare_in_stage(model, groups, {"stage": str(stage), "mixed_precision": str(precision)})  # FSDP2 gathers them
 
     tie_marks_to_names(model)  # FSDP2 makes new parameters
     before = list(model.parameters())
@@ -431,6 +441,16 @@ def _units_by_module(model: nn.Module, units: Iterable[nn.Module]) -> dict[nn.Mo
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What cannot be sharded, found before anything is touched.
+
+
+def _compare_arguments(
+    model: nn.Module, groups: FoldedGroups, blocks: list[nn.Module] | None, **arguments: object
+) -> None:
+    """Ranks that were given other ones would make other groups, gather other units, or raise alone."""
+    names = {module: name for name, module in model.named_modules()}
+    given = {name: str(value) for name, value in arguments.items()}
+    given["blocks"] = str(None if blocks is None else [names.get(block, "no module of the model") for block in blocks])
+    compare_in_stage(model, groups, given)
 
 
 def _check_replicas(replicas: int, layouts: list[FoldedLayout], converts: bool) -> None:
