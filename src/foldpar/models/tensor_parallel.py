@@ -172,11 +172,14 @@ def _take(model: nn.Module, step: DenseStep, mesh: DeviceMesh, tp: AxisGroup, sh
             "rows_split": RowwiseParallel(input_layouts=Replicate()),
         }
         frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+        hooks = list(module._forward_hooks)
         parallelize_module(module, mesh, styles[step.kind], src_data_rank=None)
         for name in frozen:
             module.get_parameter(name).requires_grad_(False)
         if step.kind == "columns_gathered":
             module.register_forward_hook(_arrived)
+        for hook in hooks:  # behind those that make the output what it was
+            module._forward_hooks.move_to_end(hook)
     for name, whole in before.items():
         setattr(module, name, _in_place_of(whole, module.get_parameter(name), shared))
 
@@ -256,7 +259,9 @@ class VocabularyParallelEmbedding(nn.Embedding):
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
         own = input - self.tp.index * weight.shape[0]
         here = (own >= 0) & (own < weight.shape[0])
-        rows = F.embedding(torch.where(here, own, 0), weight)
+        known = (input >= 0) & (input < self.num_embeddings)
+        # What no lane has, none looks up: torch says so, on every lane.
+        rows = F.embedding(own.masked_fill(~here, 0).masked_fill(~known, weight.shape[0]), weight)
         return all_reduce(rows.masked_fill(~here[..., None], 0), self.tp, backward="identity")
 
 
