@@ -33,10 +33,12 @@ from foldpar.parameters import (
     bring_back_shards,
     compare_in_stage,
     data_replicas,
+    drop_zeroed_gradients,
     explicitly_marked,
     fsdp_modules,
     is_fsdp_module,
     kept_dtype,
+    leave_signs,
     mark_replaced,
     record_shards,
     refuse_gradient_hooks,
@@ -223,6 +225,7 @@ def shard_model(
     for parameter in model.parameters():
         adopt(parameter)
     root.register_forward_pre_hook(refuse_replaced, prepend=True)
+    root.register_forward_pre_hook(_begins_anew, prepend=True)
     root.register_forward_hook(_shards_again)
     if prefetch:
         _prefetch(root, units)
@@ -239,6 +242,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     - 2: leaves parameters whole, so that they are gathered once a step; gradients are reduce-scattered in every
       micro-batch and add up in their shards;
     - 3: does nothing; every micro-batch gathers and reduce-scatters.
+
+    A step is given up as anywhere, by ``zero_grad``: at stage 1 behind this context, which an exception may have left.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -265,6 +270,14 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         last(True)
+        if stage == 1:
+            leave_signs(model)
+
+
+def _begins_anew(model: nn.Module, arguments: object) -> None:
+    """A step that was given up behind ``accumulate`` leaves nothing to the next, once its gradients are zeroed."""
+    if torch.is_grad_enabled():
+        drop_zeroed_gradients(model)
 
 
 def _shards_again(model: nn.Module, inputs: object, output: object) -> None:
