@@ -52,11 +52,13 @@ def test_micro_batches_reduced_once_equal_one_process(layout: foldpar.FoldedLayo
         assert error < 1e-12, name
 
 
-def given_up(stage: Any, policy: MixedPrecisionPolicy | None, micro_batches: int) -> list[tuple[float, float]]:
+def given_up(
+    plain: Model, stage: Any, policy: MixedPrecisionPolicy | None, micro_batches: int
+) -> list[tuple[float, float]]:
     """Norms of a step behind one that was given up, or that follows without ``zero_grad``: found and wanted."""
     found = []
     with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=2)) as groups:
-        model = fold(plain_model(), groups)
+        model = fold(plain, groups)
         if stage:
             foldpar.shard_model(model, groups, stage=stage, mixed_precision=policy)
         optimizer = torch.optim.SGD(foldpar.parameter_groups(model), lr=0.1)
@@ -115,7 +117,7 @@ def given_up(stage: Any, policy: MixedPrecisionPolicy | None, micro_batches: int
 @pytest.mark.parametrize("policy", [None, MixedPrecisionPolicy(reduce_dtype=torch.float64)], ids=["plain", "reduced"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_that_is_given_up_leaves_nothing_behind(stage: int, policy: MixedPrecisionPolicy | None) -> None:
-    for of_rank in run_ranks(given_up, 4, stage, policy, 2, backend="threads"):
+    for of_rank in run_ranks(given_up, 4, plain_model(), stage, policy, 2, backend="threads"):
         for found, wanted in of_rank:
             assert found == pytest.approx(wanted, rel=1e-12)
 
