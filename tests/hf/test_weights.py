@@ -237,6 +237,14 @@ def test_a_file_is_not_written_over(groups: Any, tmp_path: Path) -> None:
         foldpar.save_weights(tmp_path / "a.safetensors", model, groups)
 
 
+def test_a_file_whose_name_is_a_pattern_is_not_written_over(groups: Any, tmp_path: Path) -> None:
+    model, path = nn.Linear(2, 2), tmp_path / "final[1].safetensors"
+    foldpar.save_weights(path, model, groups)
+    with pytest.raises(CheckpointError, match=r"final\[1\].safetensors is there already, and is not written over"):
+        foldpar.save_weights(path, model, groups)
+    foldpar.save_weights(tmp_path / "fina?[1].safetensors", model, groups)
+
+
 def test_files_that_do_not_fit(groups: Any, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     with pytest.raises(CheckpointError, match=r"w\.safetensors does not exist"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from draws import seeded
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +18,7 @@ from toys import Model, fold, gradient_errors, loss_of, plain_gradients, plain_m
 
 import foldpar
 from foldpar import GradientReducer, families
-from foldpar.errors import FamilyError, GradientError
+from foldpar.errors import FamilyError, GradientError, ShardingError
 from foldpar.testing import run_ranks
 
 LAYOUTS = [
@@ -47,6 +50,76 @@ def test_micro_batches_reduced_once_equal_one_process(layout: foldpar.FoldedLayo
     want = plain_gradients(plain, layout.dp * layout.cp, micro_batches)
     for error, name in run_ranks(accumulated, layout.world, plain, want, layout, micro_batches, backend="threads"):
         assert error < 1e-12, name
+
+
+def given_up(
+    plain: Model, stage: Any, policy: MixedPrecisionPolicy | None, micro_batches: int
+) -> list[tuple[float, float]]:
+    """Norms of a step behind one that was given up, or that follows without ``zero_grad``: found and wanted."""
+    found = []
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=2)) as groups:
+        model = fold(plain, groups)
+        if stage:
+            foldpar.shard_model(model, groups, stage=stage, mixed_precision=policy)
+        optimizer = torch.optim.SGD(foldpar.parameter_groups(model), lr=0.1)
+
+        def loss(micro: int) -> Tensor:
+            return loss_of(model, tokens_of(groups.dp_cp.index, micro))
+
+        def norm() -> float:
+            foldpar.reduce_gradients(model, groups)
+            return float(foldpar.get_total_norm(model, groups))
+
+        def accumulated() -> None:
+            for micro in range(1, 1 + micro_batches):
+                with foldpar.accumulate(model):
+                    loss(micro).backward()
+
+        loss(0).backward()
+        wanted = norm()
+        for clear in (optimizer.zero_grad, partial(optimizer.zero_grad, set_to_none=False), model.zero_grad):
+            clear()
+            accumulated()
+            with torch.no_grad():
+                loss(0)
+            clear()
+            loss(0).backward()
+            found.append((norm(), wanted))
+        optimizer.zero_grad()
+        with suppress(KeyError), foldpar.accumulate(model):
+            loss(1).backward()
+            raise KeyError
+        optimizer.zero_grad()
+        loss(0).backward()
+        found.append((norm(), wanted))
+        optimizer.zero_grad()
+        for micro in range(1, 1 + micro_batches):
+            loss(micro).backward()
+        loss(0).backward()
+        whole = norm()
+        optimizer.zero_grad()
+        accumulated()
+        loss(0).backward()
+        found.append((norm(), whole))
+        if stage == 1:
+            optimizer.zero_grad()
+            accumulated()
+            with pytest.raises(ShardingError, match="are whole and not yet summed over the data axis"):
+                foldpar.reduce_gradients(model, groups)
+            optimizer.zero_grad()
+            foldpar.reduce_gradients(model, groups)
+            loss(0).backward()
+            found.append((norm(), wanted))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
+@pytest.mark.parametrize("policy", [None, MixedPrecisionPolicy(reduce_dtype=torch.float64)], ids=["plain", "reduced"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_given_up_leaves_nothing_behind(stage: int, policy: MixedPrecisionPolicy | None) -> None:
+    for of_rank in run_ranks(given_up, 4, plain_model(), stage, policy, 2, backend="threads"):
+        for found, wanted in of_rank:
+            assert found == pytest.approx(wanted, rel=1e-12)
 
 
 # -- Hooked, with overlap ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,8 +115,21 @@ def too_early(when: str) -> str:
 def test_an_optimizer_that_was_made_too_early_says_so_in_its_first_step(when: str) -> None:
     for text in run_ranks(too_early, 2, when):
         assert text.startswith("This AdamW holds a parameter of shape [")
-        assert "fold_model or shard_model has replaced" in text
+        assert "fold_model, shard_model or loading into a model on the meta device has replaced" in text
         assert "Make the optimizer after them, from foldpar.parameter_groups(model)" in text
+
+
+def test_an_optimizer_that_was_made_before_loading_says_so_too(tmp_path: Path) -> None:
+    with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
+        whole = tiny_model("qwen3_moe")
+        foldpar.fold_model(whole, groups)
+        foldpar.save_weights(tmp_path, whole, groups)
+        with torch.device("meta"):
+            empty = tiny_model("qwen3_moe")
+        foldpar.fold_model(empty, groups)
+        optimizer = torch.optim.SGD(foldpar.parameter_groups(empty), lr=0.1)
+        foldpar.load_weights(tmp_path, empty, groups)
+        assert "loading into a model on the meta device has replaced" in text_of(optimizer.step)
 
 
 # -- What enters a folded model later ---------------------------------------------------------------------------------

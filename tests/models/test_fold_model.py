@@ -155,6 +155,47 @@ def test_lanes_share_the_heads_of_keys_where_there_are_fewer() -> None:
     assert run_ranks(fold, 4, backend="threads") == [(8, 0, 1), (8, 0, 1), (8, 8, 1), (8, 8, 1)]
 
 
+def test_a_projection_to_few_heads_that_is_more_than_a_product_is_refused() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model = tiny_model("qwen3_moe")
+    model.model.layers[1].self_attn.v_proj.__class__ = Doubled
+    plan_fold(model, foldpar.solve_layout(2, tp=2, ep=2))
+    text = r"v_proj is a Doubled with a forward of its own, and with tp = 4 .* tp can be 1 or 2 here, or"
+    with pytest.raises(ModelError, match=text):
+        plan_fold(model, foldpar.solve_layout(4, tp=4, ep=4))
+
+
+def test_ids_that_are_not_in_the_vocabulary_are_refused_as_in_one_process() -> None:
+    def look_up(token: int) -> None:
+        with foldpar.create_groups(foldpar.solve_layout(2, tp=2, ep=2)) as groups:
+            model = tiny_model("qwen3_moe")
+            fold_model(model, groups)
+            embedding = model.get_input_embeddings()
+            embedding(torch.tensor([[0, VOCAB - 1]]))
+            with pytest.raises(IndexError, match="out of range"):
+                embedding(torch.tensor([[3, token]]))
+
+    for token in (-1, VOCAB, -100):
+        run_ranks(look_up, 2, token, backend="threads")
+
+
+def test_the_model_inside_refuses_what_the_model_does() -> None:
+    def refuse() -> None:
+        with foldpar.create_groups(foldpar.solve_layout(2, tp=2, ep=2)) as groups:
+            model = tiny_model("qwen3_moe")
+            fold_model(model, groups)
+            for each in (model, model.model):
+                with pytest.raises(ModelError, match="save_pretrained cannot be used on a folded model"):
+                    each.save_pretrained("nowhere")
+                with pytest.raises(ModelError, match="resize_token_embeddings cannot be used on a folded model"):
+                    each.resize_token_embeddings(40)
+
+    run_ranks(refuse, 2, backend="threads")
+
+
 def test_tied_embeddings_are_one_sharded_parameter() -> None:
     model = tiny_model("mixtral", tie_word_embeddings=True)
 

@@ -131,6 +131,67 @@ def test_hooks_of_the_experts_are_carried_along() -> None:
         assert len(seen) == before + 1
 
 
+@pytest.mark.parametrize("family", ["llama4", "qwen3_moe"])
+def test_hooks_of_the_block_are_carried_along_where_it_is_written_anew(family: str) -> None:
+    model, seen = tiny_model(family), []
+    block: Any = next(each for each in model.modules() if hasattr(each, "experts"))
+    handle = block.register_forward_hook(lambda *given: seen.append(1))
+    with foldpar.create_groups(ALONE) as groups:
+        fold_model(model, groups)
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+        assert len(seen) == 1
+        handle.remove()
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "register",
+    ["state_dict_pre_hook", "state_dict_post_hook", "load_state_dict_pre_hook", "load_state_dict_post_hook"],
+)
+def test_a_hook_on_the_state_of_what_is_replaced_is_refused(register: str) -> None:
+    for family, of_block in (("qwen3_moe", False), ("llama4", False), ("llama4", True)):
+        model = tiny_model(family)
+        name = next(name for name, _ in model.named_modules() if name.endswith(".experts"))
+        name = name.removesuffix(".experts") if of_block else name
+        handle = getattr(model.get_submodule(name), f"register_{register}")(lambda *given: None)
+        with pytest.raises(ModelError, match=f"{name} .* has a hook on state_dict or load_state_dict"):
+            plan_fold(model, ALONE)
+        handle.remove()
+        plan_fold(model, ALONE)
+
+
+def test_a_buffer_of_a_block_that_is_written_anew_must_stay() -> None:
+    model = tiny_model("llama4")
+    block: Any = next(each for each in model.modules() if hasattr(each, "experts"))
+    block.register_buffer("seen", torch.zeros(4))
+    with foldpar.create_groups(ALONE) as groups, pytest.raises(ModelError, match=r"lost the buffer.* \S+\.seen"):
+        fold_model(model, groups)
+
+
+def test_weights_that_an_adapter_makes_stay_frozen() -> None:
+    model = Model()
+    experts: Any = model.moe.specialists
+    experts.requires_grad_(False)
+    with foldpar.create_groups(ALONE) as groups:
+        fold_model(model, groups, adapters=(HAND_MADE,))
+    assert not any(each.requires_grad for each in model.moe.specialists.parameters())
+    model = Model()
+    experts = model.moe.specialists
+    experts.w2.requires_grad_(False)
+    with foldpar.create_groups(ALONE) as groups:
+        fold_model(model, groups, adapters=(HAND_MADE,))
+    assert {name: each.requires_grad for name, each in model.moe.specialists.named_parameters()} == {
+        "gate_up_proj": True,
+        "down_proj": False,
+    }
+    model = Model()
+    experts = model.moe.specialists
+    experts.w1.requires_grad_(False)
+    with pytest.raises(ModelError, match=r"Some parameters of moe.specialists \(StackedExperts\) are frozen and some"):
+        plan_fold(model, ALONE, adapters=(HAND_MADE,))
+
+
 def gradient_hook(parameter: nn.Parameter) -> Any:
     return parameter.register_hook(lambda gradient: 3 * gradient)
 
@@ -229,3 +290,23 @@ def test_a_hook_that_would_see_a_lanes_part_is_refused(name: str) -> None:
     for whole in ("model.layers.1.self_attn", "model.layers.1.mlp", "model.embed_tokens", "lm_head"):
         model.get_submodule(whole).register_forward_hook(lambda module, given, out: None)
     plan_fold(model, foldpar.solve_layout(2, tp=2, ep=2))
+
+
+def test_a_hook_of_the_head_sees_what_the_head_gives() -> None:
+    tokens = torch.tensor([[3, 4, 5]])
+    whole = tiny_model("qwen3_moe")
+    wanted = float(whole(input_ids=tokens).logits.detach().max())
+
+    def largest() -> float:
+        model, seen = tiny_model("qwen3_moe"), list[Tensor]()
+        model.lm_head.register_forward_hook(lambda module, given, out: seen.append(out))
+        with foldpar.create_groups(foldpar.solve_layout(2, tp=2, ep=2)) as groups:
+            fold_model(model, groups)
+            model(input_ids=tokens)
+        return float(seen[0].detach().max())
+
+    assert run_ranks(largest, 2, backend="threads") == pytest.approx([wanted] * 2)
+    whole.lm_head.register_full_backward_hook(lambda module, given, arrived: None)
+    plan_fold(whole, foldpar.solve_layout(2, ep=2))
+    with pytest.raises(ModelError, match=r"lm_head \(Linear\) has a hook on its backward, and with tp = 2"):
+        plan_fold(whole, foldpar.solve_layout(2, tp=2, ep=2))

@@ -724,6 +724,33 @@ def test_errors_teach_and_come_before_anything_is_touched() -> None:
     run_ranks(refused, 4)
 
 
+OF_ONE_RANK: list[dict[str, Any]] = [
+    {"stage": 2},
+    {"stage": 4},
+    {"replicas": 2},
+    {"replicas": 3},
+    {"mixed_precision": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
+    {"offload": CPUOffloadPolicy()},
+    {"prefetch": False},
+    {"blocks": []},
+]
+
+
+def given_to_one_rank(layout: foldpar.FoldedLayout) -> None:
+    with create_groups(layout) as groups:
+        for options in OF_ONE_RANK:
+            model = toys.fold(plain_model(), groups)
+            own = options if groups.rank == 1 else {}
+            text = text_of(ReplicaError, shard_model, model, groups, **{"stage": 3, **own})
+            assert f"{next(iter(options))}: " in text or "Other ranks that this step meets differ" in text
+            assert not any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@pytest.mark.parametrize("layout", [solve_layout(2, tp=2, ep=2), solve_layout(4, ep=2)], ids=str)
+def test_arguments_of_one_rank_are_told_on_every_rank(layout: foldpar.FoldedLayout) -> None:
+    run_ranks(given_to_one_rank, layout.world, layout, backend="threads")
+
+
 def test_one_rank_needs_no_wrapper() -> None:
     groups = create_groups(solve_layout(1))
     model = nn.Linear(2, 2)

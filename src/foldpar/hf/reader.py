@@ -21,7 +21,7 @@ from foldpar.errors import CheckpointError, ModelError
 from foldpar.hf.files import Stored, read_folder
 from foldpar.hf.materialise import Slots, compute_buffers
 from foldpar.hf.names import Names, Overlap, lay_out, overlaps
-from foldpar.parameters import Held, held_tensors, kept_dtype
+from foldpar.parameters import Held, held_tensors, kept_dtype, mark_replaced
 from foldpar.wording import below, some
 
 __all__ = ["ImportReport", "NameRule", "fill", "import_"]
@@ -126,7 +126,9 @@ def fill(
     plan = ranks.together(lambda: _plan(model, groups, stored, strict, names))
     unused = _check_fits(plan, folder, ranks, strict)
     slots = ranks.together(lambda: Slots(model, torch.device(device) if device is not None else _device(groups)))
+    before = list(model.parameters())
     read, error = attempt(lambda: _fill(model, folder, stored, plan, slots))
+    mark_replaced(before, model)
     errors = ranks.all_gather(None if error is None else f"{type(error).__name__}: {error}")
     raise_interruption(error)
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]

@@ -179,9 +179,11 @@ def _begin(path: Path, folder: Path, files: Sequence[_File], ranks: Ranks) -> No
     """Rank 0 makes the folder and the headers."""
     if ranks.rank != 0:
         return
-    pattern = "*.safetensors*" if path == folder else path.name
-    there = sorted(found.name for found in folder.glob(pattern)) if folder.is_dir() else []
-    there = [name for name in there if not name.endswith(_UNFINISHED)]
+    if path == folder:
+        there = sorted(found.name for found in folder.glob("*.safetensors*")) if folder.is_dir() else []
+        there = [name for name in there if not name.endswith(_UNFINISHED)]
+    else:
+        there = [path.name] if os.path.lexists(path) else []
     if there:
         raise CheckpointError(
             f"{folder} holds weights already, {', '.join(there[:5])}: whoever reads the folder later could take parts "

@@ -298,6 +298,14 @@ def _shared_heads(name: str, attention: nn.Module, steps: Mapping[str, DenseStep
     if any(each not in steps or steps[each].kind != "columns" for each in names):
         return []
     projections = [attention.get_submodule(child) for child in ("k_proj", "v_proj")]
+    for each, module in zip(names, projections, strict=True):
+        if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+            raise ModelError(
+                f"{each} is a {type(module).__name__} with a forward of its own, and with tp = {tp} lanes share each "
+                f"of its {heads} heads: what it computes would be replaced by a plain product with one head. tp can be "
+                f"{listed(divisors(heads))} here, or {name} can stay whole: give each of its layers the style "
+                f"'replicate' in an adapter's tp_plan."
+            )
     return [
         DenseStep(each, "one_head", module.out_features // heads)
         for each, module in zip(names, projections, strict=True)

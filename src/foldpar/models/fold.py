@@ -103,6 +103,7 @@ def _fold_all(
     choices: _Choices,
 ) -> FoldPlan:
     found, before = survey(model, groups.layout, adapters), list(model.parameters())
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     proof = _proof(found.blocks)
     shared = _Shared({}, {})
     for block in found.blocks:
@@ -119,7 +120,8 @@ def _fold_all(
     take_shares_on_load(model, groups)
     keep_dtypes(model)
     refuse_what_needs_all_ranks(model, groups)
-    _check_done(model, groups, found.plan, [block.name for block in found.blocks if block.adapter.replace is not None])
+    replaced = [block.name for block in found.blocks if block.adapter.replace is not None]
+    _check_done(model, groups, found.plan, buffers, replaced)
     ModelChecks(groups, choices.check, experts=bool(found.blocks)).watch(model)
     return replace(found.plan, proof=proof)
 
@@ -153,7 +155,7 @@ class _Shared:
 def _fold(model: nn.Module, block: Block, groups: FoldedGroups, shared: _Shared, choices: _Choices) -> None:
     adapter = block.adapter
     if adapter.replace is not None:
-        _put(model, block.module, adapter.replace(block.module, groups).train(block.module.training))
+        _put_block(model, block.module, adapter.replace(block.module, groups))
         return
     experts = block.experts
     if not isinstance(experts, FoldedExperts) and id(experts) not in shared.experts:
@@ -165,7 +167,7 @@ def _fold(model: nn.Module, block: Block, groups: FoldedGroups, shared: _Shared,
     if adapter.around is None:
         _put(model, experts, folded)
     else:
-        _put(model, block.module, adapter.around(block.module, folded).train(block.module.training))
+        _put_block(model, block.module, adapter.around(block.module, folded))
 
 
 def _folded(block: Block, groups: FoldedGroups, shared: _Shared, choices: _Choices) -> FoldedExperts:
@@ -185,14 +187,33 @@ def _folded(block: Block, groups: FoldedGroups, shared: _Shared, choices: _Choic
         one_sided=choices.one_sided,
         check=choices.check,
     ).train(experts.training)
-    for name in HOOKS:  # the same objects, so that handles of hooks still remove them
-        setattr(folded, name, getattr(experts, name))
+    _take_hooks(folded, experts)
+    trainable = adapter.are_trainable(experts, block.experts_name)
+    for name, is_trained in zip(adapter.storage.names, trainable, strict=True):
+        if name in dict(folded.named_parameters(recurse=False)):
+            folded.get_parameter(name).requires_grad_(is_trained)
     if adapter.weights is None:
         for name, whole in experts.named_parameters(recurse=False):
             own = shared.weights.setdefault(id(whole), folded.get_parameter(name))
             vars(own).update(vars(whole))  # what a loop or an optimizer notes on a parameter
             setattr(folded, name, own)
     return folded
+
+
+def _put_block(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """A block written anew, called as the old one was."""
+    if new is not old:
+        _take_hooks(new, old)
+    _put(model, old, new.train(old.training))
+
+
+def _take_hooks(new: nn.Module, old: nn.Module) -> None:
+    """The same objects, so that handles of hooks still remove them."""
+    for name in HOOKS:
+        hooks = getattr(old, name)
+        if isinstance(hooks, dict):
+            hooks.update(getattr(new, name))
+        setattr(new, name, hooks)
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -205,11 +226,18 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, name, new)
 
 
-def _check_done(model: nn.Module, groups: FoldedGroups, plan: FoldPlan, replaced: list[str]) -> None:
+def _check_done(model: nn.Module, groups: FoldedGroups, plan: FoldPlan, buffers: set[str], replaced: list[str]) -> None:
     """What is there now must be what was planned; only an adapter's ``around`` can make a difference."""
     here = {each.name: (each.share.local, each.family.name) for each in parameter_placements(model, groups)}
     wanted = {row.name: (row.local_shape, row.family.name) for row in plan.rows if row.family is not None}
     here = {name: each for name, each in here.items() if not any(name.startswith(f"{place}.") for place in replaced)}
+    lost = buffers - {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    lost = {name for name in lost if not any(name.startswith(f"{place}.") for place in replaced)}
+    if lost:
+        raise ModelError(
+            f"Folding has lost the buffer(s) {', '.join(sorted(lost)[:5])}. An adapter's 'around' must keep all "
+            f"buffers of the block under their names."
+        )
     if here != wanted:
         differing = sorted(name for name in {*here, *wanted} if here.get(name) != wanted.get(name))
         raise ModelError(

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
-__all__ = ["HOOKS", "on_meta", "with_tensors"]
+__all__ = ["HOOKS", "STATE_HOOKS", "forward_hooks", "on_meta", "with_tensors"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -24,6 +24,19 @@ HOOKS = (
     "_is_full_backward_hook",
 )
 """Where a module keeps what is called around its forward and backward."""
+
+STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""The same around ``state_dict`` and ``load_state_dict``."""
+
+
+def forward_hooks(module: nn.Module) -> OrderedDict[int, Callable[..., object]]:
+    """What is called behind a module's forward, in this order."""
+    return cast("OrderedDict[int, Callable[..., object]]", getattr(module, HOOKS[2]))
 
 
 def with_tensors(module: _Module, stand_in: Callable[[Tensor], Tensor]) -> _Module:

@@ -28,7 +28,7 @@ from foldpar.layout import FoldedLayout
 from foldpar.models.adapted import adapters_aside
 from foldpar.models.dense_plan import DensePlan, DenseStep, ending_in, model_plan, plan_dense
 from foldpar.models.known import DEFAULT_ADAPTERS, ByInterface, ExpertWeights, MoEAdapter, adapter_by_interface
-from foldpar.models.meta_copy import HOOKS, on_meta
+from foldpar.models.meta_copy import HOOKS, STATE_HOOKS, on_meta
 from foldpar.moe import Activation, ExpertShare, FoldedMoE, is_gated
 from foldpar.parameters import base_of, refuse_gradient_hooks
 from foldpar.wording import divisors, listed
@@ -225,6 +225,13 @@ def _check_no_hook_sees_a_part(model: nn.Module, dense: DensePlan, tp: int) -> N
                     f"register after folding what can work on a part; or hook {region}, whose input and output stay "
                     f"whole."
                 )
+    for name in (step.name for step in dense.steps.values() if step.kind in ("columns_gathered", "rows_split")):
+        if (module := model.get_submodule(name))._backward_hooks:
+            raise ModelError(
+                f"{name} ({type(module).__name__}) has a hook on its backward, and with tp = {tp} the gradient of its "
+                f"input is still a part of a sum over the lanes there. Remove it, and hook the module in front of it; "
+                f"or leave {name} whole: give it the style 'replicate' in an adapter's tp_plan."
+            )
 
 
 def _checked(adapters: Iterable[MoEAdapter]) -> tuple[MoEAdapter, ...]:
@@ -363,6 +370,8 @@ def _check_dense_is_known(blocks: tuple[Block, ...], tp: int) -> None:
 def _block(name: str, module: nn.Module, adapter: MoEAdapter) -> Block:
     if adapter.refused is not None:
         raise ModelError(f"{name} ({type(module).__name__}) cannot be folded: {adapter.refused}")
+    if adapter.around is not None or adapter.replace is not None:
+        _check_no_state_hooks(name, [module])
     if adapter.replace is not None:
         return Block(name, module, adapter, None)
     try:
@@ -377,6 +386,8 @@ def _block(name: str, module: nn.Module, adapter: MoEAdapter) -> Block:
     activation = adapter.activation_of(experts, where)
     _expert_sizes(adapter.weights_of(on_meta(experts), where), adapter, activation, where)
     _check_nothing_is_lost(experts, adapter, where)
+    _check_no_state_hooks(where, experts.modules())
+    adapter.are_trainable(experts, where)
     return Block(name, module, adapter, activation)
 
 
@@ -404,6 +415,17 @@ def _check_nothing_is_lost(experts: nn.Module, adapter: MoEAdapter, where: str) 
             f"folding would lose that. Move it into the block around the experts, where it stays as it is; or write "
             f"the block anew with an adapter's around or replace."
         )
+
+
+def _check_no_state_hooks(where: str, replaced: Iterable[nn.Module]) -> None:
+    """Such hooks know the module that they were put on, and its whole tensors."""
+    for module in replaced:
+        if any(getattr(module, hooks) for hooks in STATE_HOOKS):
+            raise ModelError(
+                f"{where} ({type(module).__name__}) has a hook on state_dict or load_state_dict, and folding puts "
+                f"another module with other tensors in its place. Remove the hook, and register it after folding, "
+                f"where experts are DTensors."
+            )
 
 
 def _looks_like_experts(name: str, module: nn.Module) -> str:

@@ -31,9 +31,10 @@ def refuse_what_needs_all_ranks(model: nn.Module, groups: FoldedGroups) -> None:
         instead["resize_token_embeddings"] = (
             "rows of the vocabulary lie on different lanes now; resize the embeddings before fold_model"
         )
-    for name, reason in instead.items():
-        if hasattr(model, name):
-            setattr(model, name, _Refusal(name, reason))
+    for module in model.modules():  # a model with a head has another one inside
+        for name, reason in instead.items():
+            if hasattr(module, name):
+                setattr(module, name, _Refusal(name, reason))
     # The first thing that DistributedDataParallel asks of a module; it must have no type of its own there.
     model._ddp_params_and_buffers_to_ignore = _Refusal(  # type: ignore[assignment]
         "DistributedDataParallel",

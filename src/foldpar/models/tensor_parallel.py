@@ -37,6 +37,7 @@ from foldpar.comm import (
 from foldpar.errors import ModelError
 from foldpar.families import DENSE_SHARDED, REPLICATED_PARTIAL
 from foldpar.models.dense_plan import HEAD_COUNTS, DensePlan, DenseStep
+from foldpar.models.meta_copy import forward_hooks
 from foldpar.parameters import mark_parameters, mark_placement
 
 __all__ = ["LaneCut", "OneHeadLinear", "PartialInputsLinear", "VocabularyParallelEmbedding", "lane_cut", "shard_dense"]
@@ -172,11 +173,14 @@ def _take(model: nn.Module, step: DenseStep, mesh: DeviceMesh, tp: AxisGroup, sh
             "rows_split": RowwiseParallel(input_layouts=Replicate()),
         }
         frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+        hooks = list(forward_hooks(module))
         parallelize_module(module, mesh, styles[step.kind], src_data_rank=None)
         for name in frozen:
             module.get_parameter(name).requires_grad_(False)
         if step.kind == "columns_gathered":
             module.register_forward_hook(_arrived)
+        for hook in hooks:  # behind those that make the output what it was
+            forward_hooks(module).move_to_end(hook)
     for name, whole in before.items():
         setattr(module, name, _in_place_of(whole, module.get_parameter(name), shared))
 
@@ -256,7 +260,9 @@ class VocabularyParallelEmbedding(nn.Embedding):
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
         own = input - self.tp.index * weight.shape[0]
         here = (own >= 0) & (own < weight.shape[0])
-        rows = F.embedding(torch.where(here, own, 0), weight)
+        known = (input >= 0) & (input < self.num_embeddings)
+        # What no lane has, none looks up: torch says so, on every lane.
+        rows = F.embedding(own.masked_fill(~here, 0).masked_fill(~known, weight.shape[0]), weight)
         return all_reduce(rows.masked_fill(~here[..., None], 0), self.tp, backward="identity")
 
 

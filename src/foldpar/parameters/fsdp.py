@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from foldpar.comm import is_dtensor
+from foldpar.comm import is_dtensor, local_tensor, placed_like, version_of
 from foldpar.errors import ShardingError
 from foldpar.families import ParameterFamily
 from foldpar.layout import FoldedLayout
@@ -27,9 +28,11 @@ __all__ = [
     "bring_back_shards",
     "computes_in_own_dtype",
     "data_replicas",
+    "drop_zeroed_gradients",
     "fsdp_modules",
     "is_fsdp_module",
     "is_sharded_over",
+    "leave_signs",
     "refuse_replaced",
     "refuse_unreduced",
     "replicas_of_shards",
@@ -39,6 +42,7 @@ __all__ = [
 
 Stage = Literal[1, 2, 3]
 _RECORD = "_foldpar_sharded"
+_SIGNS = "_foldpar_signs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +189,54 @@ def refuse_unreduced(model: nn.Module) -> None:
     Raises:
         ShardingError: the last backward of the step ran inside ``accumulate``.
     """
+    drop_zeroed_gradients(model)
     for module in fsdp_modules(model):
         if any(_has_unreduced_gradient(entry) for group in _parameter_groups(module) for entry in group.fsdp_params):
+            leave_signs(model)
             raise ShardingError(
                 "Gradients of this step are whole and not yet summed over the data axis: its last backward ran inside "
                 "'with accumulate(model):'. At stage 1 they meet in the first backward outside of it, so accumulate "
                 "all micro-batches of a step but the last."
             )
+
+
+class _Sign(NamedTuple):
+    """What stands in ``.grad`` of a shard while the whole gradient waits inside FSDP2, and its version."""
+
+    entry: Any
+    grad: Tensor
+    version: int
+    is_made: bool
+
+
+def leave_signs(model: nn.Module) -> None:
+    """Let ``zero_grad``, which knows shards, reach gradients that wait whole: where a shard has none, it gets zeros."""
+    drop_zeroed_gradients(model)
+    for module in fsdp_modules(model):
+        waiting = [each for group in _parameter_groups(module) for each in group.fsdp_params]
+        waiting = [each for each in waiting if _has_unreduced_gradient(each)]
+        if waiting:
+            setattr(module, _SIGNS, [_sign(entry) for entry in waiting])
+
+
+def drop_zeroed_gradients(model: nn.Module) -> None:
+    """Drop whole gradients whose shards somebody has cleared since signs were left, and take the signs away."""
+    for module in fsdp_modules(model):
+        for sign in module.__dict__.pop(_SIGNS, ()):
+            shard = sign.entry.sharded_param
+            if shard.grad is not sign.grad or version_of(sign.grad) != sign.version:
+                sign.entry.unsharded_accumulated_grad = None
+                sign.entry._unsharded_param.grad = None
+            elif sign.is_made:
+                shard.grad = None
+
+
+def _sign(entry: Any) -> _Sign:
+    shard = entry.sharded_param
+    is_made = shard.grad is None
+    if is_made:
+        shard.grad = placed_like(torch.zeros_like(local_tensor(shard.detach())), shard)
+    return _Sign(entry, shard.grad, version_of(shard.grad), is_made)
 
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:

@@ -159,8 +159,9 @@ class _Watch(Kept):
             if hasattr(parameter, _REPLACED):
                 raise GradientError(
                     f"This {type(optimizer).__name__} holds a parameter of shape {list(parameter.shape)} that "
-                    f"fold_model or shard_model has replaced, so that it trains nothing while the loss may still fall. "
-                    f"Make the optimizer after them, from foldpar.parameter_groups(model)."
+                    f"fold_model, shard_model or loading into a model on the meta device has replaced, so that it "
+                    f"trains nothing while the loss may still fall. Make the optimizer after them, from "
+                    f"foldpar.parameter_groups(model)."
                 )
         if self._are_several:
             ours = self._of_models(optimizer)

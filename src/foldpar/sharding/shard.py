@@ -33,10 +33,12 @@ from foldpar.parameters import (
     bring_back_shards,
     compare_in_stage,
     data_replicas,
+    drop_zeroed_gradients,
     explicitly_marked,
     fsdp_modules,
     is_fsdp_module,
     kept_dtype,
+    leave_signs,
     mark_replaced,
     record_shards,
     refuse_gradient_hooks,
@@ -138,12 +140,23 @@ def shard_model(
             sharded already, a block is not in the model, or one
             unit would have parameters of several dtypes or share one with another unit, or experts share a module with
             other parameters. FamilyError: a family is unknown or contradicted. ReplicaError: ranks of a stage differ in
-            dtypes, in what is frozen, or in the stage. GroupsError: a DTensor on another mesh,
+            dtypes, in what is frozen, or in these arguments. GroupsError: a DTensor on another mesh,
             or no torch.distributed. ShapeError: a parameter is not contiguous. All before anything is touched.
 
     Source: ZeRO (Rajbhandari et al. 2020), stages 1 to 3; FSDP2 (``torch.distributed.fsdp.fully_shard``).
     """
     expect("shard_model", model=(model, nn.Module), groups=(groups, FoldedGroups))
+    blocks = None if blocks is None else list(blocks)
+    _compare_arguments(
+        model,
+        groups,
+        blocks,
+        stage=stage,
+        replicas=replicas,
+        mixed_precision=mixed_precision,
+        offload=offload,
+        prefetch=prefetch,
+    )
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise ValueError(
             f"stage = {stage!r} is unknown. It can be 1 (shards of optimizer states), 2 (and of gradients) or 3 (and "
@@ -183,7 +196,6 @@ def shard_model(
     if not shards and not converting:
         return
     refuse_gradient_hooks(((entry.name, entry.parameter) for entry in shards), "Sharding")
-    compare_in_stage(model, groups, {"stage": str(stage), "mixed_precision": str(precision)})  # FSDP2 gathers them
 
     tie_marks_to_names(model)  # FSDP2 makes new parameters
     before = list(model.parameters())
@@ -213,6 +225,7 @@ def shard_model(
     for parameter in model.parameters():
         adopt(parameter)
     root.register_forward_pre_hook(refuse_replaced, prepend=True)
+    root.register_forward_pre_hook(_begins_anew, prepend=True)
     root.register_forward_hook(_shards_again)
     if prefetch:
         _prefetch(root, units)
@@ -229,6 +242,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     - 2: leaves parameters whole, so that they are gathered once a step; gradients are reduce-scattered in every
       micro-batch and add up in their shards;
     - 3: does nothing; every micro-batch gathers and reduce-scatters.
+
+    A step is given up as anywhere, by ``zero_grad``: at stage 1 behind this context, which an exception may have left.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -255,6 +270,14 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         last(True)
+        if stage == 1:
+            leave_signs(model)
+
+
+def _begins_anew(model: nn.Module, arguments: object) -> None:
+    """A step that was given up behind ``accumulate`` leaves nothing to the next, once its gradients are zeroed."""
+    if torch.is_grad_enabled():
+        drop_zeroed_gradients(model)
 
 
 def _shards_again(model: nn.Module, inputs: object, output: object) -> None:
@@ -431,6 +454,16 @@ def _units_by_module(model: nn.Module, units: Iterable[nn.Module]) -> dict[nn.Mo
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What cannot be sharded, found before anything is touched.
+
+
+def _compare_arguments(
+    model: nn.Module, groups: FoldedGroups, blocks: list[nn.Module] | None, **arguments: object
+) -> None:
+    """Ranks that were given other ones would make other groups, gather other units, or raise alone."""
+    names = {module: name for name, module in model.named_modules()}
+    given = {name: str(value) for name, value in arguments.items()}
+    given["blocks"] = str(None if blocks is None else [names.get(block, "no module of the model") for block in blocks])
+    compare_in_stage(model, groups, given)
 
 
 def _check_replicas(replicas: int, layouts: list[FoldedLayout], converts: bool) -> None:

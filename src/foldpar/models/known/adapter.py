@@ -184,6 +184,35 @@ class MoEAdapter:
         read = torch.autograd.grad(given, parameters, [torch.empty_like(each) for each in given], allow_unused=True)
         return [name for name, gradient in zip(names, read, strict=True) if gradient is None]
 
+    def are_trainable(self, experts: nn.Module, where: str) -> tuple[bool, ...]:
+        """Of the folded weights and biases, in the order of their storage's names, which are to be trained.
+
+        Raises:
+            ModelError: one is made of tensors that are trained and of frozen ones, or it cannot be told of which.
+        """
+        stand_in = on_meta(experts)
+        parameters = list(stand_in.parameters())
+        flags = [each.requires_grad for each in parameters]
+
+        def made(flags: list[bool]) -> list[bool]:
+            for parameter, flag in zip(parameters, flags, strict=True):
+                parameter.requires_grad_(flag and parameter.is_floating_point())
+            with torch.enable_grad():
+                weights = self.weights_of(stand_in, where)
+            of_all = (weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
+            return [each is not None and each.requires_grad for each in of_all]
+
+        of_trained, of_frozen = made(flags), made([not flag for flag in flags])
+        hidden = [not (one or other) for one, other in zip(of_trained, of_frozen, strict=True)]
+        both = any(one and other for one, other in zip(of_trained, of_frozen, strict=True))
+        if both or (any(hidden[:2]) and len(set(flags)) > 1):
+            raise ModelError(
+                f"Some parameters of {where} ({type(experts).__name__}) are frozen and some are not, and the adapter's "
+                f"weights makes one of both, or hides what it reads (detach): folded, it is trained or frozen as one. "
+                f"Freeze all of them or none before folding, or the folded ones afterwards."
+            )
+        return tuple(all(flags) if unseen else one for one, unseen in zip(of_trained, hidden, strict=True))
+
     def activation_of(self, experts: nn.Module, where: str) -> Activation:
         """The experts' activation, given or looked up."""
         interleaved = self.storage.interleaved
