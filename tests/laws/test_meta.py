@@ -127,12 +127,13 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("chunks of a group are read in the order of its ranks, not of its coordinates", EVEN, "output")
 def _(patch: pytest.MonkeyPatch) -> None:
-    gather = foldpar.comm.collectives.all_gather
+    gather = foldpar.comm.collectives._gathered
 
-    def by_rank(tensor: Tensor, group: foldpar.AxisGroup) -> Tensor:
-        return gather(tensor, group)[[group.ranks.index(rank) for rank in sorted(group.ranks)]]
+    def by_rank(tensor: Tensor, shape: Any, group: foldpar.AxisGroup) -> Tensor:
+        chunks = gather(tensor, shape, group).unflatten(0, (group.size, -1))
+        return chunks[[group.ranks.index(rank) for rank in sorted(group.ranks)]].view(shape)
 
-    patch.setattr(foldpar.comm.collectives, "all_gather", by_rank)
+    patch.setattr(foldpar.comm.collectives, "_gathered", by_rank)
 
 
 @fault("experts are those of the rank in the process group", UNSORTED, "parameter", "each other's shares")
