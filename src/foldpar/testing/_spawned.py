@@ -300,7 +300,10 @@ def _warning_filters() -> list[tuple[Any, ...]]:
 
 
 _COLLECT_EVERY = 8
-"""Calls. What a call leaves in cycles holds its groups, and a thread of each of them wakes 100 times a second."""
+"""Calls. What a call leaves in cycles holds its groups, and a thread of each of gloo's wakes 100 times a second."""
+
+_MANY_THREADS = 64
+"""Of a process, all of them, beyond which it collects after every call."""
 
 
 def serve(rank: int, pipe: Connection, stacks: Connection, port: int, under_pytest: bool) -> None:
@@ -321,8 +324,16 @@ def serve(rank: int, pipe: Connection, stacks: Connection, port: int, under_pyte
             pipe.send_bytes(_answer(rank, call, store, pipe))
             pipe.recv_bytes()
             _drop_groups()
-            if answered % _COLLECT_EVERY == 0:
+            if answered % _COLLECT_EVERY == 0 or _threads() > _MANY_THREADS:
                 gc.collect()
+
+
+def _threads() -> int:
+    """How many this process has, gloo's included, where the system says so."""
+    return len(os.listdir(_TASKS)) if os.path.isdir(_TASKS) else 0
+
+
+_TASKS = "/proc/self/task"
 
 
 def _explain_asserts() -> None:
