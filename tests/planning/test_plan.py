@@ -639,6 +639,9 @@ BAD = [
     (lambda: read_machine({**H100.to_dict(), "node": 3}), "node is an object of numbers"),
     (lambda: read_machine({**H100.to_dict(), "node": {"latency": 0}}), "node: bandwidth is missing"),
     (lambda: read_machine({**H100.to_dict(), "gpus_per_node": 1.5}), "is not a whole number"),
+    (lambda: read_machine({**H100.to_dict(), "device": "gpu"}), "device = 'gpu' can be 'cuda' or 'cpu'"),
+    (lambda: read_machine({**H100.to_dict(), "overlap": 1.5}), "overlap = 1.5 is a part of the computation"),
+    (lambda: read_machine({**H100.to_dict(), "reserved": 1e12}), "reserved = 1e\\+12 leaves none to train with"),
 ]
 
 
