@@ -12,6 +12,7 @@ import pickle
 import re
 from dataclasses import replace
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -696,3 +697,16 @@ def test_the_code_of_the_migration_page_uses_names_that_exist():
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "foldpar"
     }
     assert used and used <= ours
+
+
+@pytest.mark.parametrize(
+    ("read", "source", "key"),
+    [
+        (FoldingConfig.from_torchtitan, {"tensor_parallel_degree": 2}, "expert_tensor_parallel_degree"),
+        (FoldingConfig.from_transformers, {"tp_size": 2}, "cp_size"),
+    ],
+)
+def test_a_size_that_only_another_version_has_is_dropped_from_no_object(read, source, key):
+    assert read(SimpleNamespace(**source, **{key: 1})).tp == 2
+    with pytest.raises(LayoutError, match=f"'{key}' in .* is unknown"):
+        read(SimpleNamespace(**source, **{key: 2}))

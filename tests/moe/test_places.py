@@ -91,3 +91,12 @@ def test_what_own_kernels_take(change: dict[str, Any], taken: bool, monkeypatch:
     assert takes is taken
     transposed = torch.empty(EXPERTS, dim, 2 * hidden, dtype=dtype).transpose(1, 2)
     assert not products.takes(rows, transposed, down, case["places"], case["activation"], plain=case["plain"])
+
+
+def test_rows_need_not_lie_together() -> None:
+    """In float32, whose grouped products are torch's, which takes strides of whole 16 bytes only."""
+    rows = torch.randn(DIM, TOKENS).T
+    gate_up, down = torch.randn(2, 16, DIM), torch.randn(2, DIM, 8)
+    ends = torch.tensor([3, TOKENS], dtype=torch.int32)
+    got, wanted = (grouped_feed_forward(each, gate_up, down, ends, "swiglu") for each in (rows, rows.contiguous()))
+    assert torch.equal(got, wanted)

@@ -7,9 +7,10 @@ import re
 import threading
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from math import comb, isclose, prod
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
@@ -38,7 +39,16 @@ from foldpar.planning import (
     read_machine,
     read_model,
 )
-from foldpar.planning.folds import Transport, broken_rule, folds, layouts, node_span, transports
+from foldpar.planning.folds import (
+    Recompute,
+    Transport,
+    broken_rule,
+    folds,
+    layouts,
+    node_span,
+    rules_of_stage,
+    transports,
+)
 from foldpar.planning.formulas import (
     MOST_LISTED,
     UNASKED,
@@ -429,6 +439,49 @@ def test_interleaved_chunks_make_the_bubble_smaller_and_keep_more_activations():
     assert in_flight(4, 4, 64, 4) == 4 * (1 + 3 / 16)
     assert (in_flight(4, 4, 64, 1), in_flight(4, 4, 2, 4)) == (4, 2)
     assert pipeline_stages(QWEN3_30B, 16, 99)[0].chunks == 3  # a chunk is a layer or more
+    uneven = pipeline_stages(replace(QWEN3_30B, layers=5), 3, 2)
+    assert {each.dense + each.moe for each in uneven} == {1, 2}
+    assert {each.chunks for each in uneven} == {1}  # a schedule has equally many on all stages
+
+
+def _choices(shape: ModelShape, gpus: int, work: Workload, machine: Machine) -> list[tuple[float, float]]:
+    """Tokens a second and bytes of every choice there is."""
+    memory, time, found = MemoryModel(shape, work), TimeModel(shape, work, machine), []
+    for degrees in folds(gpus):
+        for layout in layouts(gpus, degrees) if broken_rule(shape, gpus, degrees, work) is None else ():
+            for stage, again, way, micro in product(range(4), get_args(Recompute), get_args(Transport), (1, 2, 4, 8)):
+                possible = not transports(shape, layout, machine, work)[way] and work.batch // layout.dp % micro == 0
+                if possible and rules_of_stage(layout, stage, work) is None:
+                    keywords = {"stage": stage, "recompute": again, "transport": way, "micro": micro}
+                    seconds = time.of(layout, **keywords)
+                    assert time.least(layout) <= seconds.total * (1 + 1e-9)
+                    found.append((time.tokens_per_second(seconds), memory.of(layout, **keywords).peak))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "precision", "chunks"),
+    [(1, 2, "bfloat16", 1), (1, 0, "mixed", 1), (5, 4, "mixed", 3), (3, 8, "bfloat16", 2)],
+)
+def test_a_plan_finds_the_fastest_choice_that_fits(layers, experts, precision, chunks):
+    routed = {"experts": experts, "top_k": 1, "expert_hidden": 1536} if experts else {"intermediate": 512}
+    shape = ModelShape(hidden=256, layers=layers, heads=4, vocab=1000, **routed)
+    work = Workload(tokens=512, batch=8, precision=precision, chunks=chunks)
+    choices = _choices(shape, 6, work, H100)
+    peaks = sorted(peak for _, peak in choices)
+    for usable in peaks[:: max(1, len(peaks) // 25)]:
+        machine = replace(H100, memory=usable + 1, reserved=0)
+        found = plan(
+            shape, gpus=6, gpu=machine, tokens=512, batch=8, precision=precision, chunks=chunks, best=1
+        )  # fmt: skip
+        fastest = max(speed for speed, peak in choices if peak <= usable + 1)
+        assert found.best.tokens_per_second == pytest.approx(fastest)
+
+
+def test_a_model_without_experts_has_none_to_compute_again():
+    found = plan(ModelShape(hidden=64, layers=2, heads=4, vocab=64, intermediate=128), gpus=2, recompute="experts")
+    assert "no layout is possible" in found.verdict()
+    assert "there are experts to compute again" in str(found)
 
 
 def _looks(monkeypatch, gpus: int, batch: int) -> tuple[Counter[str], int]:
@@ -586,6 +639,9 @@ BAD = [
     (lambda: read_machine({**H100.to_dict(), "node": 3}), "node is an object of numbers"),
     (lambda: read_machine({**H100.to_dict(), "node": {"latency": 0}}), "node: bandwidth is missing"),
     (lambda: read_machine({**H100.to_dict(), "gpus_per_node": 1.5}), "is not a whole number"),
+    (lambda: read_machine({**H100.to_dict(), "device": "gpu"}), "device = 'gpu' can be 'cuda' or 'cpu'"),
+    (lambda: read_machine({**H100.to_dict(), "overlap": 1.5}), "overlap = 1.5 is a part of the computation"),
+    (lambda: read_machine({**H100.to_dict(), "reserved": 1e12}), "reserved = 1e\\+12 leaves none to train with"),
 ]
 
 

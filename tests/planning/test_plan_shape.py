@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from hf_models import FAMILIES
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import foldpar
 from foldpar.errors import ModelError
-from foldpar.planning import ModelShape, read_model
+from foldpar.planning import LatentAttention, ModelShape, read_model
 from foldpar.planning.model_files import MODEL_TYPES
 
 FOLDED = [name for name in MODEL_TYPES if name in FAMILIES]
@@ -52,6 +53,23 @@ def test_a_padding_token_keeps_the_embedding_whole():
     assert {each.name: each.local_shape(layout) for each in read_model(model.config.to_dict()).weights()} == planned
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_what_a_file_leaves_out_is_its_class_default(name):
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 48, "moe_intermediate_size": 32, "num_hidden_layers": 4,
+        "num_attention_heads": 32, "vocab_size": 96, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8,
+        "num_experts_per_tok": 2, "shared_expert_intermediate_size": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8, "v_head_dim": 8,
+    }  # fmt: skip
+    known = AutoConfig.for_model(name).to_dict()
+    given = {"model_type": name, **{key: size for key, size in sizes.items() if key in known}}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given))
+    wanted = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    assert {weight.name: weight.shape for weight in read_model(given).weights()} == wanted
+
+
 def test_a_config_is_read_from_a_folder_a_file_and_a_mapping(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
     shapes = [read_model(source) for source in (tmp_path, str(tmp_path / "config.json"), QWEN3_30B)]
@@ -76,6 +94,16 @@ NUMBERS = {"hidden": 64, "layers": 2, "heads": 4, "vocab": 100}
         (lambda: ModelShape(**NUMBERS, intermediate=8, dense_layers=(2,)), "are not all layers 0 to 1"),
         (lambda: read_model({"model_type": "mixtrall"}), "the nearest is mixtral"),
         (lambda: read_model({"model_type": "mixtral"}), "a mixtral needs num_local_experts or num_experts"),
+        (
+            lambda: read_model({**QWEN3_30B, "num_hidden_layers": "48"}),
+            "num_hidden_layers = '48' is not 0 or a positive",
+        ),
+        (lambda: read_model({**QWEN3_30B, "decoder_sparse_step": 0}), "decoder_sparse_step = 0 is to be a positive"),
+        (lambda: read_model({**QWEN3_30B, "mlp_only_layers": ["1"]}), "a list of layers"),
+        (
+            lambda: ModelShape(**NUMBERS, intermediate=8, latent=LatentAttention(0, -3, 4, 4, 4)),
+            "kv_rank = -3 of latent",
+        ),
         (lambda: read_model("nowhere/config.json"), "does not exist"),
         (lambda: read_model(3), "and not 3"),
     ],

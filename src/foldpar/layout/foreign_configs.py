@@ -79,6 +79,12 @@ class Reading:
         return value is True
 
 
+def _other_sizes(source: object, ending: str, known: Collection[str]) -> dict[str, object]:
+    """Sizes that an object of another version has beside those that are read, where they are not 1."""
+    others = {key: value for key, value in getattr(source, "__dict__", {}).items() if key.endswith(ending)}
+    return {key: value for key, value in others.items() if key not in known and value not in (None, 1)}
+
+
 def raise_faults(faults: Collection[str], what: str) -> None:
     """Raise one error with all that is wrong; nothing where nothing is.
 
@@ -432,6 +438,7 @@ def read_transformers(source: object) -> Reading:
         check_keys("DistributedConfig", given, _TRANSFORMERS_KEYS, reading)
     else:
         given = {key: getattr(source, key) for key in _TRANSFORMERS_KEYS if hasattr(source, key)}
+        check_keys("DistributedConfig", _other_sizes(source, "_size", _TRANSFORMERS_KEYS), _TRANSFORMERS_SIZES, reading)
         if "tp_size" not in given:
             reading.faults.append(f"This {type(source).__name__} has no tp_size, so it is no DistributedConfig.")
     said = {key: value for key, value in given.items() if value is not None}
@@ -529,6 +536,8 @@ def _torchtitan_values(source: object, reading: Reading) -> dict[str, object]:
             check_keys("ParallelismConfig", given, _TORCHTITAN_KEYS, reading)
     else:
         given = {key: getattr(source, key) for key in _TORCHTITAN_KEYS if hasattr(source, key)}
+        sizes = (*_TORCHTITAN_SIZES.values(), *_TORCHTITAN_DATA)
+        check_keys("ParallelismConfig", _other_sizes(source, "_degree", _TORCHTITAN_KEYS), sizes, reading)
         inner = hasattr(source, "parallelism")
         if _TORCHTITAN_SIZES["tp"] not in given and not inner:
             reading.faults.append(

@@ -172,7 +172,16 @@ def _machine(document: Mapping[str, Any], where: str) -> Machine:
         if not isinstance(values[name], Mapping):
             raise MachineError(f"{where}: {name} is an object of numbers, and not {values[name]!r}.")
         values[name] = kind(**_checked(kind, values[name], f"{where}: {name}"))
-    return Machine(**values)
+    machine = Machine(**values)
+    if machine.device not in ("cuda", "cpu"):
+        raise MachineError(f"{where}: device = {machine.device!r} can be 'cuda' or 'cpu'.")
+    if machine.overlap > 1:
+        raise MachineError(f"{where}: overlap = {machine.overlap} is a part of the computation, from 0 to 1.")
+    if machine.usable <= 0:
+        raise MachineError(
+            f"{where}: of memory = {machine.memory:g} bytes, reserved = {machine.reserved:g} leaves none to train with."
+        )
+    return machine
 
 
 _TEXTS, _OPTIONAL, _MAPPINGS = (

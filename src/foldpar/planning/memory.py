@@ -86,7 +86,7 @@ def pipeline_stages(shape: ModelShape, pp: int, chunks: int = 1) -> tuple[Pipeli
     for stage in range(pp):
         layers = range(shape.layers * stage // pp, shape.layers * (stage + 1) // pp)
         moe = sum(shape.is_moe(layer) for layer in layers)
-        parts = min(chunks, len(layers))
+        parts = min(chunks, shape.layers // pp)  # equally many on all stages, each a layer or more
         found.append(PipelineStage(len(layers) - moe, moe, stage == 0, stage == pp - 1, pp - stage, parts))
     largest = max(found, key=lambda each: each.dense + each.moe)
     widest = max(found, key=lambda each: each.moe)

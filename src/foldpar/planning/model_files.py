@@ -11,6 +11,7 @@ from typing import Any
 from foldpar.errors import ModelError
 from foldpar.planning.documents import read_object
 from foldpar.planning.shape import LatentAttention, ModelShape
+from foldpar.wording import as_integer
 
 __all__ = ["MODEL_TYPES", "read_model"]
 
@@ -45,7 +46,7 @@ def read_model(source: str | PathLike[str] | Mapping[str, Any]) -> ModelShape:
             f"{f'; the nearest is {near[0]}' if near else ''}. For another model give its numbers: "
             f"foldpar.planning.ModelShape(hidden=..., layers=..., ...), or --hidden, --layers, --experts, ..."
         )
-    return _READERS[kind](_Numbers(document, where))
+    return _READERS[kind](_Numbers({**_DEFAULTS.get(kind, {}), **document}, where))
 
 
 def _loaded(source: str | PathLike[str]) -> tuple[Mapping[str, Any], str]:
@@ -71,15 +72,22 @@ class _Numbers:
     def __init__(self, document: Mapping[str, Any], where: str) -> None:
         self.document, self.where = document, where
 
-    def size(self, *names: str) -> Any:
+    def size(self, *names: str) -> int:
         for name in names:
             if self.document.get(name) is not None:
-                return self.document[name]
+                return self.count(name)
         raise ModelError(f"{self.where}: a {self.document['model_type']} needs {' or '.join(names)}, which is missing.")
 
     def get(self, name: str, default: Any = None) -> Any:
         value = self.document.get(name)
         return default if value is None else value
+
+    def count(self, name: str, default: int = 0) -> int:
+        """A number that may be missing, or 0."""
+        size = as_integer(self.get(name, default))
+        if size is None or size < 0:
+            raise ModelError(f"{self.where}: {name} = {self.document[name]!r} is not 0 or a positive integer.")
+        return size
 
     def common(self, **more: Any) -> dict[str, Any]:
         """What all decoders have."""
@@ -100,7 +108,12 @@ class _Numbers:
 
 def _sparse_steps(config: _Numbers, layers: int) -> tuple[int, ...]:
     """Qwen's dense layers: named ones, and those between the sparse steps."""
-    step, named = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers", ()))
+    step, named = config.count("decoder_sparse_step", 1), config.get("mlp_only_layers", ())
+    if not step or not isinstance(named, (list, tuple)) or any(as_integer(each) is None for each in named):
+        raise ModelError(
+            f"{config.where}: decoder_sparse_step = {step} is to be a positive integer, and mlp_only_layers = "
+            f"{named!r} a list of layers."
+        )
     return tuple(layer for layer in range(layers) if layer in named or (layer + 1) % step)
 
 
@@ -146,9 +159,9 @@ def _leading_dense(config: _Numbers, **more: Any) -> ModelShape:
             experts=config.size("n_routed_experts", "num_local_experts", "num_experts"),
             top_k=config.size("num_experts_per_tok"),
             expert_hidden=units,
-            shared_hidden=units * config.get("n_shared_experts", 0),
+            shared_hidden=units * config.count("n_shared_experts"),
             shared_name="shared_experts",
-            dense_layers=tuple(range(config.get("first_k_dense_replace", 0))),
+            dense_layers=tuple(range(config.count("first_k_dense_replace"))),
             **more,
         )
     )
@@ -156,7 +169,7 @@ def _leading_dense(config: _Numbers, **more: Any) -> ModelShape:
 
 def _deepseek(config: _Numbers) -> ModelShape:
     latent = LatentAttention(
-        q_rank=config.get("q_lora_rank", 0),
+        q_rank=config.count("q_lora_rank"),
         kv_rank=config.size("kv_lora_rank"),
         nope=config.size("qk_nope_head_dim"),
         rope=config.size("qk_rope_head_dim"),
@@ -219,6 +232,20 @@ _READERS: dict[str, Callable[[_Numbers], ModelShape]] = {
     "qwen2_moe": _qwen2_moe,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
+}
+# What a file leaves out is its class's default in transformers; where null is said, or a default follows from other
+# numbers, the readers know.
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "deepseek_v2": {"n_shared_experts": 2, "q_lora_rank": 1536},
+    "deepseek_v3": {"first_k_dense_replace": 3, "n_shared_experts": 1, "q_lora_rank": 1536},
+    "glm4_moe": {"num_key_value_heads": 8, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64},
+    "mistral": {"num_key_value_heads": 8},
+    "mixtral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen2_moe": {"num_key_value_heads": 16},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {"num_key_value_heads": 4},
 }
 MODEL_TYPES = tuple(_READERS)
 """The model types that can be read."""

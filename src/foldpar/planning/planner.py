@@ -203,13 +203,22 @@ class _Search:
         if not stages:
             return
         recomputes = self._recomputes()
+        if not recomputes:
+            self._leave_out("there are experts to compute again", "recompute = 'experts', experts = 0")
+            return
         self.candidates += len(found) * len(sizes) * len(stages) * len(recomputes)
         frugal: tuple[Any, ...] = (found[0], stages[-1], recomputes[-1], "messages", sizes[0])
         found = [layout for layout in found if self._may_win(layout, frugal)]
         if not found:
             return
         ways = [(layout, way) for layout in found for way in self._ways(layout)]
-        if ways and not any(self._fits((layout, *frugal[1:3], way, sizes[0])) for layout, way in ways):
+        # Shards and more micro-batches mostly need less; in models of few layers, what is whole of one counts for more.
+        if ways and not any(
+            self._fits((layout, stage, recomputes[-1], way, micro))
+            for layout, way in ways
+            for stage in reversed(stages)
+            for micro in dict.fromkeys((sizes[0], sizes[-1]))
+        ):
             needs = f"{self._peak(frugal) / 1e9:.0f} GB of {self.machine.usable / 1e9:.0f} at {_words(frugal)}"
             self._leave_out("it fits into the memory of a GPU", needs, len(found))
             return
@@ -278,21 +287,13 @@ class _Search:
     ) -> list[int]:
         """The micro-batch sizes that fit, the smaller ones first.
 
-        Bytes grow with them, but for the room of one-sided rows, which falls where it becomes that for those that come.
+        Bytes mostly grow with them. They fall where a single micro-batch is left, whose gradients meet no earlier ones,
+        and where the room of one-sided rows becomes that for those that come.
         """
-        low, high = 0, len(sizes)
-        while low < high:
-            middle = (low + high) // 2
-            choice = (layout, stage, recompute, transport, sizes[middle])
-            if self._fits(choice):
-                low = middle + 1
-            else:
-                high = middle
-        if low < len(sizes):
-            self._note_too_large((layout, stage, recompute, transport, sizes[low]))
-        if transport == "messages":
-            return sizes[:low]
-        return [micro for micro in sizes[:low] if self._fits((layout, stage, recompute, transport, micro))]
+        fitting = [micro for micro in sizes if self._fits((layout, stage, recompute, transport, micro))]
+        if larger := [micro for micro in sizes if micro not in fitting]:
+            self._note_too_large((layout, stage, recompute, transport, larger[0]))
+        return fitting
 
     def _peak(self, choice: tuple[Any, ...]) -> float:
         layout, stage, recompute, transport, micro = choice

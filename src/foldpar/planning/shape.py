@@ -162,6 +162,13 @@ class ModelShape:
             raise ModelError(
                 f"{self.name}: dense_layers = {self.dense_layers!r} are not all layers 0 to {self.layers - 1}."
             )
+        latent = () if self.latent is None else fields(self.latent)
+        for name in (each.name for each in latent):
+            size = as_integer(getattr(self.latent, name))
+            if size is None or size < (name != "q_rank"):
+                raise ModelError(
+                    f"{self.name}: {name} = {getattr(self.latent, name)!r} of latent attention is no width."
+                )
         if self.experts == 0 and (self.top_k or self.expert_hidden or self.shared_hidden):
             raise ModelError(
                 f"{self.name}: top_k = {self.top_k}, expert_hidden = {self.expert_hidden} and shared_hidden = "

@@ -55,7 +55,7 @@ def grouped_feed_forward(
         Of the rows, all parameters, and the routing weights (from the side of the activation, where they were applied).
     """
     parameters: tuple[Tensor | None, ...] = (gate_up_proj, down_proj, gate_up_bias, down_bias)
-    rows, groups = in_autocast_dtype(rows), Groups(ends, sizes)
+    rows, groups = in_autocast_dtype(rows).contiguous(), Groups(ends, sizes)  # grouped_mm wants whole 16 bytes
     count = rows.shape[0] if places is None else places.source.shape[0]
     plain = not interleaved and gate_up_bias is None and down_bias is None and not _few_and_large(groups, count)
     if torch.is_autocast_enabled(rows.device.type):
