@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from foldpar.comm.groups import FoldedGroups
 from foldpar.errors import FamilyError, GradientError, ShardingError
@@ -281,6 +282,7 @@ class _Converted(Function):
         return copies
 
     @staticmethod
+    @once_differentiable  # what is distributed by hand here knows nothing of where the gradient came from
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *(
             None if grad is None else _in_dtype(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
@@ -317,11 +319,12 @@ class _LocalParts(Function):
         return parts
 
     @staticmethod
+    @once_differentiable  # what is distributed by hand here knows nothing of where the gradient came from
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from torch.distributed.tensor import DTensor
 
         return None, *(
-            None if grad is None else DTensor(grad, _of_gradient(spec, ctx.partial_over), requires_grad=False)
+            None if grad is None else DTensor(grad.detach(), _of_gradient(spec, ctx.partial_over), requires_grad=False)
             for grad, spec in zip(grads, ctx.specs, strict=True)
         )
 
