@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn.utils import parametrize
 
 import foldpar
 from foldpar import hf
-from foldpar.errors import ModelError
+from foldpar.errors import ModelError, ShardingError
 from foldpar.models.fold import fold_model
 from foldpar.models.known import ExpertWeights
 from foldpar.models.plan import plan_fold
@@ -246,6 +247,64 @@ def test_loading_and_sharding_would_lose_a_hook_too(tmp_path: Any) -> None:
                 foldpar.shard_model(model, groups, stage=2)
 
     run_ranks(shard, 2, backend="threads")
+
+
+def test_a_hook_on_the_gradient_of_a_shard_is_called_or_refused() -> None:
+    def train() -> list[str]:
+        model, called = tiny_model("qwen3_moe"), list[str]()
+        ids = torch.zeros(1, 3, dtype=torch.long)
+        with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+            fold_model(model, groups)
+            foldpar.shard_model(model, groups, stage=3)
+            weight = model.model.norm.weight
+            weight.register_post_accumulate_grad_hook(lambda parameter: called.append(type(parameter.grad).__name__))
+            model(input_ids=ids).logits.sum().backward()
+            handle = gradient_hook(weight)
+            with pytest.raises(ShardingError, match=r"^weight of \w+ has a hook on its gradient .* Use register_post"):
+                model(input_ids=ids)
+            handle.remove()
+            model(input_ids=ids).logits.sum().backward()
+        return called
+
+    assert run_ranks(train, 2, backend="threads") == [["DTensor", "DTensor"]] * 2
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "experts.down_proj"])
+def test_a_penalty_on_a_gradient_is_refused_and_not_lost(name: str) -> None:
+    """A gradient that comes back distributed would forget what it depends on."""
+
+    def train() -> None:
+        model = tiny_model("qwen3_moe")
+        with foldpar.create_groups(foldpar.solve_layout(2, tp=2, ep=2)) as groups:
+            fold_model(model, groups)
+            loss = model(input_ids=torch.arange(3)[None]).logits.square().sum()
+            weights = [each for full, each in model.named_parameters() if full.endswith(name)]
+            gradients = torch.autograd.grad(loss, weights, create_graph=True)
+            penalty = sum(each.square().sum().full_tensor() for each in gradients)  # type: ignore[attr-defined]
+            with pytest.raises(RuntimeError, match="differentiate twice"):
+                (loss + penalty).backward()
+
+    run_ranks(train, 2, backend="threads")
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_part_of_the_model_loads_whole_tensors_too(stage: Literal[0, 2]) -> None:
+    plain = tiny_model("qwen3_moe")
+    wanted = {name: 2 * tensor for name, tensor in plain.model.layers.state_dict().items()}
+
+    def load() -> bool:
+        model = copy.deepcopy(plain)
+        with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=2)) as groups:
+            fold_model(model, groups)
+            if stage:
+                foldpar.shard_model(model, groups, stage=stage)
+            model.model.layers.load_state_dict(wanted)
+            model.model.norm.load_state_dict({"weight": 3 * plain.model.norm.weight})
+            whole = foldpar.whole_state_dict(model, groups, on="every rank")
+        layers = all(torch.equal(whole[f"model.layers.{name}"], tensor) for name, tensor in wanted.items())
+        return layers and torch.equal(whole["model.norm.weight"], 3 * plain.model.norm.weight)
+
+    assert run_ranks(load, 4, backend="threads") == [True] * 4
 
 
 def test_what_is_noted_on_a_parameter_stays_noted() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import toys
 from einops import rearrange
+from hf_models import tiny_model
 from sharded_parity import data_axis, shard_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -734,6 +735,26 @@ OF_ONE_RANK: list[dict[str, Any]] = [
     {"prefetch": False},
     {"blocks": []},
 ]
+
+
+def embedded_alone(ids: Tensor) -> tuple[str, bool]:
+    plain = tiny_model("qwen3_moe")
+    with create_groups(solve_layout(4, tp=2, ep=2)) as groups:
+        model, other = copy.deepcopy(plain), copy.deepcopy(plain)
+        for each in (model, other):
+            foldpar.fold_model(each, groups)
+        shard_model(model, groups, stage=2)
+        told = text_of(ShardingError, model.get_input_embeddings(), ids)
+        embedding = other.get_input_embeddings()
+        shard_model(other, groups, stage=2, blocks=[embedding])
+        return told, torch.equal(embedding(ids), plain.get_input_embeddings()(ids))
+
+
+def test_a_layer_that_is_called_by_itself_does_not_take_a_shard_for_the_whole() -> None:
+    """The rows of a data rank's shard are not those of the lane; its own unit puts them together."""
+    for told, equal in run_ranks(embedded_alone, 4, torch.arange(4), backend="threads"):
+        assert re.match(r"A layer was called by itself while a parameter of it, \[\d+, \d+\], lies in shards", told)
+        assert equal
 
 
 def given_to_one_rank(layout: foldpar.FoldedLayout) -> None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from foldpar.comm.groups import FoldedGroups
-from foldpar.errors import FamilyError, GradientError
+from foldpar.errors import FamilyError, GradientError, ShardingError
 from foldpar.layout import AXES
 
 if TYPE_CHECKING:
@@ -210,10 +211,15 @@ def local_parts(*tensors: Tensor | None, partial_over: str | None = None) -> tup
     Backward:
         Gradients come back distributed like their tensors. Over the mesh dimension ``partial_over``, on which a tensor
         is replicated and every rank has a summand of its gradient, the gradient says that it is partial.
+
+    Raises:
+        ShardingError: one is a shard over data ranks, of which no layer can compute.
     """
     places = [place for place, tensor in enumerate(tensors) if tensor is not None and is_dtensor(tensor)]
     if not places:
         return tensors
+    for place in places:
+        _refuse_shard(cast("DTensor", tensors[place]))
     if torch.compiler.is_compiling():  # which looks into to_local
         return tuple(
             tensor if tensor is None or not is_dtensor(tensor) else _traced_part(tensor, partial_over)
@@ -224,6 +230,19 @@ def local_parts(*tensors: Tensor | None, partial_over: str | None = None) -> tup
     for place, part in zip(places, own, strict=True):
         parts[place] = part
     return tuple(parts)
+
+
+def _refuse_shard(tensor: DTensor) -> None:
+    """Raise for what FSDP2 gathers in the forward of its unit, and has not: its rows would be taken for the lane's."""
+    names = tensor.device_mesh.mesh_dim_names or ()
+    axis = next((axis for axis in ("dp_cp", "edp") if axis in names), None)
+    if axis is not None:
+        raise ShardingError(
+            f"A layer was called by itself while a parameter of it, {list(tensor.shape)}, lies in shards over {axis}: "
+            f"shard_model's FSDP2 puts them together in the forward of the unit that the layer belongs to, the model "
+            f"or one of its blocks. Call that (with inputs_embeds=, output_hidden_states=True or a hook on the layer, "
+            f"where you want what is inside), or make the layer a unit: shard_model(blocks=[*model.model.layers, it])."
+        )
 
 
 def opened(tensor: Tensor) -> tuple[Tensor, Any]:
@@ -263,6 +282,7 @@ class _Converted(Function):
         return copies
 
     @staticmethod
+    @once_differentiable  # what is distributed by hand here knows nothing of where the gradient came from
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *(
             None if grad is None else _in_dtype(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
@@ -299,11 +319,12 @@ class _LocalParts(Function):
         return parts
 
     @staticmethod
+    @once_differentiable  # what is distributed by hand here knows nothing of where the gradient came from
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from torch.distributed.tensor import DTensor
 
         return None, *(
-            None if grad is None else DTensor(grad, _of_gradient(spec, ctx.partial_over), requires_grad=False)
+            None if grad is None else DTensor(grad.detach(), _of_gradient(spec, ctx.partial_over), requires_grad=False)
             for grad, spec in zip(grads, ctx.specs, strict=True)
         )
 

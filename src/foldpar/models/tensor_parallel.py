@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
@@ -257,7 +257,8 @@ class VocabularyParallelEmbedding(nn.Embedding):
         embedding.tp = tp  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        (weight,) = local_parts(self.weight)
+        assert weight is not None
         own = input - self.tp.index * weight.shape[0]
         here = (own >= 0) & (own < weight.shape[0])
         known = (input >= 0) & (input < self.num_embeddings)

@@ -163,7 +163,8 @@ def refuse_replaced(model: nn.Module, arguments: object = None) -> None:
     """Raise if a sharded parameter was replaced behind FSDP2, which would go on with the one that it knows.
 
     A forward hook: ``torch.func.functional_call``, a parametrization and ``load_state_dict(assign=True)`` replace
-    parameters. Up to the first forward FSDP2 takes new ones over.
+    parameters. Up to the first forward FSDP2 takes new ones over. And no backward comes to a shard, so that a hook of
+    its gradient would never be called.
 
     Raises:
         ShardingError: names the parameter.
@@ -180,6 +181,13 @@ def refuse_replaced(model: nn.Module, arguments: object = None) -> None:
                         f"{name} of {type(owner).__name__} was replaced after shard_model, and FSDP2 would compute "
                         f"with the parameter that it knows. Change values in place (load_state_dict without assign, "
                         f"copy_), and use functional_call or parametrizations on a model that is not sharded."
+                    )
+                if entry.sharded_param._backward_hooks:
+                    raise ShardingError(
+                        f"{name} of {type(owner).__name__} has a hook on its gradient (register_hook), which FSDP2 "
+                        f"never calls: backward goes to the parameter that it has gathered. Use "
+                        f"register_post_accumulate_grad_hook, which sees .grad of the shard once it is summed over the "
+                        f"data axis."
                     )
 
 

@@ -108,7 +108,7 @@ def refuse_gradient_hooks(parameters: Iterable[tuple[str, nn.Parameter]], doing:
             raise ModelError(
                 f"{name} has a hook on its gradient (register_hook or register_post_accumulate_grad_hook). {doing} "
                 f"puts another parameter in its place, and nothing would call the hook again. Register it afterwards, "
-                f"on the parameter that the model has then."
+                f"on the parameter that the model has then (of a sharded one, register_post_accumulate_grad_hook)."
             )
 
 
