@@ -23,7 +23,7 @@ from toys import loss_of, plain_gradients, plain_model, relative, tokens_of
 
 import foldpar
 from foldpar import create_groups, families, solve_layout
-from foldpar.errors import FamilyError, FoldingError, ReplicaError, ShapeError, ShardingError
+from foldpar.errors import ArgumentError, FamilyError, FoldingError, ReplicaError, ShapeError, ShardingError
 from foldpar.families import REPLICATED, ROUTED_EXPERT
 from foldpar.models.plan import FoldPlan, FoldPlanRow
 from foldpar.sharding.memory import LocalParameter, planned_parameters, predict_memory
@@ -755,6 +755,18 @@ def test_a_layer_that_is_called_by_itself_does_not_take_a_shard_for_the_whole() 
     for told, equal in run_ranks(embedded_alone, 4, torch.arange(4), backend="threads"):
         assert re.match(r"A layer was called by itself while a parameter of it, \[\d+, \d+\], lies in shards", told)
         assert equal
+
+
+def given_no_policy() -> list[str]:
+    with create_groups(solve_layout(2)) as groups:
+        wrong: list[dict[str, Any]] = [{"mixed_precision": object()}, {"offload": object()}]
+        return [text_of(ArgumentError, shard_model, plain_model(), groups, stage=2, **options) for options in wrong]
+
+
+def test_what_is_no_policy_is_told_alike_on_every_rank() -> None:
+    for precision, offload in run_ranks(given_no_policy, 2, backend="threads"):
+        assert "shard_model: mixed_precision must be a MixedPrecisionPolicy or None, and is an object" in precision
+        assert "shard_model: offload must be an OffloadPolicy or None, and is an object" in offload
 
 
 def given_to_one_rank(layout: foldpar.FoldedLayout) -> None:

@@ -163,6 +163,11 @@ def shard_model(
             f"of parameters); a model that is not sharded at all is stage 0, and needs no call."
         )
     expect_sizes("shard_model", replicas=replicas)
+    expect(
+        "shard_model",
+        mixed_precision=(mixed_precision, (MixedPrecisionPolicy, type(None))),
+        offload=(offload, (OffloadPolicy, type(None))),
+    )
     _check_unsharded(model)
     precision, offload = mixed_precision or MixedPrecisionPolicy(), offload or OffloadPolicy()
     offloads = type(offload) is not OffloadPolicy
@@ -461,7 +466,9 @@ def _compare_arguments(
 ) -> None:
     """Ranks that were given other ones would make other groups, gather other units, or raise alone."""
     names = {module: name for name, module in model.named_modules()}
-    given = {name: str(value) for name, value in arguments.items()}
+    # An address is another one on each rank, and is no difference.
+    texts = {name: type(value).__repr__ is not object.__repr__ for name, value in arguments.items()}
+    given = {name: str(value) if texts[name] else type(value).__name__ for name, value in arguments.items()}
     given["blocks"] = str(None if blocks is None else [names.get(block, "no module of the model") for block in blocks])
     compare_in_stage(model, groups, given)
 
