@@ -18,7 +18,10 @@ import foldpar
 from foldpar.comm.dtensors import is_dtensor, local_tensor
 from foldpar.errors import GradientError
 from foldpar.moe import operators
+from foldpar.moe.kernels.permutation import place_experts
 from foldpar.moe.operators import Operator
+from foldpar.moe.transport import at_home
+from foldpar.moe.transport.messages import MOST_LISTED
 from foldpar.testing import run_ranks
 
 DIM, EXPERTS, TOP_K = 8, 4, 2
@@ -31,12 +34,21 @@ def afresh() -> None:
     torch._dynamo.reset()
 
 
-def layer(groups: foldpar.FoldedGroups, *, bias: bool = False, shared: bool = False, **options: Any) -> Any:
+def layer(
+    groups: foldpar.FoldedGroups,
+    *,
+    bias: bool = False,
+    shared: bool = False,
+    experts: int = EXPERTS,
+    made: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """``made``: how the experts are made."""
     torch.manual_seed(0)
-    experts = foldpar.GroupedExperts(EXPERTS, DIM, 12, groups, bias=bias, seed=0, dtype=torch.float64)
+    routed = foldpar.GroupedExperts(experts, DIM, 12, groups, bias=bias, seed=0, dtype=torch.float64, **(made or {}))
     dense = nn.Linear(DIM, DIM, dtype=torch.float64) if shared else None
-    router = foldpar.TopKRouter(DIM, EXPERTS, TOP_K, correction_bias=True, dtype=torch.float64)
-    return foldpar.FoldedMoE(router, experts, groups, shared=dense, **options)
+    router = foldpar.TopKRouter(DIM, experts, TOP_K, correction_bias=True, dtype=torch.float64)
+    return foldpar.FoldedMoE(router, routed, groups, shared=dense, **options)
 
 
 def numbers(model: Callable[..., Tensor], parameters: list[Tensor], x: Tensor, **given: Tensor) -> list[Tensor]:
@@ -103,6 +115,86 @@ def all_compared(cases: list[Any], backend: str) -> float:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_in_every_way_to_share_the_work(backend: str) -> None:
     assert max(run_ranks(all_compared, 2, TWO, backend, timeout=900.0)) < 1e-12
+
+
+# -- Where one rank has all experts whole ------------------------------------------------------------------------------
+
+MANY = MOST_LISTED + 4
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many assignments each run of the operator placed."""
+    found: list[int] = []
+
+    def noted(ids: Tensor, experts: int, assignments: int) -> Any:
+        found.append(assignments)
+        return place_experts(ids, experts, assignments)
+
+    monkeypatch.setattr(at_home, "place_experts", noted)
+    return found
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "made",
+    [
+        {},
+        {"storage": foldpar.ExpertStorage(transposed=True, interleaved=True)},
+        {"activation": "gelu"},
+        {"activation": foldpar.ClampedSwiGLU()},
+        {"activation": foldpar.OwnActivation(torch.tanh, "gate")},
+    ],
+    ids=str,
+)
+def test_at_home_nothing_is_kept_behind_an_operator(made: dict[str, Any], backend: str, taken: list[int]) -> None:
+    assert compared({"world": 1}, backend, experts=MANY, made=made) < 1e-12
+    assert taken == [15 * TOP_K] * 3
+
+
+@pytest.mark.parametrize("frozen", ["experts.gate_up_proj", "experts.down_proj", "router.weight"])
+def test_at_home_what_is_frozen_gets_no_gradient(frozen: str, taken: list[int]) -> None:
+    moe = layer(ONE, experts=MANY)
+    moe.get_parameter(frozen).requires_grad_(False)
+    parameters = [each for each in moe.parameters() if each.requires_grad]
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    assert difference(numbers(compiled, parameters, batch(0, ONE)), numbers(moe, parameters, batch(0, ONE))) < 1e-12
+    compiled(batch(0, ONE)).sum().backward()
+    assert [name for name, each in moe.named_parameters() if each.grad is None] == [frozen]
+    assert len(taken) == 2
+
+
+def test_at_home_ids_out_of_range_are_refused(taken: list[int]) -> None:
+    moe = layer(ONE, experts=MANY)
+    compiled, ids = torch.compile(moe, backend="aot_eager", fullgraph=True), torch.zeros(3, 5, TOP_K, dtype=torch.int64)
+    compiled(batch(0, ONE), ids=ids)
+    ids[0, 0, 0] = MANY
+    with pytest.raises(foldpar.ShapeError, match=rf"Expert ids outside \[0, {MANY}\) on the rank"):
+        compiled(batch(0, ONE), ids=ids)
+    assert len(taken) == 2
+
+
+def test_at_home_no_tokens_are_no_rows(taken: list[int]) -> None:
+    moe = layer(ONE, experts=MANY)
+    compiled, parameters = torch.compile(moe, backend="aot_eager", fullgraph=True), list(moe.parameters())
+    x = torch.randn(0, DIM, dtype=torch.float64)
+    got = numbers(compiled, parameters, x)
+    assert not any(each.any() for each in got)
+    assert [each.shape for each in got[1:]] == [x.shape, *(each.shape for each in parameters)]
+    assert taken == [0]
+
+
+def test_at_home_the_operators_are_what_they_are_registered_as() -> None:
+    """Their fakes, and that no output lies in another tensor."""
+    moe = layer(ONE, experts=MANY)
+    rows = batch(0, ONE).view(-1, DIM)
+    routing, handle = moe.router(rows), moe._whole._at_home.handle
+    given = [each.detach().requires_grad_() for each in (rows, routing.weights, *moe.experts.local_weights()[:2])]
+    _, *kept = torch.ops.foldpar.at_home(given, routing.ids, handle, [True] * 4)
+    torch.library.opcheck(torch.ops.foldpar.at_home.default, (given, routing.ids, handle, [True] * 4))
+    back = (torch.randn_like(rows), [each.detach() for each in given], [each.detach() for each in kept], handle)
+    for needed in ([True] * 4, [True, False, True, False]):
+        torch.library.opcheck(torch.ops.foldpar.at_home_backward.default, (*back, needed))
 
 
 # -- What goes with the tokens -----------------------------------------------------------------------------------------
@@ -286,6 +378,26 @@ def test_what_an_operator_would_hide_breaks_the_graph_and_says_why(kind: str, wh
     y = torch.compile(moe, backend="aot_eager")(x)
     torch.manual_seed(0)
     torch.testing.assert_close(y, moe(x), rtol=0, atol=1e-12)
+
+
+def traced_hooks(stage: int) -> list[str]:
+    """Of a sharded model, in a compiled step: which hooks were looked into."""
+    warnings.simplefilter("ignore")
+    with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+        model = nn.Sequential(layer(groups))
+        foldpar.shard_model(model, groups, stage=stage)
+        torch.compile(model, backend="eager")(batch(0, groups)).sum().backward()
+    hooks = [*model._forward_pre_hooks.values(), *model._forward_hooks.values()]
+    functions = [getattr(hook, "_torchdynamo_orig_callable", hook) for hook in hooks]
+    ours = [each for each in functions if str(getattr(each, "__module__", "")).startswith("foldpar")]
+    assert len(ours) == 3
+    entries = torch._dynamo.eval_frame._debug_get_cache_entry_list
+    return [each.__name__ for each in ours if entries(each.__code__)]
+
+
+def test_hooks_on_a_sharded_model_are_not_looked_into() -> None:
+    """They look at tables of FSDP2's that change while a compiler goes through them, on one rank and not on others."""
+    assert run_ranks(traced_hooks, 2, 3) == [[], []]
 
 
 # -- Operators ---------------------------------------------------------------------------------------------------------

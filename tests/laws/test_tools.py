@@ -39,7 +39,7 @@ from torch.optim import swa_utils
 from toys import gathered
 
 import foldpar
-from foldpar.comm.dtensors import local_tensor
+from foldpar.comm import living_groups, local_tensor
 from foldpar.testing import run_ranks
 
 PAGE = Path(__file__).parents[2] / "TOOLS.md"
@@ -544,6 +544,7 @@ def outcomes(layout: Layout, folder: str, names: list[str]) -> dict[str, str]:
     logging.disable(logging.WARNING)
     found = {}
     of_layout = foldpar.solve_layout(layout.world, tp=layout.tp, ep=layout.ep, etp=layout.etp, order=layout.order)
+    apart = dist.new_group()
     with foldpar.create_groups(of_layout) as groups:
         original = tiny_model("qwen3_moe", dtype=torch.float64)
         for place, name in enumerate(names):
@@ -557,7 +558,22 @@ def outcomes(layout: Layout, folder: str, names: list[str]) -> dict[str, str]:
                 found[name] = "exact" if TOOLS[name][0](of) else "WRONG"
             except Exception as error:
                 found[name] = f"refused: {type(error).__name__}: {error}"
+            check_in_step(name, apart)
     return found
+
+
+def check_in_step(name: str, apart: dist.ProcessGroup) -> None:
+    """Refused or not, a tool leaves every rank at the same collective of each group; asked over a group ``apart``."""
+    mine = {
+        (said, tuple(dist.get_process_group_ranks(group))): group._get_sequence_number_for_group()
+        for group, said in {dist.group.WORLD: "world", **living_groups()}.items()
+        if group is not None and group is not apart
+    }
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine, group=apart)
+    for key in {key for taken in of_ranks for key in taken}:
+        taken = [of_rank.get(key) for rank, of_rank in enumerate(of_ranks) if rank in key[1]]
+        assert len(set(taken)) == 1, f"after {name}, collectives over {key}: {taken}"
 
 
 def outcomes_of_ranks(layout: Layout, folder: str, names: Collection[str] = TOOLS) -> dict[str, str]:

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -122,6 +123,17 @@ def initialise_and_sum():
 def test_spawned_ranks_can_initialise_themselves_as_under_torchrun():
     for _ in range(2):
         assert [int(total) for _, _, total in run_ranks(initialise_and_sum, 3, init=False)] == [3, 3, 3]
+
+
+def start_that_fails_on_rank_0():
+    if os.environ["RANK"] == "0":
+        with pytest.raises(dist.DistStoreError, match="timeout"):
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=2, timeout=timedelta(seconds=1))
+
+
+def test_a_start_that_failed_on_one_rank_leaves_nothing_to_the_next_call():
+    run_ranks(start_that_fails_on_rank_0, 2, init=False)
+    assert [int(total) for _, _, total in run_ranks(rank_and_world, 2)] == [1, 1]
 
 
 def test_threads_take_closures_and_run_backward():

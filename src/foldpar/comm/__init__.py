@@ -22,7 +22,7 @@ from foldpar.comm.agreement import (
     digest,
     digest_of_bits,
 )
-from foldpar.comm.c10d import living_groups
+from foldpar.comm.c10d import count_groups_anew, living_groups
 from foldpar.comm.collectives import (
     all_gather,
     all_gather_rows,
@@ -90,6 +90,7 @@ __all__ = [
     "compare_settings",
     "converted",
     "copy_to_group",
+    "count_groups_anew",
     "create_groups",
     "data_was_assigned",
     "differences",

@@ -18,7 +18,15 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
-__all__ = ["GroupFactory", "default_store", "forget_meshes", "living_groups", "next_generation", "seconds_of"]
+__all__ = [
+    "GroupFactory",
+    "count_groups_anew",
+    "default_store",
+    "forget_meshes",
+    "living_groups",
+    "next_generation",
+    "seconds_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,12 @@ def living_groups() -> dict[ProcessGroup, str]:
     """The process groups that exist on this rank, with their names, the default group apart."""
     world = distributed_c10d._world
     return {group: str(name) for group, name in world.pg_names.items() if group is not world.default_pg}
+
+
+def count_groups_anew() -> None:
+    """Ranks that meet for the first time name their groups by a counter, which a start that failed has moved on."""
+    if not dist.is_initialized():
+        distributed_c10d._world.group_count = 0
 
 
 def next_generation() -> int:

@@ -226,11 +226,6 @@ class FoldedGroups:
         return tuple(self._communicators.values())
 
     @property
-    def has_meshes(self) -> bool:
-        """Whether there is torch.distributed: only groups of a single process may have none."""
-        return self._factory is not None
-
-    @property
     def device(self) -> torch.device:
         """Where its communicators want their tensors; the CPU without torch.distributed."""
         cuda = self._factory is not None and self._factory.device_type == "cuda"

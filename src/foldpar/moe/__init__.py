@@ -8,7 +8,8 @@
     lane_checks     what a layer takes on trust, compared in its first step
     counters        what travelled, and how evenly; ``stand_ins``: a rank without data
     routing/        which expert gets which token: routers, selection, capacity, losses, balance, randomness
-    transport/      the journey of rows: in messages, or read one-sided from other GPUs; ``whole`` is it for a compiler
+    transport/      the journey of rows: in messages, or read one-sided from other GPUs; ``whole`` is it for a
+                    compiler, ``at_home`` where one rank has all experts
     operators       a function of tensors as one operator, whatever sizes are inside
     kernels/        products over groups of rows, permutations, activations
 

@@ -294,7 +294,7 @@ class ExpertShare(nn.Module):
 
     def _parameter(self, name: str, own: Tensor, *, requires_grad: bool = True) -> nn.Parameter:
         """A parameter made of this rank's share, in the usual shape; shares its memory."""
-        if not self.groups.has_meshes:
+        if self.groups.layout.stage_size == 1:
             return nn.Parameter(own, requires_grad=requires_grad)
         pair = self.pairs.get(name)
         own = own if pair is None else own.unflatten(pair, (self._parts, -1))

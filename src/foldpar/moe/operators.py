@@ -27,7 +27,7 @@ from typing_extensions import Self
 
 from foldpar.errors import GradientError
 
-__all__ = ["Operator"]
+__all__ = ["UNCAPTURED", "Operator", "refuse_twice"]
 
 
 class Operator:
@@ -80,18 +80,18 @@ class _Kept(bytearray):
 _KEPT: WeakValueDictionary[int, _Kept] = WeakValueDictionary()
 
 
-# CUDA graphs cannot hold what waits for the host.
-_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+UNCAPTURED = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+"""Tags of operators in which the host waits, which CUDA graphs cannot hold."""
 
 
 # Defined by themselves: ``custom_op`` compares the storages of all that goes in and comes out, in every call.
 torch.library.define(
     "foldpar::run",
     "(Tensor[] given, Tensor handle, bool[] present, bool[] needed, SymInt rows) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    tags=UNCAPTURED,
 )
 torch.library.define(
-    "foldpar::run_backward", "(Tensor grad, Tensor token, SymInt[] shapes, str kinds) -> Tensor[]", tags=_TAGS
+    "foldpar::run_backward", "(Tensor grad, Tensor token, SymInt[] shapes, str kinds) -> Tensor[]", tags=UNCAPTURED
 )
 
 
@@ -153,7 +153,8 @@ def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
     return [next(grads) if need else None for need in ctx.needed], None, None, None, None
 
 
-def _refuse_twice(ctx: Any, *_: Any) -> tuple[Any, ...]:
+def refuse_twice(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    """The backward of an operator that is a backward."""
     raise GradientError(
         "The gradient of a compiled layer was differentiated, as with create_graph=True. A layer of routed experts can "
         "be differentiated once."
@@ -163,7 +164,7 @@ def _refuse_twice(ctx: Any, *_: Any) -> tuple[Any, ...]:
 torch.library.register_fake("foldpar::run", _like_run)
 torch.library.register_fake("foldpar::run_backward", _like_run_backward)
 torch.library.register_autograd("foldpar::run", _backward, setup_context=_save)
-torch.library.register_autograd("foldpar::run_backward", _refuse_twice)
+torch.library.register_autograd("foldpar::run_backward", refuse_twice)
 
 
 class _Start(Function):

@@ -159,6 +159,7 @@ def bring_back_shards(model: nn.Module) -> None:
         module.reshard()
 
 
+@torch.compiler.disable(reason="a hook of shard_model")  # type: ignore[untyped-decorator]
 def refuse_replaced(model: nn.Module, arguments: object = None) -> None:
     """Raise if a sharded parameter was replaced behind FSDP2, which would go on with the one that it knows.
 

@@ -279,12 +279,14 @@ def accumulate(model: nn.Module) -> Iterator[None]:
             leave_signs(model)
 
 
+@torch.compiler.disable(reason="a hook of shard_model")  # type: ignore[untyped-decorator]
 def _begins_anew(model: nn.Module, arguments: object) -> None:
     """A step that was given up behind ``accumulate`` leaves nothing to the next, once its gradients are zeroed."""
     if torch.is_grad_enabled():
         drop_zeroed_gradients(model)
 
 
+@torch.compiler.disable(reason="a hook of shard_model")  # type: ignore[untyped-decorator]
 def _shards_again(model: nn.Module, inputs: object, output: object) -> None:
     """After an evaluation no backward comes to bring shards back, and whole parameters would miss the next step."""
     if not torch.is_grad_enabled():

@@ -41,7 +41,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from foldpar.comm import is_dtensor, living_groups, local_tensor
+from foldpar.comm import count_groups_anew, is_dtensor, living_groups, local_tensor
 from foldpar.testing.outcomes import Cause, RankFailure, Returned, live_groups
 
 # After a failure the other ranks have SETTLE seconds to answer. Then the failed ones are ended, since their connections
@@ -407,6 +407,7 @@ def _enter(rank: int, call: Call, store: Store) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.manual_seed(0)
+    count_groups_anew()
     if call.init:
         dist.init_process_group(
             "gloo",

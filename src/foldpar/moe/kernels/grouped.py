@@ -9,6 +9,7 @@ kernels of our own (:mod:`foldpar.moe.kernels.products`) compute what they were 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -94,47 +95,83 @@ class _FeedForward(Function):
         activation: Activation,
         interleaved: bool,
     ) -> Tensor:
-        ends = groups.ends
-        gate_up = grouped_linear(rows, gate_up_proj, groups)
-        if gate_up_bias is not None:
-            gate_up = torch.addmm(gate_up, _membership(ends, gate_up), gate_up_bias)
-        ctx.save_for_backward(rows, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, ends, gate_up)
+        given = (rows, weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
+        outputs, gate_up = forward(*given, groups, activation, interleaved)
+        ctx.save_for_backward(*given, groups.ends, gate_up)
         ctx.activation, ctx.interleaved, ctx.sizes = activation, interleaved, groups.sizes
-        hidden = activations.forward(gate_up, weights, activation, interleaved=interleaved, end=ends[-1:])
-        outputs = grouped_linear(hidden, down_proj, groups)
-        if down_bias is not None:
-            outputs = torch.addmm(outputs, _membership(ends, outputs, weights), down_bias)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, ends, gate_up = ctx.saved_tensors
-        of_rows, _, of_gate_up, of_down = ctx.needs_input_grad[:4]
-        grad, groups = _contiguous(grad), Groups(ends, ctx.sizes)
-        grad_hidden = grouped_input_gradient(grad, down_proj, groups)
-        hidden, grad_gate_up, grad_weights = activations.backward(
-            grad_hidden, gate_up, weights, ctx.activation, interleaved=ctx.interleaved, end=ends[-1:]
-        )
-        del grad_hidden
-        grad_gate_up_bias = grad_down_bias = None
-        if gate_up_bias is not None:
-            grad_gate_up_bias = _membership(ends, grad_gate_up).T @ grad_gate_up
-        if down_bias is not None:
-            grad_down_bias = _membership(ends, grad, weights).T @ grad
-            if weights is not None:
-                grad_weights = grad_weights + (grad * (_membership(ends, grad) @ down_bias)).sum(-1).to(weights.dtype)
-        return (
-            grouped_input_gradient(grad_gate_up, gate_up_proj, groups) if of_rows else None,
-            grad_weights,
-            grouped_weight_gradient(grad_gate_up, rows, gate_up_proj, groups) if of_gate_up else None,
-            grouped_weight_gradient(grad, hidden, down_proj, groups) if of_down else None,
-            grad_gate_up_bias,
-            grad_down_bias,
-            None,
-            None,
-            None,
-        )
+        grads = backward(
+            grad, rows, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, Groups(ends, ctx.sizes), gate_up,
+            ctx.activation, ctx.interleaved, ctx.needs_input_grad,
+        )  # fmt: skip
+        return *grads, None, None, None
+
+
+def forward(
+    rows: Tensor,
+    weights: Tensor | None,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    groups: Groups,
+    activation: Activation,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """The outputs, and the first product, which the backward wants."""
+    ends = groups.ends
+    gate_up = grouped_linear(rows, gate_up_proj, groups)
+    if gate_up_bias is not None:
+        gate_up = torch.addmm(gate_up, _membership(ends, gate_up), gate_up_bias)
+    hidden = activations.forward(gate_up, weights, activation, interleaved=interleaved, end=ends[-1:])
+    outputs = grouped_linear(hidden, down_proj, groups)
+    if down_bias is not None:
+        outputs = torch.addmm(outputs, _membership(ends, outputs, weights), down_bias)
+    return outputs, gate_up
+
+
+def backward(
+    grad: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    groups: Groups,
+    gate_up: Tensor,
+    activation: Activation,
+    interleaved: bool,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the first six arguments of :func:`forward`; ``needed`` says of which."""
+    of_rows, _, of_gate_up, of_down = needed[:4]
+    grad, ends = _contiguous(grad), groups.ends
+    grad_hidden = grouped_input_gradient(grad, down_proj, groups)
+    hidden, grad_gate_up, grad_weights = activations.backward(
+        grad_hidden, gate_up, weights, activation, interleaved=interleaved, end=ends[-1:]
+    )
+    del grad_hidden
+    grad_gate_up_bias = grad_down_bias = None
+    if gate_up_bias is not None:
+        grad_gate_up_bias = _membership(ends, grad_gate_up).T @ grad_gate_up
+    if down_bias is not None:
+        grad_down_bias = _membership(ends, grad, weights).T @ grad
+        if weights is not None and grad_weights is not None:
+            grad_weights = grad_weights + (grad * (_membership(ends, grad) @ down_bias)).sum(-1).to(weights.dtype)
+    return (
+        grouped_input_gradient(grad_gate_up, gate_up_proj, groups) if of_rows else None,
+        grad_weights,
+        grouped_weight_gradient(grad_gate_up, rows, gate_up_proj, groups) if of_gate_up else None,
+        grouped_weight_gradient(grad, hidden, down_proj, groups) if of_down else None,
+        grad_gate_up_bias,
+        grad_down_bias,
+    )
 
 
 def _membership(ends: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -98,11 +98,15 @@ class _Pick(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (assignment_of_slot,) = ctx.saved_tensors
-        if grad.shape[0] == 0:
-            return torch.zeros_like(assignment_of_slot, dtype=grad.dtype), None, None
-        there = assignment_of_slot >= 0
-        put_back = grad.index_select(0, assignment_of_slot.clamp(min=0).flatten()).view_as(assignment_of_slot)
-        return torch.where(there, put_back, 0), None, None
+        return put_back(grad, assignment_of_slot), None, None
+
+
+def put_back(values: Tensor, assignment_of_slot: Tensor) -> Tensor:
+    """``[assignments] -> [rows, top_k]``: the value of each slot, zero where nothing is computed."""
+    if values.shape[0] == 0:
+        return torch.zeros_like(assignment_of_slot, dtype=values.dtype)
+    at_slot = values.index_select(0, assignment_of_slot.clamp(min=0).flatten()).view_as(assignment_of_slot)
+    return torch.where(assignment_of_slot >= 0, at_slot, 0)
 
 
 def copy_rows(x: Tensor, source: Tensor) -> Tensor:

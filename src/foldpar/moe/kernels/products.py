@@ -11,6 +11,7 @@ The plain torch functions below are the kernels' twins, with which they are test
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -91,49 +92,89 @@ class _FeedForward(Function):
         slots: Tensor | None,
         copies: Tensor | None,
     ) -> Tensor:
-        from foldpar.moe.kernels import triton_products as kernels
-
         (gate_up_proj, lies), (down_proj, down_lies) = opened(gate_up_proj), opened(down_proj)
         ctx.lies = lies, down_lies
-        places = rows.shape[0] if source is None else source.shape[0]
-        table = kernels.tiles_of(ends, places, _ROWS)
-        gate_up, hidden = kernels.first_product(
-            rows, source, gate_up_proj, weights, table, places, kernels.blocks(_ROWS, 128, 64, 4, flat=False), slots
-        )
-        ctx.save_for_backward(rows, weights, gate_up_proj, down_proj, ends, source, slots, copies, table, gate_up)
-        # Chunks share weights: where those are small, so may chunks be, and rows stay in L2.
-        blocks = kernels.blocks(_ROWS, 256, 64, 3, chunk=8 if hidden.shape[1] <= 512 else 16)
-        outputs = kernels.product(hidden, None, down_proj, table, places, blocks, transposed=True)
-        return outputs if copies is None else sum_copies(outputs, copies)
+        given = (rows, weights, gate_up_proj, down_proj, ends, source, slots, copies)
+        y, gate_up, table = forward(*given)
+        ctx.save_for_backward(*given, gate_up, table)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from foldpar.moe.kernels import triton_products as kernels
-        from foldpar.moe.kernels.triton_rows import swiglu_backward
-
-        rows, weights, gate_up_proj, down_proj, ends, source, slots, copies, table, gate_up = ctx.saved_tensors
-        of_rows, _, of_gate_up, of_down = ctx.needs_input_grad[:4]
-        grad, places = grad.contiguous(), gate_up.shape[0]
-        ahead = source is None and gate_up.shape[1] > 1024  # where tiles are short, or gathered, it does not pay
-        blocks = kernels.blocks(_ROWS, 256, 64, 3 if ahead else 4, flat=ahead)
-        grad_hidden = kernels.product(grad, source, down_proj, table, places, blocks, transposed=False)
-        hidden, grad_gate_up, grad_weights = swiglu_backward(grad_hidden, gate_up, weights, ends[-1:], slots)
-        del grad_hidden, gate_up
-        grad_down = _down_gradient(grad, hidden, source, ends) if of_down else None
-        del hidden
-        grad_first = _first_gradient(grad_gate_up, rows, source, ends) if of_gate_up else None
-        grad_rows = None
-        if of_rows:
-            blocks = kernels.blocks(_ROWS, 256, 64, 3)
-            grad_rows = kernels.product(grad_gate_up, None, gate_up_proj, table, places, blocks, transposed=False)
-            grad_rows = grad_rows if copies is None else sum_copies(grad_rows, copies)
-        lies, down_lies = ctx.lies
-        grads = (grad_rows, grad_weights, placed_as(grad_first, lies), placed_as(grad_down, down_lies))
-        return *grads, None, None, None, None
+        rows, weights, gate_up_proj, down_proj, ends, source, slots, copies, gate_up, table = ctx.saved_tensors
+        grad_rows, grad_weights, *of_weights = backward(
+            grad, rows, weights, gate_up_proj, down_proj, ends, source, slots, copies, gate_up, table,
+            ctx.needs_input_grad,
+        )  # fmt: skip
+        grads = (placed_as(each, lies) for each, lies in zip(of_weights, ctx.lies, strict=True))
+        return grad_rows, grad_weights, *grads, None, None, None, None
 
 
 _ROWS = 128
+
+
+def forward(
+    rows: Tensor,
+    weights: Tensor | None,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    ends: Tensor,
+    source: Tensor | None,
+    slots: Tensor | None,
+    copies: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs, the first product, and the table of tiles; the backward wants both."""
+    from foldpar.moe.kernels import triton_products as kernels
+
+    places = rows.shape[0] if source is None else source.shape[0]
+    table = kernels.tiles_of(ends, places, _ROWS)
+    gate_up, hidden = kernels.first_product(
+        rows, source, gate_up_proj, weights, table, places, kernels.blocks(_ROWS, 128, 64, 4, flat=False), slots
+    )
+    # Chunks share weights: where those are small, so may chunks be, and rows stay in L2.
+    blocks = kernels.blocks(_ROWS, 256, 64, 3, chunk=8 if hidden.shape[1] <= 512 else 16)
+    outputs = kernels.product(hidden, None, down_proj, table, places, blocks, transposed=True)
+    return (outputs if copies is None else sum_copies(outputs, copies)), gate_up, table
+
+
+def backward(
+    grad: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    ends: Tensor,
+    source: Tensor | None,
+    slots: Tensor | None,
+    copies: Tensor | None,
+    gate_up: Tensor,
+    table: Tensor | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the first four arguments of :func:`forward`; ``needed`` says of which. A table that was not kept
+    is made again.
+    """
+    from foldpar.moe.kernels import triton_products as kernels
+    from foldpar.moe.kernels.triton_rows import swiglu_backward
+
+    of_rows, _, of_gate_up, of_down = needed[:4]
+    grad, places = grad.contiguous(), gate_up.shape[0]
+    table = kernels.tiles_of(ends, places, _ROWS) if table is None else table
+    ahead = source is None and gate_up.shape[1] > 1024  # where tiles are short, or gathered, it does not pay
+    blocks = kernels.blocks(_ROWS, 256, 64, 3 if ahead else 4, flat=ahead)
+    grad_hidden = kernels.product(grad, source, down_proj, table, places, blocks, transposed=False)
+    hidden, grad_gate_up, grad_weights = swiglu_backward(grad_hidden, gate_up, weights, ends[-1:], slots)
+    del grad_hidden, gate_up
+    grad_down = _down_gradient(grad, hidden, source, ends) if of_down else None
+    del hidden
+    grad_first = _first_gradient(grad_gate_up, rows, source, ends) if of_gate_up else None
+    grad_rows = None
+    if of_rows:
+        blocks = kernels.blocks(_ROWS, 256, 64, 3)
+        grad_rows = kernels.product(grad_gate_up, None, gate_up_proj, table, places, blocks, transposed=False)
+        grad_rows = grad_rows if copies is None else sum_copies(grad_rows, copies)
+    return grad_rows, grad_weights, grad_first, grad_down
 
 
 def _down_gradient(grad: Tensor, hidden: Tensor, source: Tensor | None, ends: Tensor) -> Tensor:

@@ -118,8 +118,8 @@ class DispatchPlan:
 
         Waits until the device has made the plan's tables, and for nothing behind them.
         """
-        if self.placed is not None and self.placed.value() != self.assignments:
-            raise ShapeError(_illegal(self.rows_per_expert.shape[0], [(0, 0)]))
+        if self.placed is not None:
+            check_all_placed(self.placed, self.assignments, self.rows_per_expert.shape[0])
 
 
 class Arriving:
@@ -127,13 +127,21 @@ class Arriving:
 
     def __init__(self, number: Tensor) -> None:
         self._number = number.to("cpu", non_blocking=True)
-        self._there = torch.Event(number.device)
-        self._there.record()
+        self._there = torch.Event(number.device) if number.is_cuda else None
+        if self._there is not None:
+            self._there.record()
 
     def value(self) -> int:
         """The number; waits for it."""
-        self._there.synchronize()
+        if self._there is not None:
+            self._there.synchronize()
         return int(self._number)
+
+
+def check_all_placed(placed: Arriving, assignments: int, num_experts: int) -> None:
+    """Raise if not all assignments found an expert on this rank, which has all of them."""
+    if placed.value() != assignments:
+        raise ShapeError(_illegal(num_experts, [(0, 0)]))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from foldpar.moe.lane_checks import LaneChecks
 from foldpar.moe.lane_ends import LaneEnds
 from foldpar.moe.operators import Operator
 from foldpar.moe.routing.router import Routing
+from foldpar.moe.transport.at_home import AtHome, are_at_home
 from foldpar.moe.transport.journey import Journey
 
 __all__ = ["WholeJourney", "uncompiled", "why_uncompiled"]
@@ -56,13 +57,14 @@ class WholeJourney:
         what: str,
         names: tuple[str, ...],
     ) -> None:
-        self._state = journey.state
+        self._journey, trust = journey, _Trust(checks, ref(layer), what, names)
         self._own = Operator(partial(_own_rows, journey.ends))
-        self._carry = Operator(partial(_carried, journey, product, _Trust(checks, ref(layer), what, names)))
+        self._carry = Operator(partial(_carried, journey, product, trust))
+        self._at_home = AtHome(product, trust.at_home)
 
     def own(self, x: Tensor) -> Tensor:
         """The rows of ``[tokens, ...]`` that this lane routes, as :class:`LaneEnds` has it."""
-        state = self._state
+        state = self._journey.state
         if state.lanes == "sharded" or state.partition == "assignments" or state.groups.tp.size == 1:
             return x
         return self._own((x,), rows=state.even_share(x.shape[0]))
@@ -75,9 +77,14 @@ class WholeJourney:
         Backward:
             That of the journey.
         """
-        weights = (None if weight is None else in_autocast_dtype(weight) for weight in experts.local_weights())
+        rows = in_autocast_dtype(rows)
+        weights = [None if weight is None else in_autocast_dtype(weight) for weight in experts.local_weights()]
+        if self._journey.one_sided is None and are_at_home(self._journey.state, experts.num_experts, weights, routing):
+            gate_up, down = weights[:2]
+            assert gate_up is not None and down is not None
+            return self._at_home(rows, routing, experts.storage.for_product(gate_up), experts.storage.for_product(down))
         told = (None if tensor is None else tensor.detach() for tensor in entered)
-        given = (in_autocast_dtype(rows), routing.weights, routing.ids, routing.mask, *weights, *told)
+        given = (rows, routing.weights, routing.ids, routing.mask, *weights, *told)
         return self._carry(given, rows=tokens)
 
 
@@ -101,6 +108,11 @@ class _Trust:
         assert first is not None
         if layer is not None and self.checks.due(first):
             self.checks.entering(layer, self.what, dict(zip(self.names, entered, strict=True)))
+            self.checks.routing(routing)
+
+    def at_home(self, rows: Tensor, routing: Routing) -> None:
+        """Where no other rank is met."""
+        if self.checks.due(rows):
             self.checks.routing(routing)
 
 
