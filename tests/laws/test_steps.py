@@ -69,6 +69,45 @@ def test_a_step_that_was_not_reduced_once_is_refused_without_lanes(stage: int) -
     run_ranks(steps, 4, stage, 1)
 
 
+def backward_again(stage: int, tp: int) -> None:
+    """Nobody zeroes in between: before the optimizer's step, and behind it."""
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=tp, ep=2)) as groups:
+        model = fold(plain_model(), groups)
+        if stage:
+            foldpar.shard_model(model, groups, stage=stage)
+        optimizer = torch.optim.SGD(foldpar.parameter_groups(model), lr=0.1)
+
+        def step() -> None:
+            loss_of(model, tokens_of(groups.dp_cp.index)).backward()
+            foldpar.reduce_gradients(model, groups)
+
+        for stepping in (False, True):
+            step()
+            if stepping:
+                optimizer.step()
+            text = text_of(step)
+            assert "was reduced already, and something was added to it since" in text
+            assert "Call zero_grad before the first backward of a step" in text
+            optimizer.zero_grad(set_to_none=False)
+            step()
+            wanted = [gathered(each.grad).clone() for each in model.parameters()]
+            optimizer.zero_grad(set_to_none=False)
+            foldpar.reduce_gradients(model, groups)  # a rank without data, or a part without tokens
+            assert not any(local_tensor(each.grad).any() for each in model.parameters())
+            optimizer.zero_grad(set_to_none=False)
+            step()
+            found = [gathered(each.grad) for each in model.parameters()]
+            assert all(map(torch.equal, found, wanted))
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("stage", "tp"), [(0, 2), (1, 1), (3, 2), *(pytest.param(stage, 1, marks=pytest.mark.long) for stage in (0, 2, 3))]
+)
+def test_a_backward_onto_a_reduced_gradient_is_refused(stage: int, tp: int) -> None:
+    run_ranks(backward_again, 4, stage, tp)
+
+
 def frozen_experts(stage: int) -> None:
     with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=2)) as groups:
         model = tiny_model("qwen3_moe", dtype=torch.float64)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from foldpar.arguments import expect
-from foldpar.comm import FoldedGroups, Kept, is_dtensor, refuse_foreign_scalers, version_of
+from foldpar.comm import FoldedGroups, Kept, is_dtensor, local_tensor, refuse_foreign_scalers, version_of
 from foldpar.errors import GradientError, ModelError
 from foldpar.parameters.fsdp import bring_back_shards
 from foldpar.parameters.marks import is_cut_over_tp, nearest_marks
@@ -65,19 +65,26 @@ def declare_reduced(model: nn.Module) -> None:
 
 
 def refuse_reduced(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Raise if a gradient was reduced already, and nothing has changed it since.
+    """Raise if a gradient was reduced already, and nothing has changed it since, or something was added to it.
 
     Raises:
         GradientError: names it.
     """
-    for name, parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None and _is_unchanged(gradient):
+    known = [(name, gradient) for name, parameter in parameters if (gradient := parameter.grad) is not None]
+    known = [(name, gradient) for name, gradient in known if _is_known(gradient)]
+    for name, gradient in known:
+        if _is_unchanged(gradient):
             raise GradientError(
                 f"The gradient of {name} was reduced already, and no backward has run since: a second reduction would "
                 f"sum it over its replicas again. Reduce once a step, after its last backward, and call zero_grad "
                 f"before the next step."
             )
+    if (grown := _added_to(known)) is not None:
+        raise GradientError(
+            f"The gradient of {grown} was reduced already, and something was added to it since: a second reduction "
+            f"would sum the first part over its replicas again. Call zero_grad before the first backward of a step, "
+            f"and reduce once, after its last. Gradients that you compute yourself go into .grad as new tensors."
+        )
 
 
 def refuse_unreduced_gradients(parameters: Iterable[tuple[str, nn.Parameter]], doing: str) -> None:
@@ -229,6 +236,31 @@ def _is_unchanged(gradient: Tensor) -> bool:
     """Whether it was complete, and nothing has changed it since."""
     known: _Stamp | None = getattr(gradient, _STAMP, None)
     return known is not None and known.version == version_of(gradient)
+
+
+def _added_to(gradients: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of one, of those that were complete once, that a backward has added to since; ``None`` if there is none.
+
+    Each was changed once: zeroing and a backward are two changes, and one that was only zeroed is zero. Gradients in
+    one memory, as FSDP2 leaves them, count their changes together.
+    """
+    in_memory: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, gradient in gradients:
+        in_memory.setdefault(local_tensor(gradient).untyped_storage().data_ptr(), []).append((name, gradient))
+    suspects = [
+        together
+        for together in in_memory.values()
+        if all(version_of(each) == getattr(each, _STAMP).version + len(together) for _, each in together)
+    ]
+    for (name, _), *_ in (each for each in suspects if _all_hold_something(gradient for _, gradient in each)):
+        return name
+    return None
+
+
+def _all_hold_something(gradients: Iterable[Tensor]) -> bool:
+    """Whether each has an entry that is not zero, where it has entries here; looked up on the host."""
+    parts = [part for gradient in gradients if (part := local_tensor(gradient)).numel()]
+    return bool(parts) and all(torch.stack([part.any() for part in parts]).tolist())
 
 
 def _is_unreduced(gradient: Tensor) -> bool:
