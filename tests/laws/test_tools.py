@@ -269,6 +269,50 @@ def _(of: Folded) -> bool:
     return abs(float(gathered(found)) / want - 1) < 1e-12
 
 
+def clipped(of: Folded, clip: Callable[[], object], want: Callable[[Tensor], Tensor]) -> bool:
+    """Gradients are what ``want`` makes of those before."""
+    of.backward()
+    before = {name: gathered(parameter.grad).clone() for name, parameter in of.model.named_parameters()}
+    clip()
+    found = {name: gathered(parameter.grad) for name, parameter in of.model.named_parameters()}
+    return all(torch.allclose(found[name], want(before[name]), rtol=1e-9) for name in found)
+
+
+@tool("torch's `clip_grads_with_norm_`", "`foldpar.clip_grad_norm_`")
+def _(of: Folded) -> bool:
+    return clipped(
+        of,
+        lambda: nn.utils.clip_grads_with_norm_(of.model.parameters(), 0.5, torch.tensor(2.0)),
+        lambda gradient: gradient * 0.25,
+    )
+
+
+@tool("torch's `clip_grad_value_`", "`clip_grad_value_(..., foreach=False)`")
+def _(of: Folded) -> bool:
+    return clipped(
+        of,
+        lambda: nn.utils.clip_grad_value_(of.model.parameters(), 1e-4),
+        lambda gradient: gradient.clamp(-1e-4, 1e-4),
+    )
+
+
+@tool("torch's `clip_grad_value_(..., foreach=False)`")
+def _(of: Folded) -> bool:
+    return clipped(
+        of,
+        lambda: nn.utils.clip_grad_value_(of.model.parameters(), 1e-4, foreach=False),
+        lambda gradient: gradient.clamp(-1e-4, 1e-4),
+    )
+
+
+@tool("torch's `get_total_norm` of all gradients", "`foldpar.get_total_norm`")
+def _(of: Folded) -> bool:
+    of.backward()
+    found = gathered(nn.utils.get_total_norm(parameter.grad for parameter in of.model.parameters()))
+    want = torch.cat([gathered(parameter.grad).flatten() for parameter in of.model.parameters()]).norm()
+    return bool((found / want - 1).abs() < 1e-12)
+
+
 @tool("torch's `get_total_norm` of experts")
 def _(of: Folded) -> bool:
     of.backward()
@@ -521,16 +565,62 @@ def _(of: Folded) -> bool:
     return stepped(of, foldpar.parameter_groups(of.model), fused=True)
 
 
-def stepped(of: Folded, parameters: Any, **options: Any) -> bool:
+@tool("`torch.optim.SGD(..., fused=True)`", "`fused=False`")
+def _(of: Folded) -> bool:
+    return stepped(of, foldpar.parameter_groups(of.model), torch.optim.SGD, fused=True)
+
+
+@tool("`torch.optim.LBFGS`", "an optimizer that takes parameters one by one")
+def _(of: Folded) -> bool:
+    of.backward()
+    before = of.gathered()
+    optimizer = torch.optim.LBFGS(of.model.parameters(), lr=0.1, max_iter=1)
+
+    def closure() -> Tensor:
+        of.backward()
+        return torch.zeros(())
+
+    optimizer.step(closure)
+    return all(torch.equal(of.gathered()[name], tensor) for name, tensor in before.items())
+
+
+@tool("`torch.autograd.grad`, its results put into `.grad`", "`backward()`")
+def _(of: Folded) -> bool:
+    of.backward()
+    want = {name: gathered(parameter.grad).clone() for name, parameter in of.model.named_parameters()}
+    of.model.zero_grad()
+    loss = of.model(input_ids=of.tokens(), labels=of.tokens()).loss
+    parameters = dict(of.model.named_parameters())
+    for parameter, gradient in zip(parameters.values(), torch.autograd.grad(loss, parameters.values()), strict=True):
+        parameter.grad = gradient
+    foldpar.reduce_gradients(of.model, of.groups)
+    return all(torch.allclose(gathered(parameters[name].grad), want[name], rtol=1e-12) for name in want)
+
+
+@tool("deleting a layer", "delete it before `shard_model`")
+def _(of: Folded) -> bool:
+    layers = of.model.model.layers
+    whole = tiny_model("qwen3_moe", dtype=torch.float64)
+    del layers[1], whole.model.layers[1]
+    of.backward()
+    whole.zero_grad()
+    for index in range(of.groups.dp_cp.size):
+        tokens = torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(index))
+        (whole(input_ids=tokens, labels=tokens).loss / of.groups.dp_cp.size).backward()
+    found = {name: gathered(parameter.grad) for name, parameter in of.model.named_parameters()}
+    return all(torch.allclose(found[name], each.grad, rtol=1e-9, atol=1e-12) for name, each in whole.named_parameters())
+
+
+def stepped(of: Folded, parameters: Any, kind: type[Any] = torch.optim.AdamW, **options: Any) -> bool:
     """One step equals that of single tensors."""
     of.backward()
     want = {}
     for name, parameter in of.model.named_parameters():
         alone = nn.Parameter(of.whole[name].clone())
         alone.grad = gathered(parameter.grad)
-        torch.optim.AdamW([alone], lr=0.1).step()
+        kind([alone], lr=0.1).step()
         want[name] = alone.detach()
-    torch.optim.AdamW(parameters, lr=0.1, **options).step()
+    kind(parameters, lr=0.1, **options).step()
     found = of.gathered()
     return all(torch.allclose(found[name], want[name], rtol=1e-12) for name in found)
 

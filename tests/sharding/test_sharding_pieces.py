@@ -559,6 +559,32 @@ def test_evaluation_in_between_changes_nothing() -> None:
     run_ranks(evaluated_in_between, 4)
 
 
+def without_a_layer(prefetch: bool) -> str:
+    with create_groups(solve_layout(2, ep=2)) as groups:
+        whole = tiny_model("qwen3_moe", dtype=torch.float64)
+        model = copy.deepcopy(whole)
+        foldpar.fold_model(model, groups)
+        shares = Shares(model, groups)
+        shard_model(model, groups, stage=3, prefetch=prefetch)
+        del model.model.layers[1], whole.model.layers[1]
+        tokens = torch.arange(16).view(2, 8)
+        try:
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        except ShardingError as error:
+            return str(error)
+        foldpar.reduce_gradients(model, groups)
+        whole(input_ids=tokens, labels=tokens).loss.backward()
+        want = {name: each.grad for name, each in whole.named_parameters() if each.grad is not None}
+        return f"{errors(model, shares, want)[0] < 1e-12}"
+
+
+def test_a_layer_that_was_taken_out_is_not_gathered_ahead() -> None:
+    for text in run_ranks(without_a_layer, 2, True):
+        assert text.startswith("A part of the model was taken out after shard_model, and FSDP2 would still gather its")
+        assert text.endswith("Take it out before, or call shard_model(..., prefetch=False).")
+    assert run_ranks(without_a_layer, 2, False) == ["True", "True"]
+
+
 def gathers_in_order(prefetch: bool) -> list[str]:
     """What is gathered and what runs, in a forward and a backward at stage 3."""
     seen: list[str] = []

@@ -165,13 +165,21 @@ def refuse_replaced(model: nn.Module, arguments: object = None) -> None:
 
     A forward hook: ``torch.func.functional_call``, a parametrization and ``load_state_dict(assign=True)`` replace
     parameters. Up to the first forward FSDP2 takes new ones over. And no backward comes to a shard, so that a hook of
-    its gradient would never be called.
+    its gradient would never be called. A part that was taken out would still be gathered ahead of where it was.
 
     Raises:
         ShardingError: names the parameter.
     """
-    for module in fsdp_modules(model):
-        begun = module._get_fsdp_state()._is_root is not None
+    modules = list(fsdp_modules(model))
+    states = [module._get_fsdp_state() for module in modules]
+    ahead = {id(each): each for state in states for each in _gathered_ahead(state)}
+    if ahead.keys() - {id(state) for state in states}:
+        raise ShardingError(
+            "A part of the model was taken out after shard_model, and FSDP2 would still gather its parameters ahead. "
+            "Take it out before, or call shard_model(..., prefetch=False)."
+        )
+    for module, state in zip(modules, states, strict=True):
+        begun = state._is_root is not None
         for group in _parameter_groups(module):
             for entry in group.fsdp_params:
                 owner, name = entry._module_info.module, entry._module_info.param_name
@@ -190,6 +198,12 @@ def refuse_replaced(model: nn.Module, arguments: object = None) -> None:
                         f"register_post_accumulate_grad_hook, which sees .grad of the shard once it is summed over the "
                         f"data axis."
                     )
+
+
+def _gathered_ahead(state: Any) -> Iterator[Any]:
+    """The states of the units that FSDP2 gathers while it is in this one."""
+    yield from getattr(state, "_states_to_forward_prefetch", ())
+    yield from getattr(state, "_states_to_backward_prefetch", ())
 
 
 def refuse_unreduced(model: nn.Module) -> None:
