@@ -20,6 +20,7 @@ if not HOPPER and os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton.tools.ragged_tma")
 
 import foldpar  # noqa: E402
+from foldpar.comm import distributed_parameter  # noqa: E402
 from foldpar.moe import Places  # noqa: E402
 from foldpar.moe.kernels import products  # noqa: E402
 from foldpar.moe.kernels import triton_products as kernels  # noqa: E402
@@ -133,6 +134,9 @@ def test_distributed_weights_are_opened_and_their_gradients_lie_alike(
 ) -> None:
     monkeypatch.setattr(products, "takes", lambda *_, **__: True)
     experts = foldpar.GroupedExperts(6, 40, 24, groups, seed=0, device=DEVICE, dtype=DTYPE)
+    for name, own in dict(experts.named_parameters()).items():  # as they lie on several ranks
+        cuts = (0, experts._cut_over_etp(name))
+        setattr(experts, name, distributed_parameter(own.detach(), groups.mesh_of_shares, cuts, requires_grad=True))
     ids = torch.rand(9, 6, generator=torch.Generator().manual_seed(0)).topk(2).indices.to(DEVICE)
     slots, source, copies, ends, sizes = place_experts(ids, 6, ids.numel())
     places = Places(source, slots, copies, ends)
