@@ -136,6 +136,23 @@ def test_a_start_that_failed_on_one_rank_leaves_nothing_to_the_next_call():
     assert [int(total) for _, _, total in run_ranks(rank_and_world, 2)] == [1, 1]
 
 
+def leave_threads(number):
+    never = threading.Event()
+    for _ in range(number):
+        threading.Thread(target=never.wait, daemon=True).start()
+    return os.getpid()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_workers_full_of_threads_are_replaced():
+    first = run_ranks(leave_threads, 2, 10)
+    assert run_ranks(leave_threads, 2, 150) == first
+    assert run_ranks(os.getpid, 2) == first  # they say so with this answer
+    fresh = run_ranks(os.getpid, 2)
+    assert not set(first) & set(fresh)
+    assert run_ranks(os.getpid, 2) == fresh
+
+
 def test_threads_take_closures_and_run_backward():
     weight = torch.tensor([2.0, 3.0])
 

@@ -8,6 +8,7 @@ One call, seen from both ends of a worker's pipe:
 A worker keeps its groups until every rank has answered, so that a rank that is done early does not close connections
 under a slower one. A rank that fails closes them at once, so that its peers fail too instead of waiting. Workers that
 have all answered go on to the next call; if one had to be ended or ended itself, all are, and new ones start next time.
+So do they once a worker says with its answer that it is full of threads which calls before have left.
 """
 
 from __future__ import annotations
@@ -94,11 +95,12 @@ class Call:
 # The caller's side -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Worker:
     process: multiprocessing.process.BaseProcess
     pipe: Connection
     stacks: Connection
+    is_full: bool = False
 
     def expect(self, word: bytes) -> None:
         """Wait until the worker says that it has imported what it needs."""
@@ -183,7 +185,7 @@ class Pool:
         for worker in team:
             worker.expect(b"loaded")
         outcomes = self._collect(team, call.timeout)
-        if all(worker.process.is_alive() for worker in team):
+        if all(worker.process.is_alive() and not worker.is_full for worker in team):
             for worker in team:
                 worker.pipe.send_bytes(b"release")
         else:
@@ -269,7 +271,7 @@ def _receive(rank: int, worker: Worker) -> Returned | RankFailure:
         return RankFailure(rank, "died", f"its process ended with {ended}", worker.stack(), time.monotonic())
     if isinstance(answer, RankFailure):
         return answer
-    data, groups_left = answer
+    data, groups_left, worker.is_full = answer
     return Returned(_unpack(data), groups_left)
 
 
@@ -305,6 +307,9 @@ _COLLECT_EVERY = 8
 _MANY_THREADS = 64
 """Of a process, all of them, beyond which it collects after every call."""
 
+_MOST_THREADS = 128
+"""Beyond which it is replaced: torch keeps some groups for ever, such as those of a collective that it refused."""
+
 
 def serve(rank: int, pipe: Connection, stacks: Connection, port: int, under_pytest: bool) -> None:
     """Answer calls until the caller goes away."""
@@ -321,7 +326,8 @@ def serve(rank: int, pipe: Connection, stacks: Connection, port: int, under_pyte
         pipe.send_bytes(b"ready")
         for answered in itertools.count(1):
             call: Call = pickle.loads(pipe.recv_bytes())
-            pipe.send_bytes(_answer(rank, call, store, pipe))
+            is_full = _threads() > _MOST_THREADS  # of calls before
+            pipe.send_bytes(_answer(rank, call, store, pipe, is_full))
             pipe.recv_bytes()
             _drop_groups()
             if answered % _COLLECT_EVERY == 0 or _threads() > _MANY_THREADS:
@@ -345,7 +351,7 @@ def _explain_asserts() -> None:
         install_importhook(get_config())
 
 
-def _answer(rank: int, call: Call, store: Store, pipe: Connection) -> bytes:
+def _answer(rank: int, call: Call, store: Store, pipe: Connection, is_full: bool) -> bytes:
     try:
         with warnings.catch_warnings():
             try:
@@ -357,7 +363,7 @@ def _answer(rank: int, call: Call, store: Store, pipe: Connection) -> bytes:
             for filter_ in reversed(filters):
                 warnings.filterwarnings(*filter_)
             value = function(*args)
-        return pickle.dumps((_pack(value), tuple(live_groups())))
+        return pickle.dumps((_pack(value), tuple(live_groups()), is_full))
     except BaseException as error:
         failure = RankFailure.of(rank, error)
     # Out of the except block, where the exception and with it the function's frames are gone: what they held can close.
