@@ -108,6 +108,41 @@ def test_a_backward_onto_a_reduced_gradient_is_refused(stage: int, tp: int) -> N
     run_ranks(backward_again, 4, stage, tp)
 
 
+def frozen_after_steps(stage: int) -> None:
+    """``zero_grad`` leaves zeros in place of gradients, also of a parameter that is frozen then."""
+    with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+        model = fold(plain_model(), groups)
+        if stage:
+            foldpar.shard_model(model, groups, stage=stage)
+        optimizer = torch.optim.SGD(foldpar.parameter_groups(model), lr=0.1)
+        frozen = next(model.parameters())
+
+        def step() -> None:
+            loss_of(model, tokens_of(groups.dp_cp.index)).backward()
+            foldpar.reduce_gradients(model, groups)
+            foldpar.clip_grad_norm_(model, 1.0, groups)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+
+        step()
+        frozen.requires_grad_(False)
+        before = local_tensor(frozen).clone()
+        step()
+        step()
+        assert torch.equal(local_tensor(frozen), before)
+        frozen.requires_grad_(True)
+        loss_of(model, tokens_of(groups.dp_cp.index)).backward()
+        frozen.requires_grad_(False)
+        foldpar.reduce_gradients(model, groups)
+        for refused in (optimizer.step, lambda: foldpar.clip_grad_norm_(model, 1.0, groups)):
+            assert "is not reduced" in text_of(refused)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_is_frozen_between_steps_is_refused_only_with_a_gradient(stage: int) -> None:
+    run_ranks(frozen_after_steps, 2, stage)
+
+
 def frozen_experts(stage: int) -> None:
     with foldpar.create_groups(foldpar.solve_layout(4, tp=2, ep=2)) as groups:
         model = tiny_model("qwen3_moe", dtype=torch.float64)

@@ -61,6 +61,7 @@ from foldpar.comm.dtensors import (
 )
 from foldpar.comm.first_step import When, can_compare
 from foldpar.comm.groups import AxisGroup, FoldedGroups, Kept, create_groups
+from foldpar.comm.once import once_differentiable
 from foldpar.comm.peers import DeviceMemories, PeerMemory, await_peers, check_room, memories_of, why_no_peers
 from foldpar.comm.world import Ranks, attempt, raise_interruption, told
 
@@ -106,6 +107,7 @@ __all__ = [
     "local_parts",
     "local_tensor",
     "memories_of",
+    "once_differentiable",
     "opened",
     "own_part",
     "partial_dimension",

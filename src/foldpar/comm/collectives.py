@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from foldpar.arguments import expect
 from foldpar.comm.groups import AxisGroup, shared_gpu_hint
+from foldpar.comm.once import once_differentiable
 from foldpar.errors import CollectiveError, ShapeError
 
 # torch 2.13 renames these two, and its old names warn.

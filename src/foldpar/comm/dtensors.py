@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from foldpar.comm.groups import FoldedGroups
+from foldpar.comm.once import once_differentiable
 from foldpar.errors import FamilyError, GradientError, ShardingError
 from foldpar.layout import AXES
 

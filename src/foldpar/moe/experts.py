@@ -391,7 +391,7 @@ class GroupedExperts(ExpertShare):
     These are the shapes of the whole layer. A rank holds ``local_experts = num_experts / ep`` experts and of each
     ``local_hidden = hidden_dim / etp`` hidden units: parameters are ``DTensor`` s over the dimensions ``("ep", "etp")``
     of ``groups.mesh("expert")``, so that whatever handles tensors sees how they lie. ``to_local()`` is this rank's
-    part. Only where there is no torch.distributed, and so one rank, are they plain tensors.
+    part. Only where a stage is one rank are they plain tensors.
 
     A gated expert is sliced so that gate and up of one hidden unit stay on one rank. Where gate lies above up that is
     no block of the whole, so with ``etp > 1`` the two have a dimension of their own: ``[num_experts, 2, hidden_dim,

@@ -8,8 +8,9 @@ From outside shapes are static: ``[rows, ...]`` is told by the caller. What the 
 behind the token and nowhere in the traced graph, since its sizes follow the data. It lives as long as the token does,
 which a compiler keeps as it keeps any tensor for a backward, or drops and makes again where it recomputes.
 
-An operator can hold no object, so two tensors stand for them: their values are keys of what is alive. A handle is an
-input of the traced graph, not a constant in it, so layers that are alike share what was compiled.
+An operator can hold no object, so two tensors stand for them: their values are keys of what is alive, and their memory
+keeps it alive, also once the layer is gone. A handle is an input of the traced graph, not a constant in it, so layers
+that are alike share what was compiled.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from typing_extensions import Self
 
 from foldpar.errors import GradientError
 
-__all__ = ["UNCAPTURED", "Operator", "refuse_twice"]
+__all__ = ["UNCAPTURED", "Operator", "behind", "refuse_twice", "stand_in"]
 
 
 class Operator:
@@ -45,9 +46,7 @@ class Operator:
     """
 
     def __init__(self, function: Callable[[Sequence[Tensor | None], int], Tensor]) -> None:
-        self.function, key = function, next(_KEYS)
-        self.handle = torch.tensor([key], device="cpu")
-        _OPERATORS[key] = self
+        self.handle = stand_in(function)
 
     def __call__(self, tensors: Sequence[Tensor | None], *, rows: int) -> Tensor:
         """Run it, in a traced graph or at once.
@@ -66,18 +65,39 @@ class Operator:
         return self
 
 
-_KEYS = count(1)
-_OPERATORS: WeakValueDictionary[int, Operator] = WeakValueDictionary()
-
-
 class _Kept(bytearray):
-    """The memory of a token: its key, and what must live as long."""
+    """The memory of a tensor that stands for an object: its key, and the object."""
 
-    output: GradientEdge
-    inputs: list[GradientEdge]
+    object: Any
 
 
+_KEYS = count(1)
 _KEPT: WeakValueDictionary[int, _Kept] = WeakValueDictionary()
+
+
+def stand_in(kept: object) -> Tensor:
+    """A tensor that stands for an object, which lives as long as the tensor's memory."""
+    key = next(_KEYS)
+    memory = _Kept(key.to_bytes(8, "little"))
+    memory.object = kept
+    _KEPT[key] = memory
+    return torch.frombuffer(memory, dtype=torch.int64)  # its storage holds ``memory``
+
+
+def behind(tensor: Tensor) -> Any:
+    """The object that the tensor stands for.
+
+    Raises:
+        GradientError: it is gone.
+    """
+    kept = _KEPT.get(int(tensor))
+    if kept is None:
+        raise GradientError(
+            "What the forward of a compiled layer kept for this backward is gone: a tensor that stands for it was "
+            "copied, as hooks on saved tensors do (save_on_cpu). Recompute the layer instead (torch.utils.checkpoint), "
+            "or leave it uncompiled."
+        )
+    return kept.object
 
 
 UNCAPTURED = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
@@ -99,7 +119,7 @@ torch.library.define(
 def _run(
     given: Sequence[Tensor], handle: Tensor, present: Sequence[bool], needed: Sequence[bool], rows: int
 ) -> tuple[Tensor, Tensor]:
-    function = _OPERATORS[int(handle)].function
+    function = behind(handle)
     if not any(needed):
         with torch.no_grad():
             return function(_placed(given, present), rows), torch.zeros(1, dtype=torch.int64)
@@ -108,8 +128,8 @@ def _run(
         start = torch.zeros((), requires_grad=True)
         inputs = cast(Any, _Start).apply(start, needed, *given)
         out = function(_placed(inputs, present), rows)
-        token = _keep(out, [each for each, need in zip(inputs, needed, strict=True) if need])
-        return out.detach(), token
+        ends = [get_gradient_edge(each) for each, need in zip(inputs, needed, strict=True) if need]
+        return out.detach(), stand_in((get_gradient_edge(out), ends))
 
 
 def _like_run(
@@ -120,15 +140,9 @@ def _like_run(
 
 @torch.library.impl("foldpar::run_backward", "CompositeExplicitAutograd")
 def _run_backward(grad: Tensor, token: Tensor, shapes: Sequence[int], kinds: str) -> list[Tensor]:
-    kept = _KEPT.get(int(token))
-    if kept is None:
-        raise GradientError(
-            "What the forward of a compiled layer kept for this backward is gone: a tensor that stands for it was "
-            "copied, as hooks on saved tensors do (save_on_cpu). Recompute the layer instead (torch.utils.checkpoint), "
-            "or leave it uncompiled."
-        )
+    output, inputs = behind(token)
     with torch.inference_mode(False):
-        grads = torch.autograd.grad([kept.output], kept.inputs, [grad], retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad([output], inputs, [grad], retain_graph=True, allow_unused=True)
     return [
         torch.zeros(shape, dtype=dtype, device=grad.device) if each is None else each.contiguous()
         for each, (shape, dtype) in zip(grads, _forms(shapes, kinds), strict=True)
@@ -179,15 +193,6 @@ class _Start(Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise AssertionError("gradients are taken where a graph begins")
-
-
-def _keep(out: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """The token for a graph from these inputs to ``out``."""
-    key = next(_KEYS)
-    kept = _Kept(key.to_bytes(8, "little"))
-    kept.output, kept.inputs = get_gradient_edge(out), [get_gradient_edge(each) for each in inputs]
-    _KEPT[key] = kept
-    return torch.frombuffer(kept, dtype=torch.int64)  # its storage holds ``kept``
 
 
 def _placed(given: Sequence[Tensor], present: Sequence[bool]) -> list[Tensor | None]:

@@ -83,7 +83,8 @@ def refuse_reduced(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         raise GradientError(
             f"The gradient of {grown} was reduced already, and something was added to it since: a second reduction "
             f"would sum the first part over its replicas again. Call zero_grad before the first backward of a step, "
-            f"and reduce once, after its last. Gradients that you compute yourself go into .grad as new tensors."
+            f"and reduce once, after its last. Gradients that you compute yourself go into .grad as new tensors, and "
+            f"what is done to .grad.data, such as zero_(), is not seen: do it to .grad."
         )
 
 
@@ -94,8 +95,7 @@ def refuse_unreduced_gradients(parameters: Iterable[tuple[str, nn.Parameter]], d
         GradientError: names it.
     """
     for name, parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None and _is_unreduced(gradient):
+        if _is_unreduced(parameter):
             raise GradientError(
                 f"{doing}: the gradient of {name} is not reduced: it is this rank's part of a sum, or that of its own "
                 f"batch. Call foldpar.reduce_gradients(model, groups) after the last backward of every step and before "
@@ -173,8 +173,7 @@ class _Watch(Kept):
         if self._are_several:
             ours = self._of_models(optimizer)
             for parameter in _parameters(optimizer):
-                gradient = parameter.grad
-                if gradient is not None and _is_unreduced(gradient) and (_is_known(gradient) or parameter in ours):
+                if _is_unreduced(parameter) and (_is_known(parameter.grad) or parameter in ours):
                     refuse_unreduced_gradients(
                         [(self._name(parameter), parameter)], f"{type(optimizer).__name__}.step()"
                     )
@@ -227,7 +226,7 @@ def _is_expert(parameter: Tensor) -> bool:
     return "ep" in names and "etp" in names
 
 
-def _is_known(gradient: Tensor) -> bool:
+def _is_known(gradient: Tensor | None) -> bool:
     """Whether it is a folded model's: it was complete once."""
     return hasattr(gradient, _STAMP)
 
@@ -263,10 +262,17 @@ def _all_hold_something(gradients: Iterable[Tensor]) -> bool:
     return bool(parts) and all(torch.stack([part.any() for part in parts]).tolist())
 
 
-def _is_unreduced(gradient: Tensor) -> bool:
-    """Whether nobody has said that it is complete, or something was added to it after an optimizer took it."""
+def _is_unreduced(parameter: Tensor) -> bool:
+    """Whether nobody has said that its gradient is complete, or something was added to it after an optimizer took it.
+
+    One that was frozen since is in no reduction: what ``zero_grad`` left of its gradient is complete.
+    """
+    gradient = parameter.grad
     known: _Stamp | None = getattr(gradient, _STAMP, None)
-    return known is None or (known.used and known.version != version_of(gradient))
+    if gradient is None or known is None:
+        return gradient is not None
+    is_changed = known.used and known.version != version_of(gradient)
+    return is_changed and (parameter.requires_grad or _all_hold_something([gradient]))
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Any]:

@@ -16,10 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from foldpar.comm import local_parts
+from foldpar.comm import local_parts, once_differentiable
 from foldpar.moe.kernels import activations, products
 from foldpar.moe.kernels.activations import Activation
 from foldpar.moe.kernels.permutation import Places, collect, pick, spread

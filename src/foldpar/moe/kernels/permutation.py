@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+
+from foldpar.comm import once_differentiable
 
 _HAS_TRITON = find_spec("triton") is not None
 

@@ -20,9 +20,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from foldpar.comm import opened, placed_as
+from foldpar.comm import once_differentiable, opened, placed_as
 from foldpar.moe.kernels import activations
 from foldpar.moe.kernels.activations import Activation
 from foldpar.moe.kernels.permutation import Places, copy_rows, runs_on_triton, sum_copies

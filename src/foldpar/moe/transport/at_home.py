@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ from foldpar.moe.experts import ExpertProduct
 from foldpar.moe.kernels import grouped, products
 from foldpar.moe.kernels.permutation import copy_rows, place_experts, put_back, runs_on_triton, sum_copies
 from foldpar.moe.lanes import LaneState
-from foldpar.moe.operators import UNCAPTURED, refuse_twice
+from foldpar.moe.operators import UNCAPTURED, behind, refuse_twice, stand_in
 from foldpar.moe.routing.router import Routing
 from foldpar.moe.transport.messages import MOST_LISTED, Arriving, check_all_placed
 
@@ -44,9 +42,7 @@ class AtHome:
     """
 
     def __init__(self, product: ExpertProduct, told: Callable[[Tensor, Routing], None]) -> None:
-        self.product, self.told, key = product, told, next(_KEYS)
-        self.handle = torch.tensor([key], device="cpu")
-        _AT_HOME[key] = self
+        self.handle = stand_in((product, told))
 
     def __call__(self, rows: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
         """``[tokens, dim]`` to the same; the experts' weights as products take them.
@@ -62,9 +58,6 @@ class AtHome:
     def __deepcopy__(self, memo: object) -> AtHome:
         return self
 
-
-_KEYS = count(1)
-_AT_HOME: WeakValueDictionary[int, AtHome] = WeakValueDictionary()
 
 torch.library.define(
     "foldpar::at_home", "(Tensor[] given, Tensor ids, Tensor handle, bool[] needed) -> Tensor[]", tags=UNCAPTURED
@@ -128,15 +121,15 @@ class _Computed:
 
 @torch.library.impl("foldpar::at_home", "CompositeExplicitAutograd")
 def _run(given: Sequence[Tensor], ids: Tensor, handle: Tensor, needed: Sequence[bool]) -> list[Tensor]:
-    home, (rows, weights, first, down) = _AT_HOME[int(handle)], given
+    (product, told), (rows, weights, first, down) = behind(handle), given
     with torch.set_grad_enabled(any(needed)):
-        home.told(rows, Routing(ids, weights))
+        told(rows, Routing(ids, weights))
     with torch.no_grad():
         slots, source, copies, ends, _ = place_experts(ids.long().contiguous(), first.shape[0], ids.numel())
         placed = Arriving(ends[-1:])
         tables = torch.cat([source, slots, copies.flatten(), ends.to(source.dtype)])  # no output may lie in another
         given = (rows.contiguous(), weights.contiguous(), first, down)
-        y, gate_up = _Computed(given, (source, slots, copies, ends), home.product).forward()
+        y, gate_up = _Computed(given, (source, slots, copies, ends), product).forward()
         check_all_placed(placed, ids.numel(), first.shape[0])  # now that the device has enough to do
     return [y, tables, gate_up]
 
@@ -160,7 +153,8 @@ def _run_backward(
     # An activation of the model's own is differentiated by autograd, which the dispatcher has switched off below.
     with torch.inference_mode(False), torch.no_grad():
         given = (rows.contiguous(), weights.contiguous(), first, down)
-        grads = _Computed(given, tables, _AT_HOME[int(handle)].product).backward(grad.contiguous(), gate_up, needed)
+        product, _ = behind(handle)
+        grads = _Computed(given, tables, product).backward(grad.contiguous(), gate_up, needed)
     return [
         tensor.new_empty(0) if each is None or not need else each.contiguous()
         for each, tensor, need in zip(grads, given, needed, strict=True)

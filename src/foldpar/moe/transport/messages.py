@@ -21,7 +21,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from foldpar.arguments import expect, expect_sizes
 from foldpar.comm import (
@@ -32,6 +31,7 @@ from foldpar.comm import (
     all_to_all_rows,
     exchange_rows,
     gather_rows,
+    once_differentiable,
     scatter_sum_rows,
 )
 from foldpar.errors import ShapeError

@@ -28,9 +28,8 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from foldpar.comm import FoldedGroups, PeerMemory, memories_of, why_no_peers
+from foldpar.comm import FoldedGroups, PeerMemory, memories_of, once_differentiable, why_no_peers
 from foldpar.errors import ShapeError
 from foldpar.moe.kernels.permutation import Places
 from foldpar.moe.recomputation import unseen_by_modes
