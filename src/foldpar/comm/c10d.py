@@ -6,6 +6,7 @@ Everything here is the work of one function that torch keeps to itself, and of t
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 from typing_extensions import Self
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "living_groups",
     "next_generation",
     "seconds_of",
+    "start_from_environment",
 ]
 
 
@@ -106,6 +109,22 @@ def living_groups() -> dict[ProcessGroup, str]:
     """The process groups that exist on this rank, with their names, the default group apart."""
     world = distributed_c10d._world
     return {group: str(name) for group, name in world.pg_names.items() if group is not world.default_pg}
+
+
+def start_from_environment(backend: str | None, timeout: timedelta | None) -> None:
+    """``init_process_group`` of a rank of torchrun, also of one that was started again.
+
+    Since torch 2.13 a torchrun that starts its ranks again lends them the store of those before, in which the addresses
+    of these still lie: who reads one connects to nobody, and waits. So each start has a part of the store to itself.
+    """
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if start is None:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    waiting: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+    store, rank, size = next(iter(rendezvous("env://", **waiting)))
+    own = distributed_c10d.PrefixStore(f"foldpar-start-{start}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
 
 
 def count_groups_anew() -> None:

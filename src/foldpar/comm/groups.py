@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
 from foldpar.arguments import expect
-from foldpar.comm.c10d import GroupFactory, default_store, forget_meshes, next_generation
+from foldpar.comm.c10d import GroupFactory, default_store, forget_meshes, next_generation, start_from_environment
 from foldpar.errors import FoldingError, GroupsError, LayoutError
 from foldpar.layout import AXES, Coordinate, FoldedLayout, solve_layout
 
@@ -518,7 +518,7 @@ def _initialise_from_environment(layout: FoldedLayout, backend: str | None, time
             f"The layout is for world = {layout.world}, but torchrun started WORLD_SIZE = {world} process(es). "
             f"Solve the layout with world = {world}, or start {layout.world} processes."
         )
-    dist.init_process_group(backend, timeout=timeout)
+    start_from_environment(backend, timeout)
 
 
 def _agree(
