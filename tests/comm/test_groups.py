@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import foldpar
+from foldpar.comm.c10d import default_store
 from foldpar.errors import CollectiveError, FoldingError, GroupsError, LayoutError
 from foldpar.layout.layout import AXES
 from foldpar.testing import live_groups, run_ranks
@@ -344,6 +345,25 @@ def one_rank_of_torchrun() -> tuple[tuple[str, ...] | None, bool]:
     with foldpar.create_groups(foldpar.solve_layout(1)) as groups:
         names = groups.mesh("dense").mesh_dim_names
     return names, dist.is_initialized()
+
+
+def what_starts_find(starts: tuple[str, ...]) -> list[bool]:
+    """Whether each finds what the one before has left in the store."""
+    found = []
+    for start in starts:
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = start
+        try:
+            with foldpar.create_groups(foldpar.solve_layout(2, ep=2)):
+                found.append(default_store().check(["address"]))
+                dist.barrier()
+                default_store().set("address", "of this start")
+        finally:
+            del os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return found
+
+
+def test_ranks_that_are_started_again_do_not_find_those_before() -> None:
+    assert run_ranks(what_starts_find, 2, ("0", "1", "2"), init=False) == [[False] * 3] * 2
 
 
 def test_one_rank_of_torchrun_has_meshes_as_many_have() -> None:

@@ -32,12 +32,12 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return found
-        given = (each for each in (*grads, *ctx.saved_tensors) if isinstance(each, Tensor) and each.requires_grad)
-        of = list(given)
+        of = [each for each in (*grads, *ctx.saved_tensors) if isinstance(each, Tensor) and each.requires_grad]
+        if not of:
+            return found
         several = found if isinstance(found, tuple) else (found,)
-        if of:
-            several = tuple(each if each is None else cast(Any, _Refused).apply(each, *of) for each in several)
-        return several if isinstance(found, tuple) else several[0]
+        refusing = tuple(each if each is None else cast(Any, _Refused).apply(each, *of) for each in several)
+        return refusing if isinstance(found, tuple) else refusing[0]
 
     return once
 

@@ -251,9 +251,8 @@ def _added_to(gradients: Iterable[tuple[str, Tensor]]) -> str | None:
         for together in in_memory.values()
         if all(version_of(each) == getattr(each, _STAMP).version + len(together) for _, each in together)
     ]
-    for (name, _), *_ in (each for each in suspects if _all_hold_something(gradient for _, gradient in each)):
-        return name
-    return None
+    grown = (together for together in suspects if _all_hold_something(gradient for _, gradient in together))
+    return next((together[0][0] for together in grown), None)
 
 
 def _all_hold_something(gradients: Iterable[Tensor]) -> bool:

@@ -67,7 +67,7 @@ def grouped_feed_forward(
     if places is not None:
         rows = spread(rows, places.source, places.copies)
         weights = None if weights is None else pick(weights, places.slots, places.copies)
-    given = (rows, weights, *local_parts(*parameters), groups, activation, interleaved)
+    given = (groups, activation, interleaved, rows, weights, *local_parts(*parameters))
     computed = cast(Any, _FeedForward).apply(*given)
     return cast(Tensor, computed if places is None else collect(computed, places.source, places.copies))
 
@@ -82,20 +82,8 @@ def in_autocast_dtype(tensor: Tensor) -> Tensor:
 
 class _FeedForward(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weights: Tensor | None,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        gate_up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        groups: Groups,
-        activation: Activation,
-        interleaved: bool,
-    ) -> Tensor:
-        given = (rows, weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
-        outputs, gate_up = forward(*given, groups, activation, interleaved)
+    def forward(ctx: Any, groups: Groups, activation: Activation, interleaved: bool, *given: Any) -> Tensor:
+        outputs, gate_up = forward(*given, groups=groups, activation=activation, interleaved=interleaved)
         ctx.save_for_backward(*given, groups.ends, gate_up)
         ctx.activation, ctx.interleaved, ctx.sizes = activation, interleaved, groups.sizes
         return outputs
@@ -103,12 +91,9 @@ class _FeedForward(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, ends, gate_up = ctx.saved_tensors
-        grads = backward(
-            grad, rows, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, Groups(ends, ctx.sizes), gate_up,
-            ctx.activation, ctx.interleaved, ctx.needs_input_grad,
-        )  # fmt: skip
-        return *grads, None, None, None
+        *given, ends, gate_up = ctx.saved_tensors
+        how = {"groups": Groups(ends, ctx.sizes), "activation": ctx.activation, "interleaved": ctx.interleaved}
+        return None, None, None, *backward(grad, *given, gate_up=gate_up, needed=ctx.needs_input_grad[3:], **how)
 
 
 def forward(
@@ -118,6 +103,7 @@ def forward(
     down_proj: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    *,
     groups: Groups,
     activation: Activation,
     interleaved: bool,
@@ -142,6 +128,7 @@ def backward(
     down_proj: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    *,
     groups: Groups,
     gate_up: Tensor,
     activation: Activation,

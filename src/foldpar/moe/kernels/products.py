@@ -87,13 +87,11 @@ class _FeedForward(Function):
         gate_up_proj: Tensor,
         down_proj: Tensor,
         ends: Tensor,
-        source: Tensor | None,
-        slots: Tensor | None,
-        copies: Tensor | None,
+        *tables: Any,
     ) -> Tensor:
         (gate_up_proj, lies), (down_proj, down_lies) = opened(gate_up_proj), opened(down_proj)
         ctx.lies = lies, down_lies
-        given = (rows, weights, gate_up_proj, down_proj, ends, source, slots, copies)
+        given = (rows, weights, gate_up_proj, down_proj, ends, *tables)
         y, gate_up, table = forward(*given)
         ctx.save_for_backward(*given, gate_up, table)
         return y
@@ -101,11 +99,10 @@ class _FeedForward(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights, gate_up_proj, down_proj, ends, source, slots, copies, gate_up, table = ctx.saved_tensors
+        *given, gate_up, table = ctx.saved_tensors
         grad_rows, grad_weights, *of_weights = backward(
-            grad, rows, weights, gate_up_proj, down_proj, ends, source, slots, copies, gate_up, table,
-            ctx.needs_input_grad,
-        )  # fmt: skip
+            grad, *given, gate_up=gate_up, table=table, needed=ctx.needs_input_grad
+        )
         grads = (placed_as(each, lies) for each, lies in zip(of_weights, ctx.lies, strict=True))
         return grad_rows, grad_weights, *grads, None, None, None, None
 
@@ -147,8 +144,9 @@ def backward(
     source: Tensor | None,
     slots: Tensor | None,
     copies: Tensor | None,
+    *,
     gate_up: Tensor,
-    table: Tensor | None,
+    table: Tensor | None = None,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the first four arguments of :func:`forward`; ``needed`` says of which. A table that was not kept

@@ -99,21 +99,21 @@ class _Computed:
             return products.forward(rows, weights, first, down, ends, source, slots, copies)[:2]
         rows, weights = self.copied()
         outputs, gate_up = grouped.forward(
-            rows, weights, first, down, None, None, grouped.Groups(ends), self.product.activation, self.interleaved
-        )
+            rows, weights, first, down, None, None,
+            groups=grouped.Groups(ends), activation=self.product.activation, interleaved=self.interleaved,
+        )  # fmt: skip
         return sum_copies(outputs, copies), gate_up
 
     def backward(self, grad: Tensor, gate_up: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
         rows, weights, first, down = self.given
         source, slots, copies, ends = self.tables
         if self.by_own_kernels:
-            return products.backward(
-                grad, rows, weights, first, down, ends, source, slots, copies, gate_up, None, needed
-            )
+            tables = (ends, source, slots, copies)
+            return products.backward(grad, rows, weights, first, down, *tables, gate_up=gate_up, needed=needed)
         rows, weights = self.copied()
         of_rows, of_weights, of_first, of_down, *_ = grouped.backward(
-            copy_rows(grad, source), rows, weights, first, down, None, None, grouped.Groups(ends), gate_up,
-            self.product.activation, self.interleaved, needed,
+            copy_rows(grad, source), rows, weights, first, down, None, None, gate_up=gate_up, needed=needed,
+            groups=grouped.Groups(ends), activation=self.product.activation, interleaved=self.interleaved,
         )  # fmt: skip
         assert of_weights is not None
         return None if of_rows is None else sum_copies(of_rows, copies), put_back(of_weights, copies), of_first, of_down

@@ -241,8 +241,9 @@ def _plan_at_home(ids: Tensor, groups: FoldedGroups, num_experts: int) -> Dispat
     """
     tokens, top_k = ids.shape
     slots, rows, inverse, ends, rows_per_expert = place_experts(ids, num_experts, ids.numel())
-    if not ids.is_cuda and int(ends[-1]) != ids.numel():
-        raise ShapeError(_illegal(num_experts, [(0, 0)]))
+    placed = Arriving(ends[-1:])
+    if not ids.is_cuda:
+        check_all_placed(placed, ids.numel(), num_experts)
     return DispatchPlan(
         ep=groups.ep,
         etp=groups.etp,
@@ -259,7 +260,7 @@ def _plan_at_home(ids: Tensor, groups: FoldedGroups, num_experts: int) -> Dispat
         rows_per_expert=rows_per_expert,
         ends=ends,
         sizes=None,
-        placed=Arriving(ends[-1:]) if ids.is_cuda else None,
+        placed=placed if ids.is_cuda else None,
     )
 
 
