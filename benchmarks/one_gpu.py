@@ -21,6 +21,7 @@ import os
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,25 @@ def transformers_step(shape: Shape, x: Tensor, like: dict[str, Any], implementat
     return step_of(block, x[None])
 
 
+@contextlib.contextmanager
+def tuned_on_all_cores() -> Iterator[None]:
+    """What Triton's autotuner is about to try is compiled side by side, before it tries one after the other."""
+    from triton import AsyncCompileMode
+    from triton.runtime.autotuner import Autotuner
+
+    before = Autotuner.prune_configs
+
+    def prune_configs(tuner: Any, given: dict[str, Any]) -> Any:
+        configs = before(tuner, given)
+        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+            for config in configs:
+                tuner.fn.run(**tuner.nargs, **given | {"warmup": True} | config.all_kwargs())
+        return configs
+
+    with mock.patch.object(Autotuner, "prune_configs", prune_configs):
+        yield
+
+
 class LigerBlock(nn.Module):
     def __init__(self, shape: Shape, like: dict[str, Any]) -> None:
         super().__init__()
@@ -89,6 +109,13 @@ class LigerBlock(nn.Module):
         weights = weights / weights.sum(-1, keepdim=True)
         y: Tensor = LigerFusedMoEFunction.apply(x, self.gate_up, self.down, ids.int(), weights)  # type: ignore
         return y
+
+
+def liger_step(shape: Shape, x: Tensor, like: dict[str, Any]) -> Step:
+    step = step_of(LigerBlock(shape, like), x)
+    with tuned_on_all_cores():
+        step()
+    return step
 
 
 def step_of(block: nn.Module, x: Tensor) -> Step:
@@ -126,7 +153,7 @@ def entries(groups: foldpar.FoldedGroups, gpu: bool) -> dict[str, tuple[bool, Ca
         every["transformers"] = (True, lambda shape, x, like: transformers_step(shape, x, like, "grouped_mm"))
         every["transformers with foldpar"] = (True, foldpar_in_transformers)
     if gpu and importlib.util.find_spec("liger_kernel"):
-        every["liger"] = (True, lambda shape, x, like: step_of(LigerBlock(shape, like), x))
+        every["liger"] = (True, liger_step)
     return every
 
 

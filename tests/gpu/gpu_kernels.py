@@ -38,6 +38,7 @@ CASES = [
     Case(4096, 4096, 256, 64, 16),
     Case(3000, 4096, 512, 32, 8),
     Case(1111, 1048, 328, 16, 3),  # whole 16 bytes, no multiple of any tile
+    Case(4444, 1048, 328, 16, 3),  # the same, and groups are long
     *(replace(QWEN, kind=kind) for kind in ("masked", "one expert", "half of the experts")),
     replace(QWEN, dtype=torch.float16),
 ]

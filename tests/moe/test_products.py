@@ -129,10 +129,12 @@ def groups() -> Iterator[foldpar.FoldedGroups]:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("copied", [False, True])
 def test_distributed_weights_are_opened_and_their_gradients_lie_alike(
-    groups: foldpar.FoldedGroups, monkeypatch: pytest.MonkeyPatch
+    groups: foldpar.FoldedGroups, monkeypatch: pytest.MonkeyPatch, copied: bool
 ) -> None:
     monkeypatch.setattr(products, "takes", lambda *_, **__: True)
+    monkeypatch.setattr(products, "LONG_GROUP", 1000 if copied else 0)
     experts = foldpar.GroupedExperts(6, 40, 24, groups, seed=0, device=DEVICE, dtype=DTYPE)
     for name, own in dict(experts.named_parameters()).items():  # as they lie on several ranks
         cuts = (0, experts._cut_over_etp(name))

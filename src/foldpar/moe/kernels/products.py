@@ -3,7 +3,7 @@
 Where they lie is told by :class:`~foldpar.moe.kernels.permutation.Places`. Nothing of size ``[places, dim]`` is kept:
 only the rows, the tables and the first product. Two such arrays live for a moment, the outputs and the gradients of the
 copies before they are summed; a third, the copied rows of the first weight's gradient, where a copy costs less than
-gathering (:data:`FEW_UNITS`).
+gathering (:data:`LONG_GROUP`).
 
 Which products are faster than ``grouped_mm``, and where, is measured (``benchmarks/NOTES.md``); elsewhere it is used.
 The plain torch functions below are the kernels' twins, with which they are tested.
@@ -29,8 +29,10 @@ from foldpar.moe.kernels.permutation import Places, copy_rows, runs_on_triton, s
 MOST_UNITS = 1024
 """Hidden units of an expert up to which the kernels were measured to win; gathering pays where they are few."""
 
-FEW_UNITS = 256
-"""Up to here the first weight's gradient is faster from gathered rows than from copied ones."""
+LONG_GROUP = 2
+"""Rows of an expert, on average, to one of its hidden units, from which on the first weight's gradient is as fast from
+gathered rows as from copied ones, or faster.
+"""
 
 FEWEST_ROWS = 32
 """Rows of an expert, on average, from which on the kernels were measured to win."""
@@ -185,8 +187,9 @@ def _down_gradient(grad: Tensor, hidden: Tensor, source: Tensor | None, ends: Te
 def _first_gradient(grad_gate_up: Tensor, rows: Tensor, source: Tensor | None, ends: Tensor) -> Tensor:
     from foldpar.moe.kernels import triton_products as kernels
 
-    if source is not None and grad_gate_up.shape[1] <= 2 * FEW_UNITS:
-        return kernels.weight_gradient(grad_gate_up, rows, source, "rows", ends, kernels.blocks(256, 128, 64, 5))
+    places, double = grad_gate_up.shape
+    if source is not None and 2 * places >= LONG_GROUP * double * ends.shape[0]:
+        return kernels.weight_gradient(grad_gate_up, rows, source, "rows", ends, kernels.blocks(128, 256, 64, 5))
     copied = rows if source is None else copy_rows(rows, source)
     return torch.nn.functional.grouped_mm(grad_gate_up.T, copied, offs=ends)
 

@@ -151,23 +151,21 @@ def _first_kernel(
     for tile in tl.range(tl.program_id(0), tiles * columns, tl.num_programs(0), flatten=FLAT, num_stages=OUTER):
         down, across = _place(tile, tiles, columns, CHUNK)
         expert, first, row, last, origin = _tile_of_rows(table, source, down, GATHER, BM)
-        gate = tl.zeros((BM, BN), tl.float32)
-        up = tl.zeros((BM, BN), tl.float32)
+        pair = tl.zeros((BM, 2 * BN), tl.float32)
         for k in tl.range(0, width, BK, num_stages=STAGES):
             x = _load_rows(rows, rows_desc, origin, first, k, width, GATHER, EVEN, BK)
-            w_gate = weight_desc.load([2 * expert, across * BN, k]).reshape(BN, BK)
-            gate = tl.dot(x, w_gate.T, gate)
-            w_up = weight_desc.load([2 * expert + 1, across * BN, k]).reshape(BN, BK)
-            up = tl.dot(x, w_up.T, up)
+            w = weight_desc.load([2 * expert, across * BN, k]).reshape(2 * BN, BK)
+            pair = tl.dot(x, w.T, pair)
+        gate, up = pair.reshape(BM, 2, BN).permute(0, 2, 1).split()
         column = across * BN + tl.arange(0, BN)
         inside = (row < last)[:, None] & (column < units)[None, :]
         at = row.to(tl.int64)[:, None] * units + column[None, :]
-        pair = at + row.to(tl.int64)[:, None] * units
+        beside = at + row.to(tl.int64)[:, None] * units
         dtype = gate_up.dtype.element_ty
         gate_kept = gate.to(dtype)
         up_kept = up.to(dtype)
-        tl.store(gate_up + pair, gate_kept, mask=inside)
-        tl.store(gate_up + pair + units, up_kept, mask=inside)
+        tl.store(gate_up + beside, gate_kept, mask=inside)
+        tl.store(gate_up + beside + units, up_kept, mask=inside)
         gate = gate_kept.to(tl.float32)  # as the backward will read it
         value = gate * tl.sigmoid(gate) * up_kept.to(tl.float32)
         if WEIGHTED:
@@ -197,7 +195,7 @@ def first_product(
     gate_up, hidden = rows.new_empty((count, double)), rows.new_empty((count, double // 2))
     halves = weight.view(2 * experts, double // 2, width)
     _first_kernel[(_programs(rows.device),)](
-        rows, _rows_descriptor(rows, source, blocks), source, _descriptor(halves, (1, blocks.columns, blocks.depth)),
+        rows, _rows_descriptor(rows, source, blocks), source, _descriptor(halves, (2, blocks.columns, blocks.depth)),
         scales, slots, table, gate_up, hidden, width, double // 2, GATHER=source is not None,
         EVEN=width % blocks.depth == 0, WEIGHTED=scales is not None, PICKED=slots is not None, **blocks.options(),
     )  # fmt: skip
@@ -228,18 +226,23 @@ def _product_kernel(
             else:
                 w = weight_desc.load([expert, k, across * BN]).reshape(BK, BN)
             total = tl.dot(x, w, total)
-        _store_halves(out + row.to(tl.int64) * units, total, row < last, across * BN, units, BM, BN)
+        _store_halves(out + row.to(tl.int64) * units, total, row < last, across * BN, units, 1, BM, BN)
 
 
 @triton.jit
-def _store_halves(places, values, there, start, units, BM: tl.constexpr, BN: tl.constexpr):
-    """In two halves: what turns a tile from the order of products to that of memory needs half the room."""
+def _store_halves(places, values, there, start, units, stride, BM: tl.constexpr, BN: tl.constexpr):
+    """``[BM, BN]`` at ``places`` of its rows and from the column ``start`` of ``units`` on, which lie ``stride`` apart.
+
+    In two halves: what turns a tile from the order of products to that of memory needs half the room.
+    """
     left, right = values.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
     dtype = places.dtype.element_ty
     column = start + tl.arange(0, BN // 2)
-    tl.store(places[:, None] + column[None, :], left.to(dtype), mask=there[:, None] & (column < units)[None, :])
+    at = places[:, None] + column[None, :] * stride
+    tl.store(at, left.to(dtype), mask=there[:, None] & (column < units)[None, :])
     column += BN // 2
-    tl.store(places[:, None] + column[None, :], right.to(dtype), mask=there[:, None] & (column < units)[None, :])
+    at = places[:, None] + column[None, :] * stride
+    tl.store(at, right.to(dtype), mask=there[:, None] & (column < units)[None, :])
 
 
 def product(
@@ -265,43 +268,33 @@ def product(
 # Gradients of weights.
 
 
-@triton.jit
-def _strip(x, x_desc, source, start, size, k, column, width, GATHER: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
-    """``[BK, BN]``: columns of the rows of a group, zero behind its end."""
-    if GATHER:
-        row = k + tl.arange(0, BK)
-        origin = tl.load(source + start + row, mask=row < size, other=0).to(tl.int64)
-        columns = column + tl.arange(0, BN)
-        inside = (row < size)[:, None] & (columns < width)[None, :]
-        strip = tl.load(x + origin[:, None] * width + columns[None, :], mask=inside, other=0.0)
-    else:
-        strip = load_ragged(x_desc, start, size, [k, column])
-    return strip
-
-
 @Kernel
 @triton.jit
 def _weight_gradient_kernel(
-    grad, grad_desc, rows, rows_desc, source, ends, out, experts, units, width, GRAD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, OUTER: tl.constexpr,
-    CHUNK: tl.constexpr, FLAT: tl.constexpr,
+    gathered, source, others_desc, ends, out, experts, height, width, TRANSPOSED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, OUTER: tl.constexpr, CHUNK: tl.constexpr,
+    FLAT: tl.constexpr,
 ):  # fmt: skip
-    deep = tl.cdiv(units, BM)
+    deep = tl.cdiv(height, BM)
     tiles = deep * tl.cdiv(width, BN)
     for tile in tl.range(tl.program_id(0), experts * tiles, tl.num_programs(0), flatten=FLAT, num_stages=OUTER):
         expert = tile // tiles
         down, across = _place(tile % tiles, deep, tl.cdiv(width, BN), CHUNK)
         start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
         size = tl.load(ends + expert) - start
+        row = down * BM + tl.arange(0, BM)
         total = tl.zeros((BM, BN), tl.float32)
         for k in tl.range(0, size, BK, num_stages=STAGES):
-            g = _strip(grad, grad_desc, source, start, size, k, down * BM, units, GRAD, BK, BM)
-            x = _strip(rows, rows_desc, source, start, size, k, across * BN, width, not GRAD, BK, BN)
-            total = tl.dot(g.T, x, total)
-        row = down * BM + tl.arange(0, BM)
-        _store_halves(
-            out + (expert.to(tl.int64) * units + row) * width, total, row < units, across * BN, width, BM, BN
-        )  # fmt: skip
+            step = k + tl.arange(0, BK)
+            origin = tl.load(source + start + step, mask=step < size, other=0).to(tl.int64)
+            inside = (step < size)[:, None] & (row < height)[None, :]
+            strip = tl.load(gathered + origin[:, None] * height + row[None, :], mask=inside, other=0.0)
+            total = tl.dot(strip.T, load_ragged(others_desc, start, size, [k, across * BN]), total)
+        matrix = out + expert.to(tl.int64) * height * width
+        if TRANSPOSED:
+            _store_halves(matrix + row, total, row < height, across * BN, width, height, BM, BN)
+        else:
+            _store_halves(matrix + row.to(tl.int64) * width, total, row < height, across * BN, width, 1, BM, BN)
 
 
 def weight_gradient(
@@ -309,15 +302,16 @@ def weight_gradient(
 ) -> Tensor:
     """``grad.T @ rows`` of each group, ``[experts, out, in]``; zeros for an empty one.
 
-    One side is gathered: ``grad[source]`` or ``rows[source]``. Twin: ``products.weight_gradient``.
+    One side is gathered: ``grad[source]`` or ``rows[source]``. It is always the left one of the product, of which a
+    tile has fewer columns; what comes out is written transposed where that is ``rows``. Twin:
+    ``products.weight_gradient``.
     """
-    experts, units, width = ends.shape[0], grad.shape[1], rows.shape[1]
-    of_grad = gathered == "grad"
-    out = grad.new_empty((experts, units, width))
+    experts, of_rows = ends.shape[0], gathered == "rows"
+    left, right = (rows, grad) if of_rows else (grad, rows)
+    out = grad.new_empty((experts, grad.shape[1], rows.shape[1]))
     _weight_gradient_kernel[(_programs(grad.device),)](
-        grad, None if of_grad else _ragged(grad, (blocks.depth, blocks.rows)),
-        rows, _ragged(rows, (blocks.depth, blocks.columns)) if of_grad else None,
-        source, ends, out, experts, units, width, GRAD=of_grad, **blocks.options(),
+        left, source, _ragged(right, (blocks.depth, blocks.columns)), ends, out, experts, left.shape[1],
+        right.shape[1], TRANSPOSED=of_rows, **blocks.options(),
     )  # fmt: skip
     return out
 
