@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from kernels_device import DEVICE
 from torch import Tensor
 
-from foldpar import FoldedMoE, GroupedExperts, OneSided, ShapeError, TopKRouter, create_groups, solve_layout
+from foldpar import FoldedMoE, GroupedExperts, OneSided, Routing, ShapeError, TopKRouter, create_groups, solve_layout
 from foldpar.comm.peers import check_room, memories_of
 from foldpar.moe.kernels.permutation import collect, pick, spread
 from foldpar.moe.transport import journey as journeys
@@ -267,6 +268,26 @@ def test_a_half_that_is_written_twice_waits_in_between() -> None:
     assert on_ranks(1, exchange, work) == [3]
 
 
+def test_an_illegal_id_of_rows_that_stay_is_told_by_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldpar.comm.peers.why_no_peers", lambda device: None)
+    monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
+    with create_groups(solve_layout(1)) as groups:
+        moe = FoldedMoE(
+            TopKRouter(16, 4, 2), GroupedExperts(4, 16, 8, groups), groups, one_sided=OneSided(), check=False
+        )
+        moe.to(DEVICE)
+        x = torch.randn(5, 16, device=DEVICE)
+        ids = torch.tensor([[0, 1]] * 5, device=DEVICE)
+        for last, legal in ((3, True), (4, False), (2, True)):
+            ids[-1, -1] = last
+            moe(x, ids=ids)
+            if legal:
+                check_room(groups)
+            else:
+                with pytest.raises(ShapeError, match=r"An expert id was outside \[0, num_experts\)"):
+                    check_room(groups)
+
+
 class OwnExperts(torch.nn.Module):
     """Experts that know nothing of weights, and answer in float32."""
 
@@ -277,8 +298,21 @@ class OwnExperts(torch.nn.Module):
         return rows.float() * 1.5
 
 
+class DroppingRouter(TopKRouter):
+    """Whose first token loses an assignment."""
+
+    def forward(self, x: Tensor) -> Routing:
+        routing = super().forward(x)
+        mask = torch.ones_like(routing.ids, dtype=torch.bool)
+        mask[0, 0] = False
+        return replace(routing, mask=mask)
+
+
+@pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize(("kind", "apart"), [("plain", True), ("biases", True), ("foreign", False)])
-def test_a_layer_computes_the_same_in_both_ways(monkeypatch: pytest.MonkeyPatch, kind: str, apart: bool) -> None:
+def test_a_layer_computes_the_same_in_both_ways(
+    monkeypatch: pytest.MonkeyPatch, kind: str, apart: bool, drops: bool
+) -> None:
     monkeypatch.setattr("foldpar.comm.peers.why_no_peers", lambda device: None)
     monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
     seen: list[bool] = []
@@ -294,11 +328,12 @@ def test_a_layer_computes_the_same_in_both_ways(monkeypatch: pytest.MonkeyPatch,
         experts: Any = OwnExperts()
         if kind != "foreign":
             experts = GroupedExperts(4, 16, 8, groups, bias=kind == "biases", seed=0)
-        moe = FoldedMoE(TopKRouter(16, 4, 2), experts, groups, one_sided=way, check=False).to(DEVICE)
+        router = (DroppingRouter if drops else TopKRouter)(16, 4, 2)
+        moe = FoldedMoE(router, experts, groups, one_sided=way, check=False).to(DEVICE)
         x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
         y = moe(x)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *moe.parameters()])])
-    assert seen == [apart]
+    assert seen == ([apart] if drops or kind == "foreign" else []), "one rank alone reads all rows where they lie"
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
     groups.destroy()

@@ -63,7 +63,8 @@ def rows_meet_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
     monkeypatch.setattr("foldpar.comm.peers.why_no_peers", lambda device: None)
-    monkeypatch.setattr(DeviceMemories, "holding", lambda self, halves, most: SimpleNamespace(halves=halves))
+    memory = SimpleNamespace(tell_illegal=sets_out)  # of one rank's rows, that is all
+    monkeypatch.setattr(DeviceMemories, "holding", lambda self, halves, most: memory)
     monkeypatch.setattr(journeys, "dispatch_one_sided", sets_out)
 
 

@@ -43,7 +43,8 @@ class PeerMemory:
         halves: the bytes of the two halves; the second begins where the first ends.
         addresses: ``[group.size]``, int64, on the device: where the buffers of all ranks are, in coordinate order.
         flags: ``[3]``, int32: the most rows that were wanted where there was no room for them, the room that there was,
-            and whether an active expert id was illegal. Kernels set them; :func:`check_room` reads.
+            and whether an active expert id was illegal. Kernels and :meth:`tell_illegal` set them; :func:`check_room`
+            reads.
     """
 
     def __init__(self, group: AxisGroup, halves: tuple[int, int], own: torch.Tensor) -> None:
@@ -77,6 +78,10 @@ class PeerMemory:
         """All ranks' writes so far can be read after this; the device waits, not the host."""
         if self._handle is not None:
             self._handle.barrier(channel=0, timeout_ms=self._patience)
+
+    def tell_illegal(self, found: torch.Tensor) -> None:
+        """Set the flag if ``found``, a bool on the device, says that an expert id was illegal."""
+        self.flags[2].logical_or_(found)
 
     def _follow(self, stream: torch.cuda.Stream) -> None:
         """Work on this stream comes after that on another one, of which it would know nothing."""

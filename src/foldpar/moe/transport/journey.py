@@ -20,7 +20,7 @@ from foldpar.comm import await_peers, memories_of
 from foldpar.moe.abilities import Abilities
 from foldpar.moe.counters import LayerCounters
 from foldpar.moe.kernels.grouped import in_autocast_dtype
-from foldpar.moe.kernels.permutation import Places, wide
+from foldpar.moe.kernels.permutation import Places, place_experts, wide
 from foldpar.moe.lane_ends import lane_ends
 from foldpar.moe.lanes import LaneState
 from foldpar.moe.routing.router import Routing
@@ -228,7 +228,7 @@ class InMessages:
 
 @dataclass(frozen=True, slots=True)
 class ThroughMemory:
-    """Ranks read each other's memory."""
+    """Ranks read each other's memory; what one rank keeps for itself stays where it lies."""
 
     journey: Journey
     way: OneSidedWay
@@ -236,6 +236,8 @@ class ThroughMemory:
     def __call__(self, compute: Callable[..., Tensor], rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
         state, messages, num_experts = self.journey.state, self.journey.in_messages, self.journey.num_experts
         mask = own_assignments(routing.ids, routing.mask, state.groups, num_experts, state.partition)
+        if state.groups.ep_etp.size == 1 and messages.reads_places and mask is None:
+            return self._at_home(compute, rows, weights, routing.ids)
         arrived, row_weights, plan = dispatch_one_sided(
             rows, weights, routing.ids, mask, self.way,
             num_experts=num_experts, etp=state.groups.etp.size, reads_places=messages.reads_places,
@@ -248,6 +250,13 @@ class ThroughMemory:
         given = (arrived, rows_per_expert, row_weights, plan.sizes)
         apart = plan.apart  # rows are read where they lie, and summed there
         return combine_one_sided(compute(*given) if apart is None else compute(*given, apart), plan)
+
+    def _at_home(self, compute: Callable[..., Tensor], rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        slots, source, copies, ends, rows_per_expert = place_experts(
+            ids.long().contiguous(), self.journey.num_experts, ids.numel()
+        )
+        self.way.memory.tell_illegal(ends[-1] != ids.numel())
+        return compute(rows, rows_per_expert, weights, None, Places(source, slots, copies, ends))
 
 
 def _sharing(
