@@ -626,14 +626,23 @@ BAD = [
     (lambda: plan(TINY, **SMALL, precision="fp8"), "it can be 'mixed', 'bfloat16' or 'float32'"),
     (lambda: plan(TINY, **SMALL, lanes="x"), "it can be 'replicated' or 'sharded'"),
     (lambda: plan(TINY, **SMALL, load=0.5), "the slowest rank has at least the balanced rows"),
-    (lambda: plan(TINY, **SMALL, load="x"), "load = 'x' is not a number of 1 or more"),
+    (lambda: plan(TINY, **SMALL, load="x"), "load = 'x' is not a number from 1"),
     (lambda: plan(TINY, **SMALL, gpu="h10"), r"neither a machine that is known \(h100, h200; did you mean h100\?\)"),
     (lambda: plan(TINY, **SMALL, gpu=3), "and not 3"),
     (lambda: plan(TINY, **SMALL, gpus_per_node=0), "gpus_per_node = 0 is not a positive integer"),
+    (lambda: plan(TINY, **{**SMALL, "gpus": 10**18}), "is more than a plan counts with, which is 131,072"),
+    (lambda: plan(TINY, **{**SMALL, "batch": 10**60}), "is more than a plan counts with, which is 4,294,967,296"),
+    (lambda: plan(TINY, **{**SMALL, "tokens": 10**400}), "is more than a plan counts with"),
+    (lambda: plan(TINY, **SMALL, load=1e9), "load = 1000000000.0 is not a number from 1 to 1,000,000"),
+    (
+        lambda: plan(TINY, **{**SMALL, "gpus": 12}),
+        "gpus_per_node = 8 does not divide gpus = 12, .* With 12 GPUs, gpus_per_node can be 1, 2, 3, 4, 6 or 12",
+    ),
     (lambda: plan("nowhere", **SMALL), "does not exist"),
+    (lambda: plan({"model_type": ["llama"]}, **SMALL), "is not known to the planner. Known are"),
     (lambda: plan(None, **SMALL), "and not None"),
     (lambda: plan({"model_type": "bert"}, **SMALL), "is not known to the planner. Known are"),
-    (lambda: read_machine({"name": "x"}), "is missing"),
+    (lambda: read_machine({"name": "x"}), "network, host are missing"),
     (lambda: read_machine({**H100.to_dict(), "memori": 1}), "'memori' is not known; did you mean 'memory'"),
     (lambda: read_machine({**H100.to_dict(), "memory": -1}), "memory = -1 is not a positive number"),
     (lambda: read_machine({**H100.to_dict(), "node": 3}), "node is an object of numbers"),
@@ -641,6 +650,11 @@ BAD = [
     (lambda: read_machine({**H100.to_dict(), "gpus_per_node": 1.5}), "is not a whole number"),
     (lambda: read_machine({**H100.to_dict(), "device": "gpu"}), "device = 'gpu' can be 'cuda' or 'cpu'"),
     (lambda: read_machine({**H100.to_dict(), "overlap": 1.5}), "overlap = 1.5 is a part of the computation"),
+    (lambda: read_machine({**H100.to_dict(), "memory": float("inf")}), "memory = inf is not from 1 to 1e\\+24"),
+    (lambda: read_machine({**H100.to_dict(), "memory": 10**400}), "is not from 1 to 1e\\+24"),
+    (lambda: read_machine({**H100.to_dict(), "product_flops": 1e-300}), "product_flops = 1e-300 is not from 1 to"),
+    (lambda: read_machine({**H100.to_dict(), "node": {"latency": 1e9, "bandwidth": 1e9}}), "is not from 0 to 3600"),
+    (lambda: read_machine({**H100.to_dict(), "sources": {"memory": 3}}), "sources holds a text for each number"),
     (lambda: read_machine({**H100.to_dict(), "reserved": 1e12}), "reserved = 1e\\+12 leaves none to train with"),
 ]
 
@@ -678,6 +692,12 @@ def test_the_command_line_prints_what_plan_says(capsys, tmp_path):
         ("plan nowhere --gpus 4", "nowhere does not exist"),
         ("plan nowhere --gpus 4 --hidden 3", "--hidden is a number of a model without a file"),
         (f"{COMMAND} --gpu a100", "neither a machine that is known"),
+        (f"{COMMAND} --gpu h200 --machine here.json", "--gpu h200 and --machine here.json are two machines; say one"),
+        (f"{COMMAND} --machine=", " is neither a machine that is known"),
+        (f"{COMMAND} --dense-layers 3", "--dense-layers 3 can be 0 to --layers"),
+        (f"{COMMAND} --dense-layers {10**30}", "can be 0 to --layers"),
+        (f"{COMMAND} --html nowhere/page.html", "nowhere is not a folder, so nowhere/page.html cannot be written"),
+        (f"{COMMAND} --html .", "'.' is a folder; name a file to write"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(command, text, capsys):
@@ -688,6 +708,27 @@ def test_a_mistake_on_the_command_line_is_one_line(command, text, capsys):
     assert told.startswith("foldpar: error: ")
     assert text in told
     assert told.count("\n") == 1
+
+
+def test_a_command_runs_where_nobody_listens():
+    """Its output is closed, as ``>&-`` does."""
+    with mock.patch("sys.stdout", None):
+        assert cli.main(COMMAND.split()) == 0
+
+
+def test_data_has_the_smallest_choice_where_none_fits():
+    found = plan(DEEPSEEK_V3, gpus=8, batch=8)
+    smallest = json.loads(found.to_json())["smallest"]
+    assert smallest["bytes"]["peak"] == round(found.smallest.memory.peak) > found.machine.usable
+    assert f"{smallest['bytes']['peak'] / 1e9:.1f} GB on a GPU" in found.verdict()
+
+
+def test_links_twice_as_fast_are_all_links():
+    """Gathers, sums and lanes inside a node, too: a step that is nothing else takes half as long."""
+    slow = {name: replace(getattr(H100, name), latency=0.0, bandwidth=1e6) for name in ("node", "ring", "scatter")}
+    machine = replace(H100, **slow, host=NOTHING, overlap=0.0)
+    changes = plan(TINY, **SMALL, gpu=machine, tp=2, ep=2, stage=2, micro=4).changes
+    assert "links twice as fast: the same fold, 2.00 x the tokens a second" in changes
 
 
 def test_shipped_machines_say_where_every_number_is_from():

@@ -96,14 +96,22 @@ NUMBERS = {"hidden": 64, "layers": 2, "heads": 4, "vocab": 100}
         (lambda: read_model({"model_type": "mixtral"}), "a mixtral needs num_local_experts or num_experts"),
         (
             lambda: read_model({**QWEN3_30B, "num_hidden_layers": "48"}),
-            "num_hidden_layers = '48' is not 0 or a positive",
+            "num_hidden_layers = '48' is not a positive integer",
         ),
         (lambda: read_model({**QWEN3_30B, "decoder_sparse_step": 0}), "decoder_sparse_step = 0 is to be a positive"),
         (lambda: read_model({**QWEN3_30B, "mlp_only_layers": ["1"]}), "a list of layers"),
         (
             lambda: ModelShape(**NUMBERS, intermediate=8, latent=LatentAttention(0, -3, 4, 4, 4)),
-            "kv_rank = -3 of latent",
+            "latent.kv_rank = -3 is not a positive integer",
         ),
+        (lambda: ModelShape(**{**NUMBERS, "vocab": 10**400}), "vocab = 10+ is more than a plan counts with"),
+        (lambda: ModelShape(**{**NUMBERS, "layers": 10**9}), "which is 10,000"),
+        (lambda: ModelShape(**NUMBERS, intermediate=8, dense_layers=1), "dense_layers = 1 is not a tuple"),
+        (lambda: ModelShape(**NUMBERS, intermediate=8, tied="false"), "tied = 'false' is neither True nor False"),
+        (lambda: ModelShape(**NUMBERS, intermediate=8, latent=4), "latent = 4 is neither None nor a LatentAttention"),
+        (lambda: read_model({**QWEN3_30B, "hidden_size": -1}), "hidden_size = -1 is not a positive integer"),
+        (lambda: read_model({**QWEN3_30B, "num_hidden_layers": 10**9}), "which is 10,000"),
+        (lambda: read_model({**QWEN3_30B, "tie_word_embeddings": "false"}), "= 'false' can be true or false"),
         (lambda: read_model("nowhere/config.json"), "does not exist"),
         (lambda: read_model(3), "and not 3"),
     ],
@@ -114,6 +122,7 @@ def test_numbers_that_are_none_are_refused_in_words(make, text):
 
 
 def test_a_file_that_is_no_json_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="is not a JSON file"):
-        read_model(tmp_path)
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelError, match="is not a JSON file"):
+            read_model(tmp_path)

@@ -158,6 +158,7 @@ class Plan:
             "machine": self.machine.to_dict(), "work": asdict(self.work), "gpus": self.gpus,
             "candidates": self.candidates, "rows": rows,
             "pareto": [row.to_dict() for row in self.pareto],
+            "smallest": None if self.smallest is None else self.smallest.to_dict(),
             "left_out": [asdict(each) for each in self.left_out], "changes": list(self.changes),
             "commands": self.commands() if self.rows else None,
         }  # fmt: skip
@@ -185,11 +186,16 @@ def describe(row: PlanRow) -> str:
     return f"{' '.join(shown) or 'data parallelism alone'}{order}, stage {row.stage}{again}{way}"
 
 
+def forwards(row: PlanRow) -> str:
+    """Its micro-batches, in words."""
+    return f"{row.micro_batches} micro-batch{'' if row.micro_batches == 1 else 'es'} of {row.micro}"
+
+
 def verdict(plan: Plan) -> str:
     """One line."""
     shape = plan.shape
-    used = "" if not shape.experts else f", {shape.active_parameters / 1e9:.1f} B of them used by a token"
-    what = f"{shape.name} ({shape.parameters / 1e9:.1f} B parameters{used}) on {plan.gpus} x {plan.machine.name}"
+    used = "" if not shape.experts else f", {_numbers(shape.active_parameters)} of them used by a token"
+    what = f"{shape.name} ({_numbers(shape.parameters)} parameters{used}) on {plan.gpus} x {plan.machine.name}"
     if not plan.rows:
         least = plan.smallest
         if least is None:
@@ -201,10 +207,14 @@ def verdict(plan: Plan) -> str:
         )
     best = plan.rows[0]
     return (
-        f"{what}: {describe(best)}, {best.micro_batches} micro-batches of {best.micro}: "
+        f"{what}: {describe(best)}, {forwards(best)}: "
         f"{best.memory.peak / 1e9:.1f} of {plan.machine.usable / 1e9:.1f} GB, {best.seconds.total * 1e3:,.0f} ms a "
         f"step, {best.tokens_per_second:,.0f} tokens/s, MFU {best.mfu:.1%}, bound by {best.seconds.bound}."
     )
+
+
+def _numbers(count: int) -> str:
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
 def table_of(plan: Plan, rows: tuple[PlanRow, ...]) -> list[tuple[str, ...]]:
@@ -277,7 +287,7 @@ def commands(plan: Plan, row: PlanRow) -> str:
         if plan.work.precision == "mixed":
             precision = ", mixed_precision=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)"
         lines.append(f"foldpar.shard_model(model, groups, stage={row.stage}{precision})")
-    lines.append(f"# {row.micro_batches} micro-batches of {row.micro} x {plan.work.tokens} tokens on each data rank")
+    lines.append(f"# {forwards(row)} x {plan.work.tokens} tokens on each data rank")
     if layout.pp > 1:
         turns = f", {plan.work.chunks} chunks of layers a rank" if plan.work.chunks > 1 else ""
         lines.append(f"# pp = {layout.pp}: a schedule of your own, such as torch.distributed.pipelining's{turns}")
