@@ -230,6 +230,18 @@ def test_what_is_held_falls_with_the_stage_and_the_peak_with_recomputation(preci
         assert peaks == sorted(peaks, reverse=True)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_no_more_is_gathered_than_there_is(layers):
+    """At stage 3 one block and the next one are whole, of a model that may have no next one."""
+    model = MemoryModel(replace(QWEN3_30B, layers=layers), Workload(tokens=512, batch=64))
+    two, three = (
+        model.of(foldpar.solve_layout(8, ep=4), stage=stage, recompute="none", transport="messages", micro=1)
+        for stage in (2, 3)
+    )
+    assert three.gathered <= two.gathered
+    assert three.peak <= two.peak
+
+
 def test_held_bytes_are_those_of_predict_memory():
     with torch.device("meta"):
         model = FAMILIES["qwen3_moe"].make(hidden_size=32, num_hidden_layers=3)
