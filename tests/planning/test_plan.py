@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 from math import comb, isclose, prod
+from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any, get_args
 from unittest import mock
@@ -187,6 +188,30 @@ def test_all_folds_are_layouts_and_all_layouts_are_folds(world):
 
 def test_cross_lane_folds_are_among_the_candidates():
     assert plan(TINY, **SMALL, tp=4, ep=4).best.layout.edp == 1
+
+
+def _paste(name: str, lines: str) -> float:
+    """Run the lines that a plan has for a model, and a step."""
+    with _BUILDING:
+        torch.manual_seed(0)
+        names = {"model": FAMILIES[name].make().train()}
+    exec(lines, names)
+    ids = torch.arange(16)[None] % 50
+    loss = names["model"](input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    names["groups"].destroy()
+    return loss.item()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_lines_that_set_a_plan_up_run_as_they_are_pasted():
+    with torch.device("meta"):
+        shape = read_model(FAMILIES["deepseek_v3"].make().config.to_dict())
+    degrees, losses = {"tp": 2, "ep": 2, "pp": 1, "cp": 1, "transport": "messages"}, []
+    for again, precision, stage in (("none", "float32", 0), ("experts", "mixed", 3), ("full", "mixed", 1)):
+        found = plan(shape, **SMALL, **degrees, recompute=again, precision=precision, stage=stage)
+        losses += run_ranks(_paste, 4, "deepseek_v3", dedent(found.commands()), backend="threads")
+    assert losses == pytest.approx([losses[0]] * 12, rel=1e-3)
 
 
 # -- Bytes ------------------------------------------------------------------------------------------------------------

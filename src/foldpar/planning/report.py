@@ -267,13 +267,13 @@ def _gigabytes(value: object) -> str:
 
 
 def commands(plan: Plan, row: PlanRow) -> str:
-    """``solve_layout``, fold, recompute, ``shard_model`` and ``torchrun`` for one candidate."""
+    """``solve_layout``, fold, recompute, ``shard_model`` and ``torchrun`` for one candidate, with their imports."""
     layout, shape, per_node = row.layout, plan.shape, plan.machine.gpus_per_node
     degrees = "".join(
         f", {name}={getattr(layout, name)}" for name in ("tp", "cp", "pp", "ep", "etp") if getattr(layout, name) > 1
     )
     order = f', order="{layout.order}"' if layout.tp > 1 and layout.ep * layout.etp > 1 else ""
-    lines = [f"layout = foldpar.solve_layout({layout.world}{degrees}{order})"]
+    lines = [*_imports(plan, row), f"layout = foldpar.solve_layout({layout.world}{degrees}{order})"]
     lines.append('groups = foldpar.create_groups(layout, separate=("dp_cp", "edp"))')
     if shape.experts:
         lines.append(f"foldpar.fold_model(model, groups{_way_of_rows(plan, row)})")
@@ -281,7 +281,7 @@ def commands(plan: Plan, row: PlanRow) -> str:
         lines.append("foldpar.mark_parameters(model, foldpar.families.REPLICATED)  # nothing to fold without experts")
     if plan.work.lanes == "sharded":
         lines[-1] = 'model = ...  # your own blocks: foldpar.FoldedMoE(..., lanes="sharded")'
-    lines += _recomputation(row)
+    lines += _recomputation(plan, row)
     if row.stage:
         precision = ""
         if plan.work.precision == "mixed":
@@ -312,15 +312,26 @@ def _way_of_rows(plan: Plan, row: PlanRow) -> str:
     return f", one_sided=foldpar.OneSided({f'most_bytes=2**{bits}' if bits > SHARED_BITS else ''})"
 
 
-def _recomputation(row: PlanRow) -> list[str]:
+def _imports(plan: Plan, row: PlanRow) -> list[str]:
+    mixed, again = row.stage > 0 and plan.work.precision == "mixed", row.recompute == "experts"
+    lines = {
+        "from functools import partial": again,
+        "import torch": mixed,
+        "from torch.distributed.fsdp import MixedPrecisionPolicy": mixed,
+        "from torch.utils.checkpoint import checkpoint": again,
+        "import foldpar": True,
+    }
+    return [line for line, needed in lines.items() if needed]
+
+
+def _recomputation(plan: Plan, row: PlanRow) -> list[str]:
     if row.recompute == "full":
         return ["model.gradient_checkpointing_enable()"]
-    if row.recompute == "experts":
-        return [
-            "for layer in model.model.layers:",
-            "    layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)",
-        ]
-    return []
+    if row.recompute == "none":
+        return []
+    which = ' if hasattr(each.mlp, "experts")' if plan.shape.dense_layers else ""
+    blocks = f"[each.mlp for each in model.model.layers{which}]"
+    return [f"for block in {blocks}:", "    block.forward = partial(checkpoint, block.forward, use_reentrant=False)"]
 
 
 def sureness(plan: Plan) -> str:
