@@ -93,6 +93,10 @@ class _Numbers:
             raise ModelError(f"{self.where}: {name} = {value!r} can be true or false.")
         return value
 
+    def refuse_mlp_bias(self) -> None:
+        if self.flag("mlp_bias"):
+            raise ModelError(f"{self.where}: dense layers with mlp_bias are not known to the planner.")
+
     def common(self, **more: Any) -> dict[str, Any]:
         """What all decoders have."""
         return {
@@ -181,6 +185,7 @@ def _deepseek(config: _Numbers) -> ModelShape:
     )
     if config.flag("attention_bias"):
         raise ModelError(f"{config.where}: latent attention with attention_bias is not known to the planner.")
+    config.refuse_mlp_bias()
     return _leading_dense(config, latent=latent)
 
 
@@ -212,8 +217,7 @@ def _dense(config: _Numbers, **more: Any) -> ModelShape:
 
 def _llama(config: _Numbers) -> ModelShape:
     biased = config.flag("attention_bias")
-    if config.flag("mlp_bias"):
-        raise ModelError(f"{config.where}: dense layers with mlp_bias are not known to the planner.")
+    config.refuse_mlp_bias()
     return _dense(config, qkv_bias=biased, out_bias=biased)
 
 
