@@ -645,7 +645,17 @@ def test_a_model_that_does_not_fit_says_what_is_missing():
     with pytest.raises(PlanError, match="does not fit"):
         _ = found.best
     assert "does not fit" in str(found)
-    json.loads(found.to_json())
+    assert "precision 'bfloat16' would make it less" in found.verdict()
+    assert "bfloat16" not in plan(DEEPSEEK_V3, gpus=8, batch=8, precision="bfloat16").verdict()
+
+
+def test_what_has_no_way_for_its_rows_is_not_said_to_be_too_large():
+    found = plan(LLAMA_8B, gpus=4, transport="one-sided", pp=1, cp=1, gpu="h200")
+    assert {each.rule for each in found.left_out} == {
+        "a model without experts has nothing to fold: ep = etp = 1",
+        "float32 shards with bfloat16 computation are shard_model's: stage 1, 2 or 3",
+        "rows stay where they are with ep = etp = 1",
+    }
 
 
 BAD = [

@@ -200,6 +200,10 @@ class _Search:
         before, first = self.left.get(rule, (0, example))
         self.left[rule] = (before + count, first)
 
+    def _leave_out_for_bytes(self, choice: tuple[Any, ...], count: int = 1) -> None:
+        needs = f"{self._peak(choice) / 1e9:.0f} GB of {self.machine.usable / 1e9:.0f} at {_words(choice)}"
+        self._leave_out("it fits into the memory of a GPU", needs, count)
+
     def _try(self, degrees: dict[str, int]) -> None:
         orders: tuple[Order, ...] = (self.wanted["order"],) if "order" in self.wanted else ORDERS
         found = list(layouts(self.gpus, degrees, orders))
@@ -229,8 +233,7 @@ class _Search:
             for stage in reversed(stages)
             for micro in dict.fromkeys((sizes[0], sizes[-1]))
         ):
-            needs = f"{self._peak(frugal) / 1e9:.0f} GB of {self.machine.usable / 1e9:.0f} at {_words(frugal)}"
-            self._leave_out("it fits into the memory of a GPU", needs, len(found))
+            self._leave_out_for_bytes(frugal, len(found))
             return
         for layout in found:
             self._try_layout(layout, stages, recomputes, sizes)
@@ -261,12 +264,14 @@ class _Search:
     ) -> None:
         """The fastest choice of a layout; with one pipeline stage, the larger the micro-batch the faster it is."""
         fastest: tuple[float, tuple[Any, ...]] | None = None
+        smallest: tuple[Any, ...] | None = None
         for way, reason in transports(self.shape, layout, self.machine, self.work).items():
             if self.wanted.get("transport", way) != way:
                 continue
             if reason:
                 self._leave_out(reason, f"{way}, ep = {layout.ep}, etp = {layout.etp}")
                 continue
+            smallest = (layout, stages[-1], recomputes[-1], way, sizes[0])
             for stage in stages:
                 for recompute in recomputes:
                     fitting = self._fitting(layout, stage, recompute, way, sizes)
@@ -278,7 +283,8 @@ class _Search:
                     if fitting[-1:] == sizes[-1:]:
                         break  # to compute more again only costs time
         if fastest is None:
-            self._leave_out("it fits into the memory of a GPU", f"{layout.ep} x ep")
+            if smallest is not None:
+                self._leave_out_for_bytes(smallest)
             return
         self.fitting += 1
         entry = (fastest[0], -self.fitting, fastest[1])

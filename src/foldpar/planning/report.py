@@ -202,8 +202,8 @@ def verdict(plan: Plan) -> str:
             return f"{what}: no layout is possible; see what is left out, and why."
         return (
             f"{what} does not fit: the least is {least.memory.peak / 1e9:.1f} GB on a GPU, with {describe(least)} and "
-            f"micro-batches of {least.micro}, and {plan.machine.usable / 1e9:.1f} GB can be used. More GPUs, a smaller "
-            f"batch of shorter sequences, or precision 'bfloat16' would make it less."
+            f"micro-batches of {least.micro}, and {plan.machine.usable / 1e9:.1f} GB can be used. "
+            f"{_ways_to_less(plan)} would make it less."
         )
     best = plan.rows[0]
     return (
@@ -211,6 +211,13 @@ def verdict(plan: Plan) -> str:
         f"{best.memory.peak / 1e9:.1f} of {plan.machine.usable / 1e9:.1f} GB, {best.seconds.total * 1e3:,.0f} ms a "
         f"step, {best.tokens_per_second:,.0f} tokens/s, MFU {best.mfu:.1%}, bound by {best.seconds.bound}."
     )
+
+
+def _ways_to_less(plan: Plan) -> str:
+    """To need less memory."""
+    if plan.work.precision == "bfloat16":
+        return "More GPUs or shorter sequences"
+    return "More GPUs, shorter sequences or precision 'bfloat16'"
 
 
 def _numbers(count: int) -> str:
