@@ -337,6 +337,19 @@ def test_no_choice_is_faster_than_the_bound_that_prunes():
                         assert seconds.total >= least * (1 - 1e-9)
 
 
+def test_more_shards_never_make_a_step_shorter():
+    """So a micro-batch that fits at stage 1 is not looked at with stages 2 and 3."""
+    work = Workload(tokens=512, batch=32)
+    for model in (TimeModel(QWEN3_30B, work, H100), TimeModel(replace(DEEPSEEK_V3, layers=4), work, H100)):
+        for degrees in folds(8):
+            layout = foldpar.solve_layout(8, **degrees)
+            if broken_rule(model.shape, 8, degrees, work) is None:
+                for again, micro in product(get_args(Recompute), (1, work.batch // layout.dp)):
+                    keywords = {"recompute": again, "transport": "messages", "micro": micro}
+                    steps = [model.of(layout, stage=stage, **keywords).total for stage in (1, 2, 3)]
+                    assert steps[0] <= steps[1] * (1 + 1e-9) <= steps[2] * (1 + 1e-8)
+
+
 def test_a_group_across_nodes_uses_the_network():
     work = Workload(tokens=4096, batch=64)
     times = {

@@ -170,7 +170,7 @@ class _Search:
         for degrees in self._degrees():
             self._try(degrees)
         rows = tuple(self._row(choice) for _, _, choice in sorted(self.heap, key=lambda each: (-each[0], -each[1])))
-        smallest = self._row(self.smallest[1]) if self.smallest is not None else None
+        smallest = self._row(self.smallest[1]) if self.smallest is not None and not rows else None
         left = tuple(LeftOut(rule, count, example) for rule, (count, example) in self.left.items())
         return Plan(
             self.shape, self.machine, self.work, self.gpus, rows, self._pareto(rows), self.candidates, left,
@@ -272,15 +272,19 @@ class _Search:
                 self._leave_out(reason, f"{way}, ep = {layout.ep}, etp = {layout.etp}")
                 continue
             smallest = (layout, stages[-1], recomputes[-1], way, sizes[0])
+            fitted = {recompute: set[int]() for recompute in recomputes}  # at an earlier stage, which shards less
             for stage in stages:
                 for recompute in recomputes:
-                    fitting = self._fitting(layout, stage, recompute, way, sizes)
+                    left = [micro for micro in sizes if micro not in fitted[recompute]]
+                    fitting = self._fitting(layout, stage, recompute, way, left)
+                    if stage:  # without shards, a rank updates more than its part
+                        fitted[recompute] |= {*fitting}
                     for micro in fitting[-1:] if layout.pp == 1 else fitting:
                         choice = (layout, stage, recompute, way, micro)
                         speed = self._speed(choice)
                         if fastest is None or speed > fastest[0]:
                             fastest = (speed, choice)
-                    if fitting[-1:] == sizes[-1:]:
+                    if fitting[-1:] == sizes[-1:] or sizes[-1] in fitted[recompute]:
                         break  # to compute more again only costs time
         if fastest is None:
             if smallest is not None:

@@ -104,7 +104,7 @@ class Plan:
         candidates: how many choices of layout, stage, recomputation and micro-batch there were.
         left_out: the rules that layouts break, each with how many break it first.
         changes: what would change the winner.
-        smallest: the candidate with the smallest peak, whether it fits or not.
+        smallest: where nothing fits, the candidate with the smallest peak.
     """
 
     shape: ModelShape
