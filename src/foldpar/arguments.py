@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from foldpar.errors import ArgumentError, ShapeError
 from foldpar.wording import as_integer
 
-__all__ = ["expect", "expect_sizes"]
+__all__ = ["expect", "expect_sizes", "expect_writable"]
 
 Kind = type[Any] | tuple[type[Any], ...]
 
@@ -61,6 +63,21 @@ def expect_sizes(what: str, **sizes: object) -> None:
     if wrong:
         values = ", ".join(f"{name} = {size!r}" for name, size in sizes.items())
         raise ShapeError(f"{what}: {' and '.join(wrong)} must be a positive integer; given were {values}.")
+
+
+def expect_writable(file: str | os.PathLike[str]) -> None:
+    """Raise unless a file can be written there: before the work whose result it is to hold.
+
+    Raises:
+        OSError: says what is there instead.
+    """
+    path = Path(file)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(file)!r} is a folder; name a file to write.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder, so {file} cannot be written there.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{file} cannot be written: permission denied.")
 
 
 def _text(what: str, name: str, value: object, kind: Kind, given: dict[str, tuple[object, Kind]]) -> str:

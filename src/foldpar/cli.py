@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from foldpar import __version__
+from foldpar.arguments import expect_writable
 from foldpar.errors import FoldingError
 from foldpar.layout import ORDERS, solve_layout
 from foldpar.layout import picture as show
@@ -27,8 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     try:
-        print(chosen.run(chosen))
-        sys.stdout.flush()
+        for file in (getattr(chosen, name, None) for name in ("svg", "html")):
+            if file is not None:
+                expect_writable(file)
+        print(chosen.run(chosen), flush=True)
     except BrokenPipeError:  # the reader, ``head`` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FoldingError, OSError) as error:
@@ -56,7 +59,11 @@ def _plan(chosen: argparse.Namespace) -> str:
 
     numbers = {name: getattr(chosen, name) for name in _NUMBERS if getattr(chosen, name) is not None}
     if chosen.dense_layers is not None:
+        if not 0 <= chosen.dense_layers <= (chosen.layers or 0):
+            raise _usage(f"--dense-layers {chosen.dense_layers} can be 0 to --layers")
         numbers["dense_layers"] = tuple(range(chosen.dense_layers))
+    if chosen.gpu is not None and chosen.machine is not None:
+        raise _usage(f"--gpu {chosen.gpu} and --machine {chosen.machine} are two machines; say one")
     if chosen.model is not None and numbers:
         raise _usage(
             f"--{next(iter(numbers)).replace('_', '-')} is a number of a model without a file; MODEL has its own"
@@ -68,7 +75,7 @@ def _plan(chosen: argparse.Namespace) -> str:
         )
     found = plan(
         read_model(chosen.model) if chosen.model is not None else ModelShape(**numbers),
-        gpu=chosen.machine or chosen.gpu,
+        gpu=next((each for each in (chosen.machine, chosen.gpu) if each is not None), "h100"),
         **{name: getattr(chosen, name) for name in _PLAN if getattr(chosen, name) is not None},
     )
     if chosen.html is not None:
@@ -140,7 +147,7 @@ _CALIBRATE_HELP = "Measure rates and links of this machine into a file; under to
 def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", nargs="?", metavar="MODEL", help="a folder or file with a transformers config.json")
     command.add_argument("--gpus", type=int, required=True, metavar="N", help="how many GPUs there are")
-    command.add_argument("--gpu", default="h100", metavar="NAME", help="a machine that is known: h100 or h200")
+    command.add_argument("--gpu", metavar="NAME", help="a machine that is known: h100 or h200 (default: h100)")
     command.add_argument("--machine", metavar="FILE", help="what foldpar calibrate wrote")
     command.add_argument("--gpus-per-node", type=int, metavar="N", help="where it is not the machine's own")
     command.add_argument("--tokens", type=int, metavar="N", help="tokens of a sequence (default: 4096)")

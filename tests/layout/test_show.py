@@ -183,6 +183,17 @@ def test_the_command_line_prints_data(capsys):
         (["--world", "8", "--rank", "8"], "rank = 8 is out of range for world = 8: it can be 0 to 7."),
         (["--world", "8", "--order", "x"], "order = 'x' is unknown: it can be 'tp-lane-major' or 'consecutive'."),
         (["--world", "8", "--gpus-per-node", "0"], "gpus_per_node = 0 is not a positive integer."),
+        (
+            ["--world", f"{10**30}", "--json"],
+            f"world = {10**30} has more ranks than are looked at one by one, which is 1,048,576. With a rank, data has "
+            "the groups of that one; the picture in text cuts what is long.",
+        ),
+        (
+            ["--world", f"{10**30}", "--rank", "7", "--gpus-per-node", "8"],
+            f"world = {10**30} has more ranks than are looked at one by one, which is 1,048,576. Without "
+            "gpus_per_node, nothing is looked at group by group.",
+        ),
+        (["--world", "8", "--svg", "no/x.svg"], "no is not a folder, so no/x.svg cannot be written there."),
         (["--world", "eight"], "argument --world: invalid int value: 'eight'"),
         ([], "the following arguments are required: --world"),
     ],

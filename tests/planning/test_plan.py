@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 from math import comb, isclose, prod
+from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any, get_args
 from unittest import mock
@@ -189,6 +190,30 @@ def test_cross_lane_folds_are_among_the_candidates():
     assert plan(TINY, **SMALL, tp=4, ep=4).best.layout.edp == 1
 
 
+def _paste(name: str, lines: str) -> float:
+    """Run the lines that a plan has for a model, and a step."""
+    with _BUILDING:
+        torch.manual_seed(0)
+        names = {"model": FAMILIES[name].make().train()}
+    exec(lines, names)
+    ids = torch.arange(16)[None] % 50
+    loss = names["model"](input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    names["groups"].destroy()
+    return loss.item()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_lines_that_set_a_plan_up_run_as_they_are_pasted():
+    with torch.device("meta"):
+        shape = read_model(FAMILIES["deepseek_v3"].make().config.to_dict())
+    degrees, losses = {"tp": 2, "ep": 2, "pp": 1, "cp": 1, "transport": "messages"}, []
+    for again, precision, stage in (("none", "float32", 0), ("experts", "mixed", 3), ("full", "mixed", 1)):
+        found = plan(shape, **SMALL, **degrees, recompute=again, precision=precision, stage=stage)
+        losses += run_ranks(_paste, 4, "deepseek_v3", dedent(found.commands()), backend="threads")
+    assert losses == pytest.approx([losses[0]] * 12, rel=1e-3)
+
+
 # -- Bytes ------------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +253,18 @@ def test_what_is_held_falls_with_the_stage_and_the_peak_with_recomputation(preci
     for stage in range(first, 4):
         peaks = [at[stage, again].peak for again in ("none", "experts", "full")]
         assert peaks == sorted(peaks, reverse=True)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_no_more_is_gathered_than_there_is(layers):
+    """At stage 3 one block and the next one are whole, of a model that may have no next one."""
+    model = MemoryModel(replace(QWEN3_30B, layers=layers), Workload(tokens=512, batch=64))
+    two, three = (
+        model.of(foldpar.solve_layout(8, ep=4), stage=stage, recompute="none", transport="messages", micro=1)
+        for stage in (2, 3)
+    )
+    assert three.gathered <= two.gathered
+    assert three.peak <= two.peak
 
 
 def test_held_bytes_are_those_of_predict_memory():
@@ -298,6 +335,19 @@ def test_no_choice_is_faster_than_the_bound_that_prunes():
                     for way in ("messages", "one-sided"):
                         seconds = model.of(layout, stage=1, recompute="none", transport=way, micro=micro)
                         assert seconds.total >= least * (1 - 1e-9)
+
+
+def test_more_shards_never_make_a_step_shorter():
+    """So a micro-batch that fits at stage 1 is not looked at with stages 2 and 3."""
+    work = Workload(tokens=512, batch=32)
+    for model in (TimeModel(QWEN3_30B, work, H100), TimeModel(replace(DEEPSEEK_V3, layers=4), work, H100)):
+        for degrees in folds(8):
+            layout = foldpar.solve_layout(8, **degrees)
+            if broken_rule(model.shape, 8, degrees, work) is None:
+                for again, micro in product(get_args(Recompute), (1, work.batch // layout.dp)):
+                    keywords = {"recompute": again, "transport": "messages", "micro": micro}
+                    steps = [model.of(layout, stage=stage, **keywords).total for stage in (1, 2, 3)]
+                    assert steps[0] <= steps[1] * (1 + 1e-9) <= steps[2] * (1 + 1e-8)
 
 
 def test_a_group_across_nodes_uses_the_network():
@@ -608,7 +658,17 @@ def test_a_model_that_does_not_fit_says_what_is_missing():
     with pytest.raises(PlanError, match="does not fit"):
         _ = found.best
     assert "does not fit" in str(found)
-    json.loads(found.to_json())
+    assert "precision 'bfloat16' would make it less" in found.verdict()
+    assert "bfloat16" not in plan(DEEPSEEK_V3, gpus=8, batch=8, precision="bfloat16").verdict()
+
+
+def test_what_has_no_way_for_its_rows_is_not_said_to_be_too_large():
+    found = plan(LLAMA_8B, gpus=4, transport="one-sided", pp=1, cp=1, gpu="h200")
+    assert {each.rule for each in found.left_out} == {
+        "a model without experts has nothing to fold: ep = etp = 1",
+        "float32 shards with bfloat16 computation are shard_model's: stage 1, 2 or 3",
+        "rows stay where they are with ep = etp = 1",
+    }
 
 
 BAD = [
@@ -626,14 +686,23 @@ BAD = [
     (lambda: plan(TINY, **SMALL, precision="fp8"), "it can be 'mixed', 'bfloat16' or 'float32'"),
     (lambda: plan(TINY, **SMALL, lanes="x"), "it can be 'replicated' or 'sharded'"),
     (lambda: plan(TINY, **SMALL, load=0.5), "the slowest rank has at least the balanced rows"),
-    (lambda: plan(TINY, **SMALL, load="x"), "load = 'x' is not a number of 1 or more"),
+    (lambda: plan(TINY, **SMALL, load="x"), "load = 'x' is not a number from 1"),
     (lambda: plan(TINY, **SMALL, gpu="h10"), r"neither a machine that is known \(h100, h200; did you mean h100\?\)"),
     (lambda: plan(TINY, **SMALL, gpu=3), "and not 3"),
     (lambda: plan(TINY, **SMALL, gpus_per_node=0), "gpus_per_node = 0 is not a positive integer"),
+    (lambda: plan(TINY, **{**SMALL, "gpus": 10**18}), "is more than a plan counts with, which is 131,072"),
+    (lambda: plan(TINY, **{**SMALL, "batch": 10**60}), "is more than a plan counts with, which is 4,294,967,296"),
+    (lambda: plan(TINY, **{**SMALL, "tokens": 10**400}), "is more than a plan counts with"),
+    (lambda: plan(TINY, **SMALL, load=1e9), "load = 1000000000.0 is not a number from 1 to 1,000,000"),
+    (
+        lambda: plan(TINY, **{**SMALL, "gpus": 12}),
+        "gpus_per_node = 8 does not divide gpus = 12, .* With 12 GPUs, gpus_per_node can be 1, 2, 3, 4, 6 or 12",
+    ),
     (lambda: plan("nowhere", **SMALL), "does not exist"),
+    (lambda: plan({"model_type": ["llama"]}, **SMALL), "is not known to the planner. Known are"),
     (lambda: plan(None, **SMALL), "and not None"),
     (lambda: plan({"model_type": "bert"}, **SMALL), "is not known to the planner. Known are"),
-    (lambda: read_machine({"name": "x"}), "is missing"),
+    (lambda: read_machine({"name": "x"}), "network, host are missing"),
     (lambda: read_machine({**H100.to_dict(), "memori": 1}), "'memori' is not known; did you mean 'memory'"),
     (lambda: read_machine({**H100.to_dict(), "memory": -1}), "memory = -1 is not a positive number"),
     (lambda: read_machine({**H100.to_dict(), "node": 3}), "node is an object of numbers"),
@@ -641,6 +710,11 @@ BAD = [
     (lambda: read_machine({**H100.to_dict(), "gpus_per_node": 1.5}), "is not a whole number"),
     (lambda: read_machine({**H100.to_dict(), "device": "gpu"}), "device = 'gpu' can be 'cuda' or 'cpu'"),
     (lambda: read_machine({**H100.to_dict(), "overlap": 1.5}), "overlap = 1.5 is a part of the computation"),
+    (lambda: read_machine({**H100.to_dict(), "memory": float("inf")}), "memory = inf is not from 1 to 1e\\+24"),
+    (lambda: read_machine({**H100.to_dict(), "memory": 10**400}), "is not from 1 to 1e\\+24"),
+    (lambda: read_machine({**H100.to_dict(), "product_flops": 1e-300}), "product_flops = 1e-300 is not from 1 to"),
+    (lambda: read_machine({**H100.to_dict(), "node": {"latency": 1e9, "bandwidth": 1e9}}), "is not from 0 to 3600"),
+    (lambda: read_machine({**H100.to_dict(), "sources": {"memory": 3}}), "sources holds a text for each number"),
     (lambda: read_machine({**H100.to_dict(), "reserved": 1e12}), "reserved = 1e\\+12 leaves none to train with"),
 ]
 
@@ -678,6 +752,12 @@ def test_the_command_line_prints_what_plan_says(capsys, tmp_path):
         ("plan nowhere --gpus 4", "nowhere does not exist"),
         ("plan nowhere --gpus 4 --hidden 3", "--hidden is a number of a model without a file"),
         (f"{COMMAND} --gpu a100", "neither a machine that is known"),
+        (f"{COMMAND} --gpu h200 --machine here.json", "--gpu h200 and --machine here.json are two machines; say one"),
+        (f"{COMMAND} --machine=", " is neither a machine that is known"),
+        (f"{COMMAND} --dense-layers 3", "--dense-layers 3 can be 0 to --layers"),
+        (f"{COMMAND} --dense-layers {10**30}", "can be 0 to --layers"),
+        (f"{COMMAND} --html nowhere/page.html", "nowhere is not a folder, so nowhere/page.html cannot be written"),
+        (f"{COMMAND} --html .", "'.' is a folder; name a file to write"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(command, text, capsys):
@@ -688,6 +768,27 @@ def test_a_mistake_on_the_command_line_is_one_line(command, text, capsys):
     assert told.startswith("foldpar: error: ")
     assert text in told
     assert told.count("\n") == 1
+
+
+def test_a_command_runs_where_nobody_listens():
+    """Its output is closed, as ``>&-`` does."""
+    with mock.patch("sys.stdout", None):
+        assert cli.main(COMMAND.split()) == 0
+
+
+def test_data_has_the_smallest_choice_where_none_fits():
+    found = plan(DEEPSEEK_V3, gpus=8, batch=8)
+    smallest = json.loads(found.to_json())["smallest"]
+    assert smallest["bytes"]["peak"] == round(found.smallest.memory.peak) > found.machine.usable
+    assert f"{smallest['bytes']['peak'] / 1e9:.1f} GB on a GPU" in found.verdict()
+
+
+def test_links_twice_as_fast_are_all_links():
+    """Gathers, sums and lanes inside a node, too: a step that is nothing else takes half as long."""
+    slow = {name: replace(getattr(H100, name), latency=0.0, bandwidth=1e6) for name in ("node", "ring", "scatter")}
+    machine = replace(H100, **slow, host=NOTHING, overlap=0.0)
+    changes = plan(TINY, **SMALL, gpu=machine, tp=2, ep=2, stage=2, micro=4).changes
+    assert "links twice as fast: the same fold, 2.00 x the tokens a second" in changes
 
 
 def test_shipped_machines_say_where_every_number_is_from():

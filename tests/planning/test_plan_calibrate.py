@@ -32,9 +32,10 @@ def test_calibrate_writes_a_machine_that_plan_takes(tmp_path, capsys):
 
 
 def test_calibrate_measures_nothing_for_a_file_that_cannot_be(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["calibrate", str(tmp_path / "missing" / "here.json")])
-    assert "is not a folder, so" in capsys.readouterr().err
+    for file, text in ((tmp_path / "missing" / "here.json", "is not a folder, so"), (tmp_path, "is a folder; name")):
+        with pytest.raises(SystemExit):
+            cli.main(["calibrate", str(file)])
+        assert text in capsys.readouterr().err
 
 
 def _linked() -> Machine:

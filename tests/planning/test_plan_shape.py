@@ -78,6 +78,18 @@ def test_a_config_is_read_from_a_folder_a_file_and_a_mapping(tmp_path):
     assert round(shapes[0].active_parameters / 1e9, 1) == 3.4
 
 
+DEEPSEEK_V2 = {
+    "model_type": "deepseek_v2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96,
+    "intermediate_size": 48, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 3, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+
+
+def test_a_model_of_fewer_layers_than_dense_ones_is_dense():
+    """A cut of a model, as transformers reads it."""
+    assert read_model(DEEPSEEK_V2).moe_layers == ()
+
+
 NUMBERS = {"hidden": 64, "layers": 2, "heads": 4, "vocab": 100}
 
 
@@ -96,14 +108,24 @@ NUMBERS = {"hidden": 64, "layers": 2, "heads": 4, "vocab": 100}
         (lambda: read_model({"model_type": "mixtral"}), "a mixtral needs num_local_experts or num_experts"),
         (
             lambda: read_model({**QWEN3_30B, "num_hidden_layers": "48"}),
-            "num_hidden_layers = '48' is not 0 or a positive",
+            "num_hidden_layers = '48' is not a positive integer",
         ),
         (lambda: read_model({**QWEN3_30B, "decoder_sparse_step": 0}), "decoder_sparse_step = 0 is to be a positive"),
         (lambda: read_model({**QWEN3_30B, "mlp_only_layers": ["1"]}), "a list of layers"),
         (
             lambda: ModelShape(**NUMBERS, intermediate=8, latent=LatentAttention(0, -3, 4, 4, 4)),
-            "kv_rank = -3 of latent",
+            "latent.kv_rank = -3 is not a positive integer",
         ),
+        (lambda: ModelShape(**{**NUMBERS, "vocab": 10**400}), "vocab = 10+ is more than a plan counts with"),
+        (lambda: ModelShape(**{**NUMBERS, "layers": 10**9}), "which is 10,000"),
+        (lambda: ModelShape(**NUMBERS, intermediate=8, dense_layers=1), "dense_layers = 1 is not a tuple"),
+        (lambda: ModelShape(**NUMBERS, intermediate=8, tied="false"), "tied = 'false' is neither True nor False"),
+        (lambda: ModelShape(**NUMBERS, intermediate=8, latent=4), "latent = 4 is neither None nor a LatentAttention"),
+        (lambda: read_model({**QWEN3_30B, "hidden_size": -1}), "hidden_size = -1 is not a positive integer"),
+        (lambda: read_model({**QWEN3_30B, "num_hidden_layers": 10**9}), "which is 10,000"),
+        (lambda: read_model({**QWEN3_30B, "tie_word_embeddings": "false"}), "= 'false' can be true or false"),
+        (lambda: read_model({**DEEPSEEK_V2, "mlp_bias": True}), "with mlp_bias are not known to the planner"),
+        (lambda: read_model({**DEEPSEEK_V2, "attention_bias": True}), "with attention_bias is not known"),
         (lambda: read_model("nowhere/config.json"), "does not exist"),
         (lambda: read_model(3), "and not 3"),
     ],
@@ -114,6 +136,7 @@ def test_numbers_that_are_none_are_refused_in_words(make, text):
 
 
 def test_a_file_that_is_no_json_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="is not a JSON file"):
-        read_model(tmp_path)
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelError, match="is not a JSON file"):
+            read_model(tmp_path)

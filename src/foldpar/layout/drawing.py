@@ -80,15 +80,8 @@ def html(layout: FoldedLayout, *, rank: int | None = None, gpus_per_node: int | 
     _check(layout, rank, gpus_per_node)
     drawing = svg(layout, gpus_per_node=gpus_per_node)
     axes = [axis for axis in _CROSSES if layout.size(axis) > 1]
-    groups = {}
-    for axis in axes:
-        of_rank = [0] * layout.world
-        for number, group in enumerate(layout.groups(axis)):
-            for member in group:
-                of_rank[member] = number
-        groups[axis] = of_rank
     data = {
-        "groups": groups,
+        "groups": {axis: layout.groups(axis) for axis in axes},
         "colours": {axis: _CROSSES[axis][0] for axis in axes},
         "crosses": {axis: _CROSSES[axis][1] for axis in axes},
         "perNode": gpus_per_node or layout.world,
@@ -242,6 +235,7 @@ body { font-family: system-ui, sans-serif; margin: 16px; color: var(--ink); back
 """
 _SCRIPT = """
 const data = DATA, links = document.getElementById('links'), told = document.getElementById('told');
+const hint = told.textContent;
 const cells = [...document.querySelectorAll('.cell')], places = new Map();
 for (const cell of cells) {
   const box = cell.querySelector('rect'), rank = +cell.dataset.rank, size = +box.getAttribute('width');
@@ -257,12 +251,11 @@ function shape(name, values) {
 }
 function draw(rank) {
   links.replaceChildren();
-  if (rank === null) { cells.forEach(cell => cell.classList.remove('faint')); return; }
+  if (rank === null) { cells.forEach(cell => cell.classList.remove('faint')); told.textContent = hint; return; }
   const lit = new Set([rank]), lines = [document.querySelector(`[data-rank="${rank}"] title`).textContent];
   for (const box of document.querySelectorAll('#axes input')) {
-    const axis = box.dataset.axis, of = data.groups[axis], peers = [];
     if (!box.checked) continue;
-    of.forEach((group, peer) => { if (group === of[rank]) peers.push(peer); });
+    const axis = box.dataset.axis, peers = data.groups[axis].find(group => group.includes(rank));
     const view = dense.has(axis) ? 0 : 1, from = places.get(rank)[view];
     const away = peers.filter(peer => node(peer) !== node(rank));
     for (const peer of peers) {

@@ -31,6 +31,7 @@ _PEERS: dict[Axis, str] = {  # whom a rank meets on each axis
     "dp_cp": "replicas of the same dense shards",
     "ep_etp": "one whole set of expert slices",
 }
+_MOST_LISTED = 2**20
 _MOST_ROWS = 32
 _MOST_COLUMNS = _MOST_MEMBERS = 16
 _MOST_RANKS_PER_AXIS = 64
@@ -76,9 +77,10 @@ def text(layout: FoldedLayout, *, rank: int | None = None, gpus_per_node: int | 
           ep: 2 of 2 groups leave their node; order consecutive keeps them inside, but then edp would leave
 
     Raises:
-        LayoutError: the rank is not in the world, or ``gpus_per_node`` is not a positive integer.
+        LayoutError: the rank is not in the world, ``gpus_per_node`` is not a positive integer, or it is given for a
+            world of more than a million ranks.
     """
-    _check_gpus_per_node(gpus_per_node)
+    _check_gpus_per_node(layout, gpus_per_node)
     title = f"world {layout.world} = pp {layout.pp} x stage {layout.stage_size}, order {layout.order}"
     sections = [title, *(_view(layout, view, rank) for view in _ROWS_AND_COLUMNS)]
     if rank is None:
@@ -111,9 +113,12 @@ def data(layout: FoldedLayout, *, rank: int | None = None, gpus_per_node: int | 
         (0, 2, 1, 3)
 
     Raises:
-        LayoutError: the rank is not in the world, or ``gpus_per_node`` is not a positive integer.
+        LayoutError: the rank is not in the world, ``gpus_per_node`` is not a positive integer, or all groups of a world
+            of more than a million ranks are asked for.
     """
-    _check_gpus_per_node(gpus_per_node)
+    _check_gpus_per_node(layout, gpus_per_node)
+    if rank is None:
+        _check_listed(layout, "With a rank, data has the groups of that one; the picture in text cuts what is long.")
     result: dict[str, object] = {
         "world": layout.world,
         "stage_size": layout.stage_size,
@@ -295,6 +300,16 @@ def _section(title: str, *parts: list[str]) -> str:
     return "\n".join([title, *chain.from_iterable(parts)])
 
 
-def _check_gpus_per_node(gpus_per_node: int | None) -> None:
-    if gpus_per_node is not None and (type(gpus_per_node) is not int or gpus_per_node < 1):
+def _check_gpus_per_node(layout: FoldedLayout, gpus_per_node: int | None) -> None:
+    if gpus_per_node is None:
+        return
+    if type(gpus_per_node) is not int or gpus_per_node < 1:
         raise LayoutError(f"gpus_per_node = {gpus_per_node!r} is not a positive integer.")
+    _check_listed(layout, "Without gpus_per_node, nothing is looked at group by group.")
+
+
+def _check_listed(layout: FoldedLayout, instead: str) -> None:
+    if layout.world > _MOST_LISTED:
+        raise LayoutError(
+            f"world = {layout.world} has more ranks than are looked at one by one, which is {_MOST_LISTED:,}. {instead}"
+        )

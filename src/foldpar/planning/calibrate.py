@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from foldpar.arguments import expect_writable
 from foldpar.comm import (
     AxisGroup,
     FoldedGroups,
@@ -61,8 +62,7 @@ def calibrate(file: str | PathLike[str], *, name: str | None = None, quick: bool
     Raises:
         OSError: the file cannot be written.
     """
-    if not Path(file).parent.is_dir():  # on every rank, and before a minute is spent
-        raise FileNotFoundError(f"{Path(file).parent} is not a folder, so {file} cannot be written there.")
+    expect_writable(file)  # on every rank, and before a minute is spent
     distributed = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
     layout = solve_layout(int(os.environ["WORLD_SIZE"])) if distributed else None
     if distributed and torch.cuda.is_available():

@@ -19,7 +19,7 @@ def read_object(path: Path, error: type[FoldingError]) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as failed:
+    except (ValueError, OSError, RecursionError) as failed:
         raise error(f"{path} is not a JSON file: {failed}") from failed
     if not isinstance(document, dict):
         raise error(f"{path} holds no JSON object.")

@@ -184,6 +184,16 @@ def _machine(document: Mapping[str, Any], where: str) -> Machine:
     return machine
 
 
+_UNITS = "bytes, seconds, and bytes or FLOPs a second"
+
+
+def _range(kind: type, name: str) -> tuple[float, float]:
+    """What a number can be: seconds up to an hour; bytes, rates and counts."""
+    if kind is HostCost or name in ("latency", "overlap"):
+        return 0, 3600
+    return (0 if name == "reserved" else 1), 1e24
+
+
 _TEXTS, _OPTIONAL, _MAPPINGS = (
     ("name", "gpu", "device"),
     ("device", "overlap", "sources", "measured"),
@@ -199,7 +209,7 @@ def _checked(kind: type, document: Mapping[str, Any], where: str) -> dict[str, A
             near = get_close_matches(str(name), names, 1)
             raise MachineError(f"{where}: {name!r} is not known{f'; did you mean {near[0]!r}?' if near else ''}")
     if missing := [name for name in names if name not in document and name not in _OPTIONAL]:
-        raise MachineError(f"{where}: {' and '.join(missing)} is missing.")
+        raise MachineError(f"{where}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.")
     for name, value in document.items():
         if name in _TEXTS:
             if not isinstance(value, str):
@@ -207,11 +217,16 @@ def _checked(kind: type, document: Mapping[str, Any], where: str) -> dict[str, A
         elif name in _MAPPINGS:
             if not isinstance(value, Mapping):
                 raise MachineError(f"{where}: {name} is an object, and not {value!r}.")
+            if name == "sources" and not all(isinstance(source, str) for source in value.values()):
+                raise MachineError(f"{where}: {name} holds a text for each number, and not {value!r}.")
         elif name not in ("node", "ring", "scatter", "network", "host"):
             zero = name == "reserved" or kind is HostCost or name in ("overlap", "latency")
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not (value >= 0 if zero else value > 0):
                 raise MachineError(f"{where}: {name} = {value!r} is not a {'number' if zero else 'positive number'}.")
+            least, most = _range(kind, name)
+            if not least <= value <= most:
+                raise MachineError(f"{where}: {name} = {value!r} is not from {least:g} to {most:g}, in {_UNITS}.")
             if name == "gpus_per_node" and not isinstance(value, int):
                 raise MachineError(f"{where}: gpus_per_node = {value!r} is not a whole number.")
     return dict(document)

@@ -171,8 +171,8 @@ class MemoryModel:
         first_layer = float(item * (of_root + of_block))
         last_whole = first_layer + item * of_block * alone if stage else 0.0
         gathered = 0.0 if stage == 0 else float(item * whole)
-        if stage == 3:  # one block, and the next one without its experts
-            gathered = first_layer + item * (unit_dense if shards_dense else 0)
+        if stage == 3:  # one block, and the next one, if there is one, without its experts
+            gathered = min(gathered, first_layer + item * (unit_dense if shards_dense else 0))
         gathered += item * converted
         whole_gradients = float(summed * whole) if stage == 1 and several else 0.0
         of_one_unit = float(item * of_unit) if stage else 0.0  # its gradient, and a copy that is summed over ranks

@@ -10,7 +10,7 @@ from typing import Any
 
 from foldpar.errors import ModelError
 from foldpar.planning.documents import read_object
-from foldpar.planning.shape import LatentAttention, ModelShape
+from foldpar.planning.shape import LatentAttention, ModelShape, counted
 from foldpar.wording import as_integer
 
 __all__ = ["MODEL_TYPES", "read_model"]
@@ -39,7 +39,7 @@ def read_model(source: str | PathLike[str] | Mapping[str, Any]) -> ModelShape:
     if isinstance(text, Mapping) and "model_type" in text:
         document = text
     kind = document.get("model_type")
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         near = get_close_matches(str(kind), _READERS, 1)
         raise ModelError(
             f"{where}: model_type = {kind!r} is not known to the planner. Known are {', '.join(MODEL_TYPES)}"
@@ -75,19 +75,27 @@ class _Numbers:
     def size(self, *names: str) -> int:
         for name in names:
             if self.document.get(name) is not None:
-                return self.count(name)
+                return self.count(name, least=1)
         raise ModelError(f"{self.where}: a {self.document['model_type']} needs {' or '.join(names)}, which is missing.")
 
     def get(self, name: str, default: Any = None) -> Any:
         value = self.document.get(name)
         return default if value is None else value
 
-    def count(self, name: str, default: int = 0) -> int:
+    def count(self, name: str, default: int = 0, *, least: int = 0) -> int:
         """A number that may be missing, or 0."""
-        size = as_integer(self.get(name, default))
-        if size is None or size < 0:
-            raise ModelError(f"{self.where}: {name} = {self.document[name]!r} is not 0 or a positive integer.")
-        return size
+        return counted(name, self.get(name, default), self.where, least=least)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false; a text such as ``"false"`` is neither."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise ModelError(f"{self.where}: {name} = {value!r} can be true or false.")
+        return value
+
+    def refuse_mlp_bias(self) -> None:
+        if self.flag("mlp_bias"):
+            raise ModelError(f"{self.where}: dense layers with mlp_bias are not known to the planner.")
 
     def common(self, **more: Any) -> dict[str, Any]:
         """What all decoders have."""
@@ -99,7 +107,7 @@ class _Numbers:
             "kv_heads": self.get("num_key_value_heads"),
             "head_dim": self.get("head_dim"),
             "vocab": self.size("vocab_size"),
-            "tied": bool(self.get("tie_word_embeddings", False)),
+            "tied": self.flag("tie_word_embeddings"),
             # An embedding with a padding token stays whole, see foldpar.plan_fold.
             "embedding_whole": self.document.get("pad_token_id") is not None,
             **more,
@@ -142,11 +150,11 @@ def _qwen_moe(config: _Numbers, **more: Any) -> ModelShape:
 
 def _qwen2_moe(config: _Numbers) -> ModelShape:
     shared = config.size("shared_expert_intermediate_size")
-    return _qwen_moe(config, shared_hidden=shared, shared_gate=True, qkv_bias=bool(config.get("qkv_bias", True)))
+    return _qwen_moe(config, shared_hidden=shared, shared_gate=True, qkv_bias=config.flag("qkv_bias", True))
 
 
 def _qwen3_moe(config: _Numbers) -> ModelShape:
-    biased = bool(config.get("attention_bias", False))
+    biased = config.flag("attention_bias")
     return _qwen_moe(config, qk_norm=True, qkv_bias=biased, out_bias=biased)
 
 
@@ -161,7 +169,7 @@ def _leading_dense(config: _Numbers, **more: Any) -> ModelShape:
             expert_hidden=units,
             shared_hidden=units * config.count("n_shared_experts"),
             shared_name="shared_experts",
-            dense_layers=tuple(range(config.count("first_k_dense_replace"))),
+            dense_layers=tuple(range(min(config.count("first_k_dense_replace"), config.size("num_hidden_layers")))),
             **more,
         )
     )
@@ -175,20 +183,19 @@ def _deepseek(config: _Numbers) -> ModelShape:
         rope=config.size("qk_rope_head_dim"),
         value=config.size("v_head_dim"),
     )
-    if config.get("attention_bias", False):
+    if config.flag("attention_bias"):
         raise ModelError(f"{config.where}: latent attention with attention_bias is not known to the planner.")
+    config.refuse_mlp_bias()
     return _leading_dense(config, latent=latent)
 
 
 def _glm4_moe(config: _Numbers) -> ModelShape:
     # The class gives queries, keys and values a bias where attention_bias is set, and the output none.
-    return _leading_dense(
-        config, qk_norm=bool(config.get("use_qk_norm", False)), qkv_bias=bool(config.get("attention_bias", False))
-    )
+    return _leading_dense(config, qk_norm=config.flag("use_qk_norm"), qkv_bias=config.flag("attention_bias"))
 
 
 def _gpt_oss(config: _Numbers) -> ModelShape:
-    biased = bool(config.get("attention_bias", True))
+    biased = config.flag("attention_bias", True)
     common = config.common(
         experts=config.size("num_local_experts", "num_experts"),
         top_k=config.size("num_experts_per_tok"),
@@ -209,14 +216,13 @@ def _dense(config: _Numbers, **more: Any) -> ModelShape:
 
 
 def _llama(config: _Numbers) -> ModelShape:
-    biased = bool(config.get("attention_bias", False))
-    if config.get("mlp_bias", False):
-        raise ModelError(f"{config.where}: dense layers with mlp_bias are not known to the planner.")
+    biased = config.flag("attention_bias")
+    config.refuse_mlp_bias()
     return _dense(config, qkv_bias=biased, out_bias=biased)
 
 
 def _qwen3(config: _Numbers) -> ModelShape:
-    biased = bool(config.get("attention_bias", False))
+    biased = config.flag("attention_bias")
     return _dense(config, qk_norm=True, qkv_bias=biased, out_bias=biased)
 
 

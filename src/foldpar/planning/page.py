@@ -42,7 +42,8 @@ def page(plan: Plan) -> str:
         sections += [
             "<h2>The fastest layouts</h2><p>GB on the GPU that needs the most, at balanced load, 1.5 and 3 times that; "
             "! is more than there is.</p>" + _table(HEADS, table_of(plan, plan.rows)),
-            "<h2>Bytes of a rank of the first</h2>" + _bars(plan, best),
+            "<h2>Bytes of a rank of the first</h2><p>Not all are there at the same moment; the mark is the most that "
+            "are.</p>" + _bars(plan, best),
             "<h2>Memory against time</h2><p>All choices that no other beats in both.</p>" + _pareto(plan),
             "<h2>Milliseconds of the first</h2>" + _milliseconds(best),
             f"<h2>To set it up</h2><pre>{escape(commands(plan, best))}</pre>",

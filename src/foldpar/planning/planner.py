@@ -31,6 +31,7 @@ from foldpar.wording import as_integer, divisors, listed
 
 __all__ = ["plan"]
 
+MOST_GPUS = 2**17
 STAGES = (0, 1, 2, 3)
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
@@ -103,6 +104,12 @@ def plan(
         load=_load(load),
         chunks=_size("chunks", chunks),
     )
+    gpus, per_node = _size("gpus", gpus, most=MOST_GPUS), machine.gpus_per_node
+    if gpus > per_node and gpus % per_node:
+        raise PlanError(
+            f"plan: gpus_per_node = {per_node} does not divide gpus = {gpus}, and torchrun starts equally many ranks "
+            f"on every node. With {gpus} GPUs, gpus_per_node can be {listed(divisors(gpus))}."
+        )
     wanted: dict[str, Any] = {"tp": tp, "cp": cp, "pp": pp, "ep": ep, "etp": etp, "micro": micro}
     wanted = {name: _size(name, value) for name, value in wanted.items() if value is not None}
     for name, value, known in (
@@ -113,13 +120,15 @@ def plan(
     ):
         if value is not None:
             wanted[name] = _one_of(name, value, known)
-    return _Search(shape, machine, work, _size("gpus", gpus), wanted, _size("best", best)).run()
+    return _Search(shape, machine, work, gpus, wanted, _size("best", best)).run()
 
 
-def _size(name: str, value: object) -> int:
+def _size(name: str, value: object, *, most: int = 2**32) -> int:
     size = as_integer(value)
     if size is None or size < 1:
         raise PlanError(f"plan: {name} = {value!r} is not a positive integer.")
+    if size > most:
+        raise PlanError(f"plan: {name} = {size} is more than a plan counts with, which is {most:,}.")
     return size
 
 
@@ -130,9 +139,10 @@ def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def _load(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < 1e6:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= 1e6:
         raise PlanError(
-            f"plan: load = {value!r} is not a number of 1 or more: the slowest rank has at least the balanced rows."
+            f"plan: load = {value!r} is not a number from 1 to 1,000,000: the slowest rank has at least the balanced "
+            f"rows."
         )
     return float(value)
 
@@ -160,7 +170,7 @@ class _Search:
         for degrees in self._degrees():
             self._try(degrees)
         rows = tuple(self._row(choice) for _, _, choice in sorted(self.heap, key=lambda each: (-each[0], -each[1])))
-        smallest = self._row(self.smallest[1]) if self.smallest is not None else None
+        smallest = self._row(self.smallest[1]) if self.smallest is not None and not rows else None
         left = tuple(LeftOut(rule, count, example) for rule, (count, example) in self.left.items())
         return Plan(
             self.shape, self.machine, self.work, self.gpus, rows, self._pareto(rows), self.candidates, left,
@@ -189,6 +199,10 @@ class _Search:
     def _leave_out(self, rule: str, example: str, count: int = 1) -> None:
         before, first = self.left.get(rule, (0, example))
         self.left[rule] = (before + count, first)
+
+    def _leave_out_for_bytes(self, choice: tuple[Any, ...], count: int = 1) -> None:
+        needs = f"{self._peak(choice) / 1e9:.0f} GB of {self.machine.usable / 1e9:.0f} at {_words(choice)}"
+        self._leave_out("it fits into the memory of a GPU", needs, count)
 
     def _try(self, degrees: dict[str, int]) -> None:
         orders: tuple[Order, ...] = (self.wanted["order"],) if "order" in self.wanted else ORDERS
@@ -219,8 +233,7 @@ class _Search:
             for stage in reversed(stages)
             for micro in dict.fromkeys((sizes[0], sizes[-1]))
         ):
-            needs = f"{self._peak(frugal) / 1e9:.0f} GB of {self.machine.usable / 1e9:.0f} at {_words(frugal)}"
-            self._leave_out("it fits into the memory of a GPU", needs, len(found))
+            self._leave_out_for_bytes(frugal, len(found))
             return
         for layout in found:
             self._try_layout(layout, stages, recomputes, sizes)
@@ -251,24 +264,31 @@ class _Search:
     ) -> None:
         """The fastest choice of a layout; with one pipeline stage, the larger the micro-batch the faster it is."""
         fastest: tuple[float, tuple[Any, ...]] | None = None
+        smallest: tuple[Any, ...] | None = None
         for way, reason in transports(self.shape, layout, self.machine, self.work).items():
             if self.wanted.get("transport", way) != way:
                 continue
             if reason:
                 self._leave_out(reason, f"{way}, ep = {layout.ep}, etp = {layout.etp}")
                 continue
+            smallest = (layout, stages[-1], recomputes[-1], way, sizes[0])
+            fitted = {recompute: set[int]() for recompute in recomputes}  # at an earlier stage, which shards less
             for stage in stages:
                 for recompute in recomputes:
-                    fitting = self._fitting(layout, stage, recompute, way, sizes)
+                    left = [micro for micro in sizes if micro not in fitted[recompute]]
+                    fitting = self._fitting(layout, stage, recompute, way, left)
+                    if stage:  # without shards, a rank updates more than its part
+                        fitted[recompute] |= {*fitting}
                     for micro in fitting[-1:] if layout.pp == 1 else fitting:
                         choice = (layout, stage, recompute, way, micro)
                         speed = self._speed(choice)
                         if fastest is None or speed > fastest[0]:
                             fastest = (speed, choice)
-                    if fitting[-1:] == sizes[-1:]:
+                    if fitting[-1:] == sizes[-1:] or sizes[-1] in fitted[recompute]:
                         break  # to compute more again only costs time
         if fastest is None:
-            self._leave_out("it fits into the memory of a GPU", f"{layout.ep} x ep")
+            if smallest is not None:
+                self._leave_out_for_bytes(smallest)
             return
         self.fitting += 1
         entry = (fastest[0], -self.fitting, fastest[1])
@@ -361,10 +381,10 @@ class _Search:
                 f"more memory: with {(peak - self.machine.usable) / 1e9:.0f} GB more a GPU, {_words(choice)} would "
                 f"be {speed / winner.tokens_per_second:.2f} x as fast"
             )
-        faster = replace(self.machine.network, bandwidth=2 * self.machine.network.bandwidth)
-        nearer = replace(self.machine.node, bandwidth=2 * self.machine.node.bandwidth)
+        links = {name: getattr(self.machine, name) for name in ("node", "ring", "scatter", "network")}
+        faster = {name: replace(link, bandwidth=2 * link.bandwidth) for name, link in links.items()}
         for what, machine, work in (
-            ("links twice as fast", replace(self.machine, network=faster, node=nearer), self.work),
+            ("links twice as fast", replace(self.machine, **faster), self.work),
             ("sequences twice as long", self.machine, replace(self.work, tokens=2 * self.work.tokens)),
             ("a batch twice as large", self.machine, replace(self.work, batch=2 * self.work.batch)),
             ("experts' load of 1.5", self.machine, replace(self.work, load=1.5 * self.work.load)),
@@ -387,7 +407,8 @@ class _Search:
                 found.append((time.tokens_per_second(time.of(layout, **keywords)), choice))
         if not found:
             return "none of the leading candidates fits as it is"
-        speed, choice = max(found, key=lambda each: each[0])
+        # What differs by rounding alone is equal, and the winner stays.
+        speed, choice = max(found, key=lambda each: (float(f"{each[0]:.9g}"), each[1][0] == winner.layout))
         gain = f"{speed / winner.tokens_per_second:.2f} x the tokens a second"
         if choice[0] == winner.layout:
             return f"the same fold, {gain}"

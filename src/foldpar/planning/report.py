@@ -104,7 +104,7 @@ class Plan:
         candidates: how many choices of layout, stage, recomputation and micro-batch there were.
         left_out: the rules that layouts break, each with how many break it first.
         changes: what would change the winner.
-        smallest: the candidate with the smallest peak, whether it fits or not.
+        smallest: where nothing fits, the candidate with the smallest peak.
     """
 
     shape: ModelShape
@@ -158,6 +158,7 @@ class Plan:
             "machine": self.machine.to_dict(), "work": asdict(self.work), "gpus": self.gpus,
             "candidates": self.candidates, "rows": rows,
             "pareto": [row.to_dict() for row in self.pareto],
+            "smallest": None if self.smallest is None else self.smallest.to_dict(),
             "left_out": [asdict(each) for each in self.left_out], "changes": list(self.changes),
             "commands": self.commands() if self.rows else None,
         }  # fmt: skip
@@ -185,26 +186,42 @@ def describe(row: PlanRow) -> str:
     return f"{' '.join(shown) or 'data parallelism alone'}{order}, stage {row.stage}{again}{way}"
 
 
+def forwards(row: PlanRow) -> str:
+    """Its micro-batches, in words."""
+    return f"{row.micro_batches} micro-batch{'' if row.micro_batches == 1 else 'es'} of {row.micro}"
+
+
 def verdict(plan: Plan) -> str:
     """One line."""
     shape = plan.shape
-    used = "" if not shape.experts else f", {shape.active_parameters / 1e9:.1f} B of them used by a token"
-    what = f"{shape.name} ({shape.parameters / 1e9:.1f} B parameters{used}) on {plan.gpus} x {plan.machine.name}"
+    used = "" if not shape.experts else f", {_numbers(shape.active_parameters)} of them used by a token"
+    what = f"{shape.name} ({_numbers(shape.parameters)} parameters{used}) on {plan.gpus} x {plan.machine.name}"
     if not plan.rows:
         least = plan.smallest
         if least is None:
             return f"{what}: no layout is possible; see what is left out, and why."
         return (
             f"{what} does not fit: the least is {least.memory.peak / 1e9:.1f} GB on a GPU, with {describe(least)} and "
-            f"micro-batches of {least.micro}, and {plan.machine.usable / 1e9:.1f} GB can be used. More GPUs, a smaller "
-            f"batch of shorter sequences, or precision 'bfloat16' would make it less."
+            f"micro-batches of {least.micro}, and {plan.machine.usable / 1e9:.1f} GB can be used. "
+            f"{_ways_to_less(plan)} would make it less."
         )
     best = plan.rows[0]
     return (
-        f"{what}: {describe(best)}, {best.micro_batches} micro-batches of {best.micro}: "
+        f"{what}: {describe(best)}, {forwards(best)}: "
         f"{best.memory.peak / 1e9:.1f} of {plan.machine.usable / 1e9:.1f} GB, {best.seconds.total * 1e3:,.0f} ms a "
         f"step, {best.tokens_per_second:,.0f} tokens/s, MFU {best.mfu:.1%}, bound by {best.seconds.bound}."
     )
+
+
+def _ways_to_less(plan: Plan) -> str:
+    """To need less memory."""
+    if plan.work.precision == "bfloat16":
+        return "More GPUs or shorter sequences"
+    return "More GPUs, shorter sequences or precision 'bfloat16'"
+
+
+def _numbers(count: int) -> str:
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
 def table_of(plan: Plan, rows: tuple[PlanRow, ...]) -> list[tuple[str, ...]]:
@@ -257,13 +274,13 @@ def _gigabytes(value: object) -> str:
 
 
 def commands(plan: Plan, row: PlanRow) -> str:
-    """``solve_layout``, fold, recompute, ``shard_model`` and ``torchrun`` for one candidate."""
+    """``solve_layout``, fold, recompute, ``shard_model`` and ``torchrun`` for one candidate, with their imports."""
     layout, shape, per_node = row.layout, plan.shape, plan.machine.gpus_per_node
     degrees = "".join(
         f", {name}={getattr(layout, name)}" for name in ("tp", "cp", "pp", "ep", "etp") if getattr(layout, name) > 1
     )
     order = f', order="{layout.order}"' if layout.tp > 1 and layout.ep * layout.etp > 1 else ""
-    lines = [f"layout = foldpar.solve_layout({layout.world}{degrees}{order})"]
+    lines = [*_imports(plan, row), f"layout = foldpar.solve_layout({layout.world}{degrees}{order})"]
     lines.append('groups = foldpar.create_groups(layout, separate=("dp_cp", "edp"))')
     if shape.experts:
         lines.append(f"foldpar.fold_model(model, groups{_way_of_rows(plan, row)})")
@@ -271,13 +288,13 @@ def commands(plan: Plan, row: PlanRow) -> str:
         lines.append("foldpar.mark_parameters(model, foldpar.families.REPLICATED)  # nothing to fold without experts")
     if plan.work.lanes == "sharded":
         lines[-1] = 'model = ...  # your own blocks: foldpar.FoldedMoE(..., lanes="sharded")'
-    lines += _recomputation(row)
+    lines += _recomputation(plan, row)
     if row.stage:
         precision = ""
         if plan.work.precision == "mixed":
             precision = ", mixed_precision=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)"
         lines.append(f"foldpar.shard_model(model, groups, stage={row.stage}{precision})")
-    lines.append(f"# {row.micro_batches} micro-batches of {row.micro} x {plan.work.tokens} tokens on each data rank")
+    lines.append(f"# {forwards(row)} x {plan.work.tokens} tokens on each data rank")
     if layout.pp > 1:
         turns = f", {plan.work.chunks} chunks of layers a rank" if plan.work.chunks > 1 else ""
         lines.append(f"# pp = {layout.pp}: a schedule of your own, such as torch.distributed.pipelining's{turns}")
@@ -302,15 +319,26 @@ def _way_of_rows(plan: Plan, row: PlanRow) -> str:
     return f", one_sided=foldpar.OneSided({f'most_bytes=2**{bits}' if bits > SHARED_BITS else ''})"
 
 
-def _recomputation(row: PlanRow) -> list[str]:
+def _imports(plan: Plan, row: PlanRow) -> list[str]:
+    mixed, again = row.stage > 0 and plan.work.precision == "mixed", row.recompute == "experts"
+    lines = {
+        "from functools import partial": again,
+        "import torch": mixed,
+        "from torch.distributed.fsdp import MixedPrecisionPolicy": mixed,
+        "from torch.utils.checkpoint import checkpoint": again,
+        "import foldpar": True,
+    }
+    return [line for line, needed in lines.items() if needed]
+
+
+def _recomputation(plan: Plan, row: PlanRow) -> list[str]:
     if row.recompute == "full":
         return ["model.gradient_checkpointing_enable()"]
-    if row.recompute == "experts":
-        return [
-            "for layer in model.model.layers:",
-            "    layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=False)",
-        ]
-    return []
+    if row.recompute == "none":
+        return []
+    which = ' if hasattr(each.mlp, "experts")' if plan.shape.dense_layers else ""
+    blocks = f"[each.mlp for each in model.model.layers{which}]"
+    return [f"for block in {blocks}:", "    block.forward = partial(checkpoint, block.forward, use_reentrant=False)"]
 
 
 def sureness(plan: Plan) -> str:

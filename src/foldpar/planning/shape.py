@@ -16,7 +16,10 @@ from foldpar.errors import ModelError
 from foldpar.layout import FoldedLayout
 from foldpar.wording import as_integer
 
-__all__ = ["LatentAttention", "ModelShape", "Part", "Weight"]
+__all__ = ["LatentAttention", "ModelShape", "Part", "Weight", "counted"]
+
+_MOST = {"layers": 10_000, "num_hidden_layers": 10_000, "experts": 2**16, "top_k": 2**16}
+"""Bounds of what is walked through one by one."""
 
 Part = Literal["embedding", "attention", "norm", "dense", "shared", "router", "experts", "head"]
 """What a weight belongs to."""
@@ -148,15 +151,21 @@ class ModelShape:
         self._check_together()
 
     def _check_size(self, name: str, *, least: int) -> None:
-        size = as_integer(getattr(self, name))
-        if size is None or size < least:
-            wanted = "a positive integer" if least else "0 or a positive integer"
-            raise ModelError(f"{self.name}: {name} = {getattr(self, name)!r} is not {wanted}.")
-        object.__setattr__(self, name, size)
+        object.__setattr__(self, name, counted(name, getattr(self, name), self.name, least=least))
 
     def _check_together(self) -> None:
         if self.heads % self.key_value_heads:
             raise ModelError(f"{self.name}: kv_heads = {self.kv_heads} does not divide heads = {self.heads}.")
+        if not isinstance(self.dense_layers, tuple):
+            raise ModelError(
+                f"{self.name}: dense_layers = {self.dense_layers!r} is not a tuple of the layers' numbers, such as "
+                f"(0, 1, 2)."
+            )
+        if self.latent is not None and not isinstance(self.latent, LatentAttention):
+            raise ModelError(f"{self.name}: latent = {self.latent!r} is neither None nor a LatentAttention.")
+        for name in (each.name for each in fields(self) if each.type == "bool"):
+            if not isinstance(getattr(self, name), bool):
+                raise ModelError(f"{self.name}: {name} = {getattr(self, name)!r} is neither True nor False.")
         layers = [as_integer(layer) for layer in self.dense_layers]
         if any(layer is None or not 0 <= layer < self.layers for layer in layers):
             raise ModelError(
@@ -164,11 +173,7 @@ class ModelShape:
             )
         latent = () if self.latent is None else fields(self.latent)
         for name in (each.name for each in latent):
-            size = as_integer(getattr(self.latent, name))
-            if size is None or size < (name != "q_rank"):
-                raise ModelError(
-                    f"{self.name}: {name} = {getattr(self.latent, name)!r} of latent attention is no width."
-                )
+            counted(f"latent.{name}", getattr(self.latent, name), self.name, least=int(name != "q_rank"))
         if self.experts == 0 and (self.top_k or self.expert_hidden or self.shared_hidden):
             raise ModelError(
                 f"{self.name}: top_k = {self.top_k}, expert_hidden = {self.expert_hidden} and shared_hidden = "
@@ -266,6 +271,17 @@ class ModelShape:
         if self.latent is not None:
             found["latent"] = {each.name: getattr(self.latent, each.name) for each in fields(self.latent)}
         return found
+
+
+def counted(name: str, value: object, where: str, *, least: int) -> int:
+    """A size of a model as an int, or an error: products of several have to be numbers that floats hold."""
+    size, most = as_integer(value), _MOST.get(name, 2**32)
+    if size is None or size < least:
+        wanted = "a positive integer" if least else "0 or a positive integer"
+        raise ModelError(f"{where}: {name} = {value!r} is not {wanted}.")
+    if size > most:
+        raise ModelError(f"{where}: {name} = {size} is more than a plan counts with, which is {most:,}.")
+    return size
 
 
 def _renamed(weight: Weight, name: str) -> Weight:
