@@ -21,9 +21,11 @@ layer.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
+from math import prod
 from typing import Literal
 
 from foldpar.errors import FamilyError
@@ -41,6 +43,8 @@ __all__ = [
     "ROUTER_POST_HOC",
     "ParameterFamily",
     "Reduction",
+    "numbers_in_shard",
+    "shard_dimension",
 ]
 
 _DENSE_AXES: tuple[Axis, ...] = ("tp", "dp_cp")
@@ -117,6 +121,34 @@ class ParameterFamily:
     def data_axis(self) -> Literal["dp_cp", "edp"]:
         """The replica axis over which gradients of different tokens are summed."""
         return "edp" if self.view == "expert" else "dp_cp"
+
+
+def shard_dimension(shape: Sequence[int], shards: int, *, experts: bool, cut: Collection[int] = ()) -> int:
+    """Along which dimension of a rank's local tensor :func:`foldpar.shard_model` cuts it over its data axis.
+
+    Dimension 0. Where a rank has too few experts to share them out evenly, the last other dimension that can be, one
+    that is not ``cut`` over other axes already if there is one.
+
+    Example, of two experts' ``[2 * hidden, dim]`` over 2 and over 8 data ranks:
+        >>> [shard_dimension((2, 96, 64), shards, experts=True) for shards in (2, 8)]
+        [0, 2]
+    """
+    if not experts or shape[0] % shards == 0:
+        return 0
+    even = [dim for dim in range(1, len(shape)) if shape[dim] % shards == 0]
+    return max(even, key=lambda dim: (dim not in cut, dim), default=0)
+
+
+def numbers_in_shard(shape: Sequence[int], shards: int, *, experts: bool, index: int = 0) -> int:
+    """How many numbers of a rank's local tensor the data rank ``index`` of ``shards`` keeps; the first has the most.
+
+    Example, of 5 rows of 4, and of 5 experts' 4 numbers:
+        >>> [numbers_in_shard((5, 4), 2, experts=experts, index=1) for experts in (False, True)]
+        [8, 10]
+    """
+    length = shape[shard_dimension(shape, shards, experts=experts)]
+    chunk = -(-length // shards)
+    return min(chunk, max(0, length - index * chunk)) * (prod(shape) // max(length, 1))
 
 
 def _check_axes(family: ParameterFamily) -> None:

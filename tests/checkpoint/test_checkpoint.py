@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ def run(
 )
 def test_training_goes_on_in_another_layout(tmp_path, uninterrupted, saved_by, loaded_by):
     check_resumes(tmp_path, uninterrupted, saved_by, loaded_by)
+
+
+def test_experts_that_are_cut_along_another_dimension_come_and_go(tmp_path):
+    few = replace(cases.CONFIG, experts=3)  # over 4 and over 2 data ranks, with etp behind
+    first, second = (Run(solve(4, tp=2, etp=etp), "AdamW", stage, config=few) for etp, stage in ((1, 3), (2, 2)))
+    alone = {"AdamW": cases.in_one_process("AdamW", 6, few)}
+    check_resumes(tmp_path, alone, first, second)
+    (tmp_path / "back").mkdir()
+    check_resumes(tmp_path / "back", alone, second, first)
 
 
 @pytest.mark.long

@@ -230,9 +230,7 @@ def test_held_bytes_of_all_ranks_add_up_to_the_model(shape):
     assert held.dense * layout.tp == dense
     assert held.expert * layout.ep * layout.etp == experts
     assert dense <= held.dense_shard * layout.world < 1.01 * dense  # chunks are rounded up
-    if experts:
-        local = shape.experts // layout.ep
-        assert held.expert_shard * layout.world == experts * -(-local // layout.edp) * layout.edp // local
+    assert held.expert_shard * layout.world == experts, "where data ranks do not divide them, widths are divided"
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "mixed", "float32"])

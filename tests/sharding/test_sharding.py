@@ -42,12 +42,14 @@ def _train(run: Run, stages: list[int], history: History, options: dict[str, obj
 
 FLOAT32 = {"dtype": torch.float32}
 FEW = [
-    # tp, ep, etp, cp and the stages; edp is 1, 2 and 4, and (0 2 1 3) in the third, where one rank has no expert's rows
+    # tp, ep, etp, cp and the stages; edp is 1, 2 and 4, and (0 2 1 3) in the third, whose three experts are cut along
+    # another dimension, as in the last, which etp has cut too
     (Case(4, 2, 4), [3]),
     (Case(4, 2, 2), [1, 2]),
     (Case(4, 2, 1, config=replace(CONFIG, experts=3)), [3]),
     (Case(4, 2, 1, 2, order="consecutive"), [2]),
     (Case(4, 2, 2, 1, 2, consumer="vocabulary"), [1]),
+    (Case(4, 2, 1, 2, config=replace(CONFIG, experts=3)), [2, 3]),
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import toys
+from dense import dense_experts, feed_forward, softmax_routing
 from einops import rearrange
 from hf_models import tiny_model
 from sharded_parity import data_axis, shard_of
@@ -208,6 +209,66 @@ def test_ranks_may_hold_nothing_and_scalars_stay_whole() -> None:
     run_ranks(fewer_rows_than_ranks, 6, solve_layout(6, tp=2, ep=2))
 
 
+class OfThree(nn.Module):
+    """Three experts with biases, as one process has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 3, bias=False)
+        sizes = {"gate_up_proj": (3, 16, 8), "down_proj": (3, 8, 8), "gate_up_bias": (3, 16), "down_bias": (3, 8)}
+        self.experts = nn.ParameterDict({name: nn.Parameter(torch.randn(size)) for name, size in sizes.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        of = self.experts
+        experts = feed_forward(of["gate_up_proj"], of["down_proj"], of["gate_up_bias"], of["down_bias"])
+        return dense_experts(x, *softmax_routing(x, self.router.weight, 2), experts)
+
+
+def cut_along_another_dimension(layout: foldpar.FoldedLayout, of_bias: int) -> None:
+    """What edp does not divide by experts lies evenly on all ranks; a bias too, whose gate and up etp holds apart."""
+    torch.manual_seed(0)
+    plain = OfThree().double()
+    x = torch.randn(layout.dp, 6, 8, dtype=torch.float64)
+    torch.stack([plain(rows).square().mean() for rows in x]).mean().backward()
+    want = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    with create_groups(layout) as groups:
+        for stage in STAGES:
+            router = foldpar.TopKRouter(8, 3, 2)
+            router.weight = nn.Parameter(plain.router.weight.detach().clone())
+            weights = {name: parameter.detach().clone() for name, parameter in plain.experts.items()}
+            model = foldpar.FoldedMoE.from_dense(router, groups=groups, **weights)
+            shares = Shares(model, groups)
+            wanted = predict_memory(model, layout, stage=stage, rank=groups.rank).parameters
+            shard_model(model, groups, stage=stage)
+            assert numbers_of(model.parameters()) == wanted
+            dims = {name: each.placements[0].dim for name, each in model.experts.named_parameters()}
+            assert dims == {"gate_up_proj": 3, "down_proj": 1, "gate_up_bias": of_bias, "down_bias": 1}
+            for place in foldpar.parameter_placements(model, groups):
+                held = place.local(place.parameter)
+                assert held.numel() == sum(box.volume for box in place.share.boxes)
+                for box in place.share.boxes:
+                    inside, whole = held, dict(plain.named_parameters())[place.name]
+                    for dim, (offset, start, size) in enumerate(zip(box.offsets, box.starts, box.sizes, strict=True)):
+                        inside, whole = inside.narrow(dim, start, size), whole.narrow(dim, offset, size)
+                    assert torch.equal(inside, whole), place.name
+            model(x[groups.dp.index]).square().mean().backward()
+            foldpar.reduce_gradients(model, groups)
+            error, name = errors(model, shares, want)
+            assert error < 1e-12, name
+            norm = foldpar.clip_grad_norm_(model, 1.0, groups)
+            assert relative(norm, torch.stack([grad.norm() for grad in want.values()]).norm()) < 1e-12
+            torch.optim.AdamW(foldpar.parameter_groups(model), foreach=True).step()
+
+
+@pytest.mark.parametrize(
+    ("layout", "of_bias"), [(solve_layout(4, tp=2, etp=2), 1), (solve_layout(8, tp=4, etp=2), 2)], ids=repr
+)
+def test_experts_that_data_ranks_do_not_divide_are_cut_along_another_dimension(
+    layout: foldpar.FoldedLayout, of_bias: int
+) -> None:
+    run_ranks(cut_along_another_dimension, layout.world, layout, of_bias)
+
+
 def folds_of_two_layers() -> None:
     """The layers' experts fold differently, so their shards lie over different edp groups."""
     plain = plain_model(bias=True)
@@ -402,15 +463,16 @@ def test_a_plan_predicts_before_there_are_ranks() -> None:
     layout = solve_layout(8, tp=2, ep=2)  # dp 4, edp 4
     rows = (
         FoldPlanRow("norm", "RMSNorm", "left whole", (10,), (10,), REPLICATED),
-        FoldPlanRow("experts.down_proj", "Experts", "6 of 12 experts", (12, 4, 4), (6, 4, 4), ROUTED_EXPERT),
+        FoldPlanRow("experts.down_proj", "Experts", "6 of 12 experts", (12, 5, 5), (6, 5, 5), ROUTED_EXPERT),
+        FoldPlanRow("experts.gate_up_proj", "Experts", "6 of 12 experts", (12, 5, 8), (6, 5, 8), ROUTED_EXPERT),
     )
     parameters = planned_parameters(FoldPlan("Model", layout, rows), dtype=torch.bfloat16)
-    # edp (0 4 1 5): ranks 0 and 1 have the places 0 and 1, rank 5 the last, behind 2 + 2 + 2 experts
+    # edp (0 4 1 5): ranks 0 and 1 have the places 0 and 1, rank 5 the last, behind 2 + 2 + 2 experts; of the 8 columns
+    # every rank has 2
     held = [predict_memory(parameters, layout, stage=2, rank=rank).parameters // 2 for rank in (0, 1, 5)]
-    assert held == [3 + 2 * 16, 3 + 2 * 16, 3 + 0]
-    assert (
-        predict_memory(parameters, layout, stage=2, rank=6).parameters // 2 == 1 + 2 * 16
-    )  # rows of the norm: 3 3 3 1
+    assert held == [3 + 2 * 25 + 60, 3 + 2 * 25 + 60, 3 + 60]
+    of_last = predict_memory(parameters, layout, stage=2, rank=6).parameters // 2
+    assert of_last == 1 + 2 * 25 + 60  # rows of the norm: 3 3 3 1
     taken_over = FoldPlanRow("moe.w", "Own", "replaced by its adapter", (4,), None, None)
     with pytest.raises(
         ValueError, match=r"does not say what a rank will hold of moe.w, .* Fold the model, on the meta"

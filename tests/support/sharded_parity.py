@@ -124,15 +124,22 @@ def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def shard_of(share: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's rows of what it held before sharding: chunks of equal size by coordinate, the last ones short."""
+    """What this rank keeps of what it held before sharding: chunks of equal size by coordinate, the last ones short."""
     axis = data_axis(parameter)
     if axis is None:
         return share
     mesh = parameter.device_mesh if parameter.device_mesh.ndim == 1 else parameter.device_mesh[axis]
     ranks = torch.distributed.get_process_group_ranks(mesh.get_group())
-    rows = -(-share.shape[0] // len(ranks))
-    place = ranks.index(torch.distributed.get_rank())
-    return share[place * rows : (place + 1) * rows]
+    dim = parameter.placements[parameter.device_mesh.mesh_dim_names.index(axis)].dim
+    if parameter.dim() == share.dim() + 1:  # gate and up lie apart
+        return _chunk(share.unflatten(1, (2, -1)), dim, ranks).flatten(1, 2)
+    return _chunk(share, dim, ranks)
+
+
+def _chunk(share: Tensor, dim: int, ranks: list[int]) -> Tensor:
+    length = -(-share.shape[dim] // len(ranks))
+    start = min(ranks.index(torch.distributed.get_rank()) * length, share.shape[dim])
+    return share.narrow(dim, start, min(length, share.shape[dim] - start))
 
 
 def data_axis(parameter: Tensor) -> str | None:

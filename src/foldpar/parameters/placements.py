@@ -239,7 +239,7 @@ def _joined(shape: tuple[int, ...], pair: int | None) -> tuple[int, ...]:
 
 def _without_pair(dim: int, pair: int | None) -> tuple[int, int]:
     """Where a dimension lies once the pair is joined, and in how many sections it is cut there."""
-    if pair is None or dim < pair:
+    if pair is None or dim <= pair:
         return dim, 1
     return dim - 1, 2 if dim == pair + 1 else 1
 

@@ -8,6 +8,7 @@ from functools import partial
 from math import ceil, prod
 from typing import TypeVar
 
+from foldpar.families import numbers_in_shard
 from foldpar.layout import FoldedLayout
 from foldpar.planning import formulas
 from foldpar.planning.folds import Recompute, Transport, Workload
@@ -227,7 +228,7 @@ class MemoryModel:
     # -- Weights ------------------------------------------------------------------------------------------------------
 
     def held(self, layout: FoldedLayout, pipeline: PipelineStage) -> _Held:
-        """Numbers on the rank with the largest shards, in the chunks of FSDP2: ``ceil(rows / ranks)`` rows each."""
+        """Numbers on the rank with the largest shards: the first one."""
         key = ("held", pipeline, layout.tp, layout.dp * layout.cp, layout.ep, layout.etp, layout.edp)
         return self._once(key, lambda: self._of_pipeline(layout, pipeline))
 
@@ -425,6 +426,5 @@ def _sizes(weights: Iterable[Weight], layout: FoldedLayout) -> tuple[int, int, i
 
 
 def _shard(weight: Weight, layout: FoldedLayout, sharded: bool) -> int:
-    shape = weight.local_shape(layout)
     ranks = (layout.edp if weight.expert else layout.dp * layout.cp) if sharded else 1
-    return -(-shape[0] // ranks) * prod(shape[1:])
+    return numbers_in_shard(weight.local_shape(layout), ranks, experts=weight.expert)

@@ -13,7 +13,7 @@ from torch import nn
 from foldpar.arguments import expect_sizes
 from foldpar.comm import local_tensor
 from foldpar.errors import ShardingError
-from foldpar.families import REPLICATED, ParameterFamily
+from foldpar.families import REPLICATED, ParameterFamily, numbers_in_shard
 from foldpar.layout import FoldedLayout
 from foldpar.parameters import data_replicas, nearest_marks, sharded_module, shards_over_data
 
@@ -76,7 +76,8 @@ def predict_memory(
     """How many bytes a rank will hold after :func:`foldpar.shard_model`, told from shapes: nothing is allocated.
 
     A parameter of ``rows`` rows over ``n`` data ranks lies in chunks of ``ceil(rows / n)`` rows, the last ones smaller
-    or empty, by the rank's coordinate.
+    or empty, by the rank's coordinate; experts that ``n`` does not divide are cut evenly along another dimension where
+    that is possible.
 
     Args:
         model: folded and not yet sharded, on any device, the meta device included; or its parameters on ``rank``, such
@@ -112,7 +113,7 @@ def predict_memory(
         held = whole = prod(entry.shape)
         dims = len(entry.shape)
         if stage and shards_over_data(entry.family, of_layer, dims=dims, converts=converts, replicas=replicas):
-            held = _rows_held(entry, of_layer, rank, replicas) * prod(entry.shape[1:])
+            held = _held(entry, of_layer, rank, replicas)
             in_use = compute if compute is not None and entry.dtype.is_floating_point else entry.dtype
             gathered += whole * in_use.itemsize if stage < 3 else 0
             if stage == 1 and entry.trainable:
@@ -145,11 +146,11 @@ def planned_parameters(plan: FoldPlan, *, dtype: torch.dtype) -> list[LocalParam
     return parameters
 
 
-def _rows_held(entry: LocalParameter, layout: FoldedLayout, rank: int, replicas: int) -> int:
-    axis, rows = entry.family.data_axis, entry.shape[0]
+def _held(entry: LocalParameter, layout: FoldedLayout, rank: int, replicas: int) -> int:
+    axis = entry.family.data_axis
     shards = layout.size(axis) // data_replicas(layout, axis, replicas)
-    chunk = -(-rows // shards)
-    return min(chunk, max(0, rows - layout.group(axis, rank).index(rank) % shards * chunk))
+    index = layout.group(axis, rank).index(rank) % shards
+    return numbers_in_shard(entry.shape, shards, experts=entry.family.view == "expert", index=index)
 
 
 def _parameters_of(

@@ -2,7 +2,7 @@
 
     model                 unit over dp_cp        embedding, last norm, head: whatever is in no block
       block 0             unit over dp_cp        attention, norms, router, shared experts
-        experts           unit over edp          [local_experts, ...] of this rank, cut along dimension 0
+        experts           unit over edp          this rank's [local_experts, ...], cut evenly
       block 1 ...
 
 A unit is gathered and reduce-scattered as one. FSDP2 only *sums* gradients over the data axis. What remains, the lanes
@@ -20,11 +20,12 @@ from typing import Literal, cast
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from foldpar.arguments import expect, expect_sizes
-from foldpar.comm import FoldedGroups, adopt, is_dtensor, local_tensor
+from foldpar.comm import FoldedGroups, adopt, is_dtensor, is_sharding, local_tensor
 from foldpar.errors import FamilyError, GroupsError, ShapeError, ShardingError
-from foldpar.families import Reduction
+from foldpar.families import Reduction, shard_dimension
 from foldpar.layout import FoldedLayout
 from foldpar.parameters import (
     ResolvedParameter,
@@ -70,8 +71,9 @@ def shard_model(
 
     Routed experts are sharded over ``edp``, all other parameters over ``dp_cp``, each along dimension 0 of this rank's
     local tensor (what tp, ep and etp left of it), in chunks of ``ceil(rows / ranks)`` rows; ranks at the end may hold
-    fewer or none. Afterwards a parameter is a ``DTensor`` whose mesh has the dimensions ``("dp_cp",)``,
-    ``("dp_cp", "tp")`` or, of experts, ``("edp", "ep", "etp")``.
+    fewer or none. Experts of whom a rank has no multiple of ``edp`` are cut evenly along another dimension, the last
+    that ``edp`` divides, if there is one. Afterwards a parameter is a ``DTensor`` whose mesh has the dimensions
+    ``("dp_cp",)``, ``("dp_cp", "tp")`` or, of experts, ``("edp", "ep", "etp")``.
 
     What a rank holds whole, besides its shards of parameters, gradients and optimizer states:
 
@@ -204,6 +206,7 @@ def shard_model(
 
     tie_marks_to_names(model)  # FSDP2 makes new parameters
     before = list(model.parameters())
+    dims = {entry.parameter: _shard_dimension(entry, replicas) for entry in shards}
     for unit in units if shards else ():
         is_root = unit.module is root
         wrapped = fully_shard(
@@ -214,6 +217,7 @@ def shard_model(
             mp_policy=_precision_of(unit, precision, is_root),
             offload_policy=offload,
             ignored_params=whole,
+            shard_placement_fn=lambda parameter: Shard(dims[parameter]),
         )
         # All factors are multiplied in later, in one place. A divisor of 1 and a plain sum also avoid NCCL's
         # pre-multiplied sum, which loses bf16 gradients, and torch's dividing twice on a mesh of one rank.
@@ -234,6 +238,17 @@ def shard_model(
     root.register_forward_hook(_shards_again)
     if prefetch:
         _prefetch(root, units)
+
+
+def _shard_dimension(entry: ResolvedParameter, replicas: int) -> int:
+    layout, axis = entry.groups.layout, entry.family.data_axis
+    placements = entry.parameter.placements if is_dtensor(entry.parameter) else ()
+    return shard_dimension(
+        local_tensor(entry.parameter).shape,
+        layout.size(axis) // data_replicas(layout, axis, replicas),
+        experts=entry.family.view == "expert",
+        cut=[each.dim for each in placements if is_sharding(each)],  # type: ignore[attr-defined]
+    )
 
 
 @contextmanager
