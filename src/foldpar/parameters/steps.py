@@ -10,7 +10,7 @@ a sum of two steps if nobody zeroed it before. An optimizer's step uses the stam
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -26,6 +26,7 @@ from foldpar.comm import (
     local_tensor,
     refuse_foreign_scalers,
     version_of,
+    versions_of,
 )
 from foldpar.errors import GradientError, ModelError
 from foldpar.parameters.fsdp import bring_back_shards
@@ -47,20 +48,25 @@ _REPLACED = "_foldpar_replaced"
 
 @dataclass(slots=True)
 class _Additions:
-    """What backwards have added since to gradients in one memory, which count their changes together."""
+    """What backwards have added since to gradients in one memory, which count their changes together: up to here."""
 
+    version: int
     count: int = 0
     onto_reduced: bool = True
     """Whether nothing else has changed them before the last of these, as zeroing does."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Stamp:
-    """What is known of a complete gradient: its version then, and whether an optimizer has taken it."""
+    """What is known of a complete gradient: its version then, and whether an optimizer has taken it.
+
+    ``own`` is what a DTensor counted itself up to the last addition.
+    """
 
     version: int
     used: bool
-    additions: _Additions = field(default_factory=_Additions)
+    own: int
+    additions: _Additions
 
 
 def stamp(parameters: Iterable[nn.Parameter], *, used: bool = False) -> None:
@@ -72,8 +78,9 @@ def stamp(parameters: Iterable[nn.Parameter], *, used: bool = False) -> None:
             part = local_tensor(gradient)
             # FSDP2 leaves the gradients of a unit as views of one memory.
             place = part.untyped_storage().data_ptr() if part._is_view() else id(gradient)
-            additions = in_memory.setdefault(place, _Additions())
-            setattr(gradient, _STAMP, _Stamp(version_of(gradient), used, additions))
+            own, version = versions_of(gradient)
+            additions = in_memory.setdefault(place, _Additions(version))
+            setattr(gradient, _STAMP, _Stamp(own + version, used, own, additions))
             if communication_device(parameter) != parameter.device:
                 on_host.append(parameter)
             else:
@@ -91,9 +98,10 @@ def _count_addition(parameter: Tensor) -> None:
     """The hook on parameters whose gradients were complete once; a new gradient has no stamp."""
     known: _Stamp | None = getattr(parameter.grad, _STAMP, None)
     if known is not None and parameter.grad is not None:
-        additions = known.additions
-        additions.onto_reduced &= version_of(parameter.grad) == known.version + additions.count + 1
+        additions, (own, version) = known.additions, versions_of(parameter.grad)
+        additions.onto_reduced &= own - known.own + version - additions.version == 1
         additions.count += 1
+        known.own, additions.version = own, version
 
 
 def _is_watched(parameter: Tensor) -> bool:
@@ -314,7 +322,8 @@ def _added_to(gradients: Iterable[tuple[str, Tensor]]) -> str | None:
         additions = _stamp_of(together[0][1]).additions
         since = [version_of(each) - _stamp_of(each).version for _, each in together]
         is_suspect = additions.onto_reduced if additions.count else all(each == len(together) for each in since)
-        is_sum = additions.count == min(since)  # nothing has changed it behind the last backward
+        up_to = (_stamp_of(each).own + additions.version - version_of(each) for _, each in together)
+        is_sum = additions.count > 0 and not any(up_to)  # nothing has changed it behind the last backward
         if is_suspect and (is_sum or _all_hold_something(each for _, each in together)):
             return together[0][0]
     return None
@@ -327,8 +336,8 @@ def _all_hold_something(gradients: Iterable[Tensor]) -> bool:
 
 
 def _is_unreduced(parameter: Tensor) -> bool:
-    """Whether nobody has said that its gradient is complete, or a backward has added to it since, or an optimizer has
-    taken it and it was changed since.
+    """Whether nobody has said that its gradient is complete, or it was zeroed and added to since, or an optimizer has
+    taken it and it was changed since. A penalty on weights may be added to a reduced gradient.
 
     One that was frozen since is in no reduction: what ``zero_grad`` left of its gradient is complete.
     """
@@ -336,5 +345,6 @@ def _is_unreduced(parameter: Tensor) -> bool:
     known: _Stamp | None = getattr(gradient, _STAMP, None)
     if gradient is None or known is None:
         return gradient is not None
-    is_changed = known.additions.count > 0 or (known.used and known.version != version_of(gradient))
+    is_new_sum = known.additions.count > 0 and not known.additions.onto_reduced
+    is_changed = is_new_sum or (known.used and known.version != version_of(gradient))
     return is_changed and (parameter.requires_grad or _all_hold_something([gradient]))
