@@ -225,6 +225,26 @@ def test_a_gradient_is_not_differentiated_without_the_experts(compiled: bool, of
         gradient.square().sum().backward(inputs=inputs)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "vjp", "grad"])
+def test_what_is_transformed_is_refused_compiled_as_in_eager(transform: str, backend: str) -> None:
+    """An operator has no rule for tangents, and they would be lost: zero where there is a derivative."""
+    moe, x = layer(ONE).eval(), batch(0, ONE)
+    moe(x)
+    transforms: dict[str, Callable[[Tensor], object]] = {
+        "jvp": lambda x: torch.func.jvp(moe, (x,), (x,)),
+        "jacfwd": lambda x: torch.func.jacfwd(moe)(x),
+        "vjp": lambda x: torch.func.vjp(moe, x)[1](x),
+        "grad": lambda x: torch.func.grad(lambda x: moe(x).sum())(x),
+    }
+    run = transforms[transform]
+    with pytest.raises(RuntimeError, match=r"an operator would drop tangents"):
+        torch.compile(run, backend=backend, fullgraph=True)(x)
+    for refused in (run, torch.compile(run, backend=backend)):
+        with pytest.raises(RuntimeError, match=r"autograd\.Function with functorch transforms"):
+            refused(x)
+
+
 def test_a_rank_without_data_runs_a_stand_in_whole() -> None:
     moe = layer(ONE)
     compiled, parameters = torch.compile(moe, backend="aot_eager", fullgraph=True), list(moe.parameters())

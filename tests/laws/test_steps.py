@@ -18,6 +18,7 @@ from foldpar.errors import FamilyError, GradientError, ShardingError
 from foldpar.testing import run_ranks
 
 STAGES = [0, 2, 3]
+PLAIN = plain_model()
 
 # A biased linear layer over [batch, length, dim] returns a view, of which torch 2.13 warns where it ends the model.
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
@@ -106,6 +107,75 @@ def backward_again(stage: int, tp: int) -> None:
 )
 def test_a_backward_onto_a_reduced_gradient_is_refused(stage: int, tp: int) -> None:
     run_ranks(backward_again, 4, stage, tp)
+
+
+B, R, P, C, S, Z = "backward", "reduce", "penalty", "clip", "step", "zero"
+WRONG = {
+    (B, R, B, B, R): "was reduced already, and something was added to it since",
+    (B, R, S, B, B, R): "was reduced already, and something was added to it since",
+    (B, R, C, B, B, B, R): "was reduced already, and something was added to it since",
+    (B, R, Z, B, S): "is not reduced",
+    (B, R, C, Z, B, C): "clip_grad_norm_: the gradient of embedding.weight is not reduced",
+}
+RIGHT = [
+    (B, R, S, B, Z, B, R, S),
+    (B, R, C, S, B, B, Z, B, B, R, C, S),
+    (B, R, S, B, B, Z, R, S),
+    (B, R, Z, B, B, R),
+    (B, R, P, C, S, Z, B, B, R, P, S, Z, B, R, S),
+]
+"""With zeroing in place: what a backward adds then is told from what it adds to a reduced gradient."""
+
+
+def penalty(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        (0.01 * parameter.square().sum()).backward()
+
+
+def orders(stage: int, tp: int) -> None:
+    with foldpar.create_groups(foldpar.solve_layout(4, tp=tp, ep=2)) as groups:
+        model = fold(PLAIN, groups)
+        if stage:
+            foldpar.shard_model(model, groups, stage=stage)
+        optimizer = torch.optim.SGD(foldpar.parameter_groups(model), lr=0.1)
+        do: dict[str, Callable[[], object]] = {
+            B: lambda: loss_of(model, tokens_of(groups.dp_cp.index)).backward(),
+            R: lambda: foldpar.reduce_gradients(model, groups),
+            P: lambda: penalty(model),
+            C: lambda: foldpar.clip_grad_norm_(model, 1.0, groups),
+            S: optimizer.step,
+            Z: lambda: optimizer.zero_grad(set_to_none=False),
+        }
+        for order, says in WRONG.items():
+            optimizer.zero_grad()
+            for act in order[:-1]:
+                do[act]()
+            assert says in text_of(do[order[-1]]), order
+        for order in RIGHT:
+            optimizer.zero_grad()
+            for act in order:
+                do[act]()
+
+
+@pytest.mark.parametrize(
+    ("stage", "tp"), [(0, 2), (3, 1), *(pytest.param(stage, 1, marks=pytest.mark.long) for stage in (0, 1, 2))]
+)
+def test_backwards_onto_a_reduced_gradient_are_refused_however_many(stage: int, tp: int) -> None:
+    run_ranks(orders, 4, stage, tp, backend="threads")
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_a_gradient_with_a_graph_is_refused_as_a_new_sum_hides_what_was_reduced() -> None:
+    def rank() -> None:
+        with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+            model = fold(PLAIN, groups)
+            loss_of(model, tokens_of(groups.dp_cp.index)).backward(create_graph=True)
+            text = text_of(lambda: foldpar.reduce_gradients(model, groups))
+            assert "embedding.weight carries a graph" in text
+            assert "torch.autograd.grad(..., create_graph=True)" in text
+            model.zero_grad()
+
+    run_ranks(rank, 2, backend="threads")
 
 
 def frozen_after_steps(stage: int) -> None:

@@ -12,6 +12,7 @@ import pickle
 import tempfile
 import warnings
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -609,6 +610,34 @@ def _(of: Folded) -> bool:
         (whole(input_ids=tokens, labels=tokens).loss / of.groups.dp_cp.size).backward()
     found = {name: gathered(parameter.grad) for name, parameter in of.model.named_parameters()}
     return all(torch.allclose(found[name], each.grad, rtol=1e-9, atol=1e-12) for name, each in whole.named_parameters())
+
+
+@tool("`torch.autograd.graph.save_on_cpu`")
+def _(of: Folded) -> bool:
+    return unchanged(of, torch.autograd.graph.save_on_cpu())
+
+
+@tool("`torch.profiler`")
+def _(of: Folded) -> bool:
+    return unchanged(of, torch.profiler.profile(record_shapes=True, profile_memory=True))
+
+
+def unchanged(of: Folded, around: AbstractContextManager[object]) -> bool:
+    """Gradients are those of a step without it."""
+    of.backward()
+    want = {name: gathered(parameter.grad).clone() for name, parameter in of.model.named_parameters()}
+    with around:
+        of.backward()
+    found = {name: gathered(parameter.grad) for name, parameter in of.model.named_parameters()}
+    return all(torch.allclose(found[name], want[name], rtol=1e-12) for name in want)
+
+
+@tool("an average by `torch._foreach_lerp_`", "`average.lerp_(parameter, weight)`, one by one")
+def _(of: Folded) -> bool:
+    average = [parameter.detach() * 3 for parameter in of.model.parameters()]
+    torch._foreach_lerp_(average, [parameter.detach() for parameter in of.model.parameters()], 0.5)
+    names = [name for name, _ in of.model.named_parameters()]
+    return all(torch.allclose(gathered(each), of.whole[name] * 2) for name, each in zip(names, average, strict=True))
 
 
 def stepped(of: Folded, parameters: Any, kind: type[Any] = torch.optim.AdamW, **options: Any) -> bool:

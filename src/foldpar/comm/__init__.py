@@ -58,6 +58,7 @@ from foldpar.comm.dtensors import (
     placed_like,
     refuse_foreign_scalers,
     version_of,
+    versions_of,
 )
 from foldpar.comm.first_step import When, can_compare
 from foldpar.comm.groups import AxisGroup, FoldedGroups, Kept, create_groups
@@ -122,5 +123,6 @@ __all__ = [
     "start_all_reduce",
     "told",
     "version_of",
+    "versions_of",
     "why_no_peers",
 ]

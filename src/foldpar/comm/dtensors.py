@@ -45,6 +45,7 @@ __all__ = [
     "placed_like",
     "refuse_foreign_scalers",
     "version_of",
+    "versions_of",
 ]
 
 
@@ -60,9 +61,14 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Grows with every change in place; of a DTensor, operations on itself count on itself, those on its part there."""
+    """Grows with every change in place."""
+    return sum(versions_of(tensor))
+
+
+def versions_of(tensor: Tensor) -> tuple[int, int]:
+    """What a DTensor counts itself, of operations on it, and what its part does; of another tensor, 0 and all."""
     part: Tensor | None = getattr(tensor, "_local_tensor", None)
-    return tensor._version if part is None else tensor._version + part._version
+    return (0, tensor._version) if part is None else (tensor._version, part._version)
 
 
 def communication_device(shard: Tensor) -> torch.device:

@@ -2,14 +2,15 @@
 
     backward -> .grad (a part of the sum) -> reduce_gradients -> .grad (the gradient, stamped) -> clip -> optimizer.step
 
-A stamp stays on a gradient while it is scaled in place; the next backward, after ``zero_grad``, makes a new one. An
-optimizer's step uses the stamp up: what a later backward adds to a gradient that stayed a tensor needs a new one.
+A stamp stays on a gradient while it is scaled in place; the next backward, after ``zero_grad``, makes a new one. Where
+a gradient stays a tensor, a hook on the parameter tells the stamp what backwards add to it: it is incomplete then, and
+a sum of two steps if nobody zeroed it before. An optimizer's step uses the stamp up: whatever changes it later, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -17,7 +18,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from foldpar.arguments import expect
-from foldpar.comm import FoldedGroups, Kept, is_dtensor, local_tensor, refuse_foreign_scalers, version_of
+from foldpar.comm import (
+    FoldedGroups,
+    Kept,
+    communication_device,
+    is_dtensor,
+    local_tensor,
+    refuse_foreign_scalers,
+    version_of,
+    versions_of,
+)
 from foldpar.errors import GradientError, ModelError
 from foldpar.parameters.fsdp import bring_back_shards
 from foldpar.parameters.marks import is_cut_over_tp, nearest_marks
@@ -36,17 +46,67 @@ _STAMP = "_foldpar_reduced"
 _REPLACED = "_foldpar_replaced"
 
 
-class _Stamp(NamedTuple):
-    """What is known of a complete gradient: its version then, and whether an optimizer has taken it."""
+@dataclass(slots=True)
+class _Additions:
+    """What backwards have added since to gradients in one memory, which count their changes together: up to here."""
+
+    version: int
+    count: int = 0
+    onto_reduced: bool = True
+    """Whether nothing else has changed them before the last of these, as zeroing does."""
+
+
+@dataclass(slots=True)
+class _Stamp:
+    """What is known of a complete gradient: its version then, and whether an optimizer has taken it.
+
+    ``own`` is what a DTensor counted itself up to the last addition.
+    """
 
     version: int
     used: bool
+    own: int
+    additions: _Additions
 
 
 def stamp(parameters: Iterable[nn.Parameter], *, used: bool = False) -> None:
     """Say of the gradients as they are now that they are complete."""
-    for gradient in _gradients(parameters):
-        setattr(gradient, _STAMP, _Stamp(version_of(gradient), used))
+    in_memory: dict[int, _Additions] = {}
+    on_host = []
+    for parameter in parameters:
+        if (gradient := parameter.grad) is not None:
+            part = local_tensor(gradient)
+            # FSDP2 leaves the gradients of a unit as views of one memory.
+            place = part.untyped_storage().data_ptr() if part._is_view() else id(gradient)
+            own, version = versions_of(gradient)
+            additions = in_memory.setdefault(place, _Additions(version))
+            setattr(gradient, _STAMP, _Stamp(own + version, used, own, additions))
+            if communication_device(parameter) != parameter.device:
+                on_host.append(parameter)
+            else:
+                _watch(parameter)
+    if on_host:  # FSDP2 waits for the copy of each gradient that has a hook, so one stands for all
+        _watch(min(on_host, key=lambda each: each.numel()))
+
+
+def _watch(parameter: nn.Parameter) -> None:
+    if parameter.requires_grad and not _is_watched(parameter):
+        parameter.register_post_accumulate_grad_hook(_count_addition)
+
+
+def _count_addition(parameter: Tensor) -> None:
+    """The hook on parameters whose gradients were complete once; a new gradient has no stamp."""
+    known: _Stamp | None = getattr(parameter.grad, _STAMP, None)
+    if known is not None and parameter.grad is not None:
+        additions, (own, version) = known.additions, versions_of(parameter.grad)
+        additions.onto_reduced &= own - known.own + version - additions.version == 1
+        additions.count += 1
+        known.own, additions.version = own, version
+
+
+def _is_watched(parameter: Tensor) -> bool:
+    hooks: dict[int, object] | None = parameter._post_accumulate_grad_hooks
+    return hooks is not None and _count_addition in hooks.values()
 
 
 def declare_reduced(model: nn.Module) -> None:
@@ -65,13 +125,21 @@ def declare_reduced(model: nn.Module) -> None:
 
 
 def refuse_reduced(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Raise if a gradient was reduced already, and nothing has changed it since, or something was added to it.
+    """Raise if a gradient was reduced already, and nothing has changed it since, or something was added to it; or if
+    that cannot be told.
 
     Raises:
         GradientError: names it.
     """
-    known = [(name, gradient) for name, parameter in parameters if (gradient := parameter.grad) is not None]
-    known = [(name, gradient) for name, gradient in known if _is_known(gradient)]
+    given = [(name, gradient) for name, parameter in parameters if (gradient := parameter.grad) is not None]
+    for name, gradient in given:
+        if gradient.requires_grad:
+            raise GradientError(
+                f"The gradient of {name} carries a graph, as backward(create_graph=True) leaves it, which puts a new "
+                f"sum into .grad: whether one of its parts was reduced already cannot be told. Use plain backward() "
+                f"for the step, and torch.autograd.grad(..., create_graph=True) for what is differentiated."
+            )
+    known = [(name, gradient) for name, gradient in given if _is_known(gradient)]
     for name, gradient in known:
         if _is_unchanged(gradient):
             raise GradientError(
@@ -111,7 +179,7 @@ def refuse_gradient_hooks(parameters: Iterable[tuple[str, nn.Parameter]], doing:
         ModelError: names it.
     """
     for name, parameter in parameters:
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        if parameter._backward_hooks or len(parameter._post_accumulate_grad_hooks or ()) > _is_watched(parameter):
             raise ModelError(
                 f"{name} has a hook on its gradient (register_hook or register_post_accumulate_grad_hook). {doing} "
                 f"puts another parameter in its place, and nothing would call the hook again. Register it afterwards, "
@@ -233,26 +301,32 @@ def _is_known(gradient: Tensor | None) -> bool:
 
 def _is_unchanged(gradient: Tensor) -> bool:
     """Whether it was complete, and nothing has changed it since."""
-    known: _Stamp | None = getattr(gradient, _STAMP, None)
-    return known is not None and known.version == version_of(gradient)
+    return _is_known(gradient) and _stamp_of(gradient).version == version_of(gradient)
+
+
+def _stamp_of(gradient: Tensor) -> _Stamp:
+    known: _Stamp = getattr(gradient, _STAMP)
+    return known
 
 
 def _added_to(gradients: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of one, of those that were complete once, that a backward has added to since; ``None`` if there is none.
+    """The name of one, of those that were complete once, that was added to since; ``None`` if there is none.
 
-    Each was changed once: zeroing and a backward are two changes, and one that was only zeroed is zero. Gradients in
-    one memory, as FSDP2 leaves them, count their changes together.
+    By backwards, with no zeroing before; or by hand, which is one change where zeroing and adding are two. What was
+    zeroed at the end is zero. Gradients in one memory count their changes together.
     """
     in_memory: dict[int, list[tuple[str, Tensor]]] = {}
     for name, gradient in gradients:
-        in_memory.setdefault(local_tensor(gradient).untyped_storage().data_ptr(), []).append((name, gradient))
-    suspects = [
-        together
-        for together in in_memory.values()
-        if all(version_of(each) == getattr(each, _STAMP).version + len(together) for _, each in together)
-    ]
-    grown = (together for together in suspects if _all_hold_something(gradient for _, gradient in together))
-    return next((together[0][0] for together in grown), None)
+        in_memory.setdefault(id(_stamp_of(gradient).additions), []).append((name, gradient))
+    for together in in_memory.values():
+        additions = _stamp_of(together[0][1]).additions
+        since = [version_of(each) - _stamp_of(each).version for _, each in together]
+        is_suspect = additions.onto_reduced if additions.count else all(each == len(together) for each in since)
+        up_to = (_stamp_of(each).own + additions.version - version_of(each) for _, each in together)
+        is_sum = additions.count > 0 and not any(up_to)  # nothing has changed it behind the last backward
+        if is_suspect and (is_sum or _all_hold_something(each for _, each in together)):
+            return together[0][0]
+    return None
 
 
 def _all_hold_something(gradients: Iterable[Tensor]) -> bool:
@@ -262,7 +336,8 @@ def _all_hold_something(gradients: Iterable[Tensor]) -> bool:
 
 
 def _is_unreduced(parameter: Tensor) -> bool:
-    """Whether nobody has said that its gradient is complete, or something was added to it after an optimizer took it.
+    """Whether nobody has said that its gradient is complete, or it was zeroed and added to since, or an optimizer has
+    taken it and it was changed since. A penalty on weights may be added to a reduced gradient.
 
     One that was frozen since is in no reduction: what ``zero_grad`` left of its gradient is complete.
     """
@@ -270,9 +345,6 @@ def _is_unreduced(parameter: Tensor) -> bool:
     known: _Stamp | None = getattr(gradient, _STAMP, None)
     if gradient is None or known is None:
         return gradient is not None
-    is_changed = known.used and known.version != version_of(gradient)
+    is_new_sum = known.additions.count > 0 and not known.additions.onto_reduced
+    is_changed = is_new_sum or (known.used and known.version != version_of(gradient))
     return is_changed and (parameter.requires_grad or _all_hold_something([gradient]))
-
-
-def _gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Any]:
-    return (parameter.grad for parameter in parameters if parameter.grad is not None)

@@ -33,6 +33,7 @@ HOOKED = "hooks hang on the call of its experts (those of shard_model, for examp
 COUNTED = "its counters count on the host: leave counters away"
 BALANCED = "its decisions are counted for a correction bias, which a recomputation must not repeat"
 LIMITED = "its capacity is limited by what the lanes tell each other: leave capacity away"
+TRANSFORMED = "torch.func transforms it (jvp, for example), and an operator would drop tangents: see what eager says"
 RANDOM = "its router draws random numbers in a region of its own: leave jitter away"
 
 
@@ -131,6 +132,8 @@ def _carried(
 
 def why_uncompiled(journey: Journey, experts: object) -> str | None:
     """Why the journey to these experts cannot be an operator; ``None`` where it can."""
+    if torch._C._functorch.get_dynamic_layer_stack_depth() > 0:
+        return TRANSFORMED
     if not isinstance(experts, ExpertShare):
         return FOREIGN
     if type(experts).computes_its_own_way():
@@ -160,5 +163,5 @@ def _call(method: Callable[..., _Result], *arguments: Any) -> _Result:
 
 _UNCOMPILED: dict[str, Callable[..., Any]] = {
     why: torch.compiler.disable(_call, reason=f"The routed part of a folded layer is not compiled: {why}.")
-    for why in (FOREIGN, OVERRIDDEN, HOOKED, COUNTED, BALANCED, LIMITED, RANDOM)
+    for why in (FOREIGN, OVERRIDDEN, HOOKED, COUNTED, BALANCED, LIMITED, RANDOM, TRANSFORMED)
 }
