@@ -621,6 +621,30 @@ def test_evaluation_in_between_changes_nothing() -> None:
     run_ranks(evaluated_in_between, 4)
 
 
+def evaluated_first(layout: foldpar.FoldedLayout) -> None:
+    """In inference mode, whose tensors FSDP2 would keep, and could not train with."""
+    plain = plain_model()
+    want = plain_gradients(plain, layout.dp)
+    with create_groups(layout) as groups:
+        for stage in STAGES:
+            model = toys.fold(plain, groups)
+            shares = Shares(model, groups)
+            shard_model(model, groups, stage=stage)
+            tokens = tokens_of(groups.dp_cp.index)
+            with torch.inference_mode():
+                before = float(loss_of(model, tokens))
+            loss = loss_of(model, tokens)
+            loss.backward()
+            assert float(loss.detach()) == before
+            foldpar.reduce_gradients(model, groups)
+            error, name = errors(model, shares, want)
+            assert error < 1e-12, name
+
+
+def test_a_model_that_is_evaluated_first_can_be_trained() -> None:
+    run_ranks(evaluated_first, 4, solve_layout(4, tp=2, ep=2))
+
+
 def without_a_layer(prefetch: bool) -> str:
     with create_groups(solve_layout(2, ep=2)) as groups:
         whole = tiny_model("qwen3_moe", dtype=torch.float64)

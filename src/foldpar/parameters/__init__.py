@@ -20,6 +20,7 @@ from __future__ import annotations
 from foldpar.parameters.boxes import Box, Share, pieces, replaced_at
 from foldpar.parameters.fsdp import (
     Stage,
+    begin_trainable,
     bring_back_shards,
     computes_in_own_dtype,
     data_replicas,
@@ -78,6 +79,7 @@ __all__ = [
     "Share",
     "Stage",
     "base_of",
+    "begin_trainable",
     "bring_back_shards",
     "buffer_places",
     "check_before_reduction",

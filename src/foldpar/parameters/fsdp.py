@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ShardedModule",
     "Stage",
+    "begin_trainable",
     "bring_back_shards",
     "computes_in_own_dtype",
     "data_replicas",
@@ -157,6 +158,19 @@ def bring_back_shards(model: nn.Module) -> None:
     """Register shards in place of whole parameters, which a forward may have left behind. No communication."""
     for module in fsdp_modules(model):
         module.reshard()
+
+
+def begin_trainable(model: nn.Module) -> None:
+    """Before a first forward in inference mode: FSDP2 keeps the tensors that it gathers into first, and those of that
+    mode cannot be trained with. So all units are gathered once outside of it; on every rank.
+    """
+    modules = list(fsdp_modules(model))
+    if any(module._get_fsdp_state()._is_root is not None for module in modules):
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        for module in modules:
+            module.unshard()
+            module.reshard()
 
 
 @torch.compiler.disable(reason="a hook of shard_model")  # type: ignore[untyped-decorator]

@@ -31,6 +31,7 @@ from foldpar.parameters import (
     ResolvedParameter,
     Stage,
     base_of,
+    begin_trainable,
     bring_back_shards,
     compare_in_stage,
     data_replicas,
@@ -296,8 +297,12 @@ def accumulate(model: nn.Module) -> Iterator[None]:
 
 @torch.compiler.disable(reason="a hook of shard_model")  # type: ignore[untyped-decorator]
 def _begins_anew(model: nn.Module, arguments: object) -> None:
-    """A step that was given up behind ``accumulate`` leaves nothing to the next, once its gradients are zeroed."""
-    if torch.is_grad_enabled():
+    """A step that was given up behind ``accumulate`` leaves nothing to the next, once its gradients are zeroed. What
+    begins in inference mode can be trained later.
+    """
+    if torch.is_inference_mode_enabled():
+        begin_trainable(model)
+    elif torch.is_grad_enabled():
         drop_zeroed_gradients(model)
 
 
