@@ -164,6 +164,57 @@ def test_backwards_onto_a_reduced_gradient_are_refused_however_many(stage: int, 
     run_ranks(orders, 4, stage, tp, backend="threads")
 
 
+def closures(stage: int) -> None:
+    with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+        model = fold(PLAIN, groups)
+        if stage:
+            foldpar.shard_model(model, groups, stage=stage)
+        optimizer = torch.optim.SGD(foldpar.parameter_groups(model), lr=0.1)
+        before = [local_tensor(parameter).clone() for parameter in model.parameters()]
+
+        def partial() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, tokens_of(groups.dp_cp.index))
+            loss.backward()
+            return loss
+
+        def whole() -> torch.Tensor:
+            loss = partial()
+            foldpar.reduce_gradients(model, groups)
+            return loss
+
+        for refused in (lambda: optimizer.step(partial), lambda: optimizer.step(closure=partial)):
+            optimizer.zero_grad()
+            assert "is not reduced: it is this rank's part of a sum" in text_of(refused)
+        assert all(torch.equal(a, local_tensor(b)) for a, b in zip(before, model.parameters(), strict=True))
+        optimizer.zero_grad()
+        for _ in range(2):
+            assert isinstance(optimizer.step(whole), torch.Tensor)
+            assert isinstance(optimizer.step(closure=whole), torch.Tensor)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_gradients_of_a_closure_are_looked_at_before_they_are_taken(stage: int) -> None:
+    run_ranks(closures, 2, stage, backend="threads")
+
+
+def test_zeroing_that_torch_does_not_count_is_refused_with_the_way_to_do_it() -> None:
+    def rank() -> None:
+        with foldpar.create_groups(foldpar.solve_layout(2, ep=2)) as groups:
+            model = fold(PLAIN, groups)
+            foldpar.shard_model(model, groups, stage=3)
+            optimizer = torch.optim.AdamW(foldpar.parameter_groups(model), fused=True)
+            loss_of(model, tokens_of(groups.dp_cp.index)).backward()
+            foldpar.reduce_gradients(model, groups)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            loss_of(model, tokens_of(groups.dp_cp.index)).backward()
+            text = text_of(lambda: foldpar.reduce_gradients(model, groups))
+            assert "with foreach=True or fused=True does: use zero_grad()." in text
+
+    run_ranks(rank, 2, backend="threads")
+
+
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
 def test_a_gradient_with_a_graph_is_refused_as_a_new_sum_hides_what_was_reduced() -> None:
     def rank() -> None:

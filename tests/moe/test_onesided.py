@@ -288,6 +288,37 @@ def test_an_illegal_id_of_rows_that_stay_is_told_by_the_check(monkeypatch: pytes
                     check_room(groups)
 
 
+@pytest.mark.parametrize("one_sided", [False, OneSided()], ids=["messages", "one_sided"])
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda routing: replace(routing, weights=routing.weights[:, :1]), r"= \[5, 2\], and are \[5, 1\]"),
+        (lambda routing: replace(routing, weights=routing.weights[:-1]), r"= \[5, 2\], and are \[4, 2\]"),
+        (lambda routing: replace(routing, mask=routing.ids[:-1] >= 0), r"ids, \[5, 2\]; it is torch.bool and \[4, 2\]"),
+        (lambda routing: replace(routing, mask=routing.ids >= 0), None),
+    ],
+)
+def test_a_routing_of_other_shapes_is_refused_in_both_ways(
+    monkeypatch: pytest.MonkeyPatch, one_sided: Any, wrong: Callable[[Routing], Routing], says: str | None
+) -> None:
+    monkeypatch.setattr("foldpar.comm.peers.why_no_peers", lambda device: None)
+    monkeypatch.setattr("foldpar.moe.transport.one_sided.why_no_peers", lambda device: None)
+
+    class Wrong(TopKRouter):
+        def forward(self, x: Tensor) -> Routing:
+            return wrong(super().forward(x))
+
+    with create_groups(solve_layout(1)) as groups:
+        experts = GroupedExperts(4, 16, 8, groups)
+        moe = FoldedMoE(Wrong(16, 4, 2), experts, groups, one_sided=one_sided, check=False).to(DEVICE)
+        x = torch.randn(5, 16, device=DEVICE)
+        if says is None:
+            moe(x)
+        else:
+            with pytest.raises(ShapeError, match=says):
+                moe(x)
+
+
 class OwnExperts(torch.nn.Module):
     """Experts that know nothing of weights, and answer in float32."""
 

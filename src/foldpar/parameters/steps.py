@@ -9,8 +9,9 @@ a sum of two steps if nobody zeroed it before. An optimizer's step uses the stam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -152,7 +153,9 @@ def refuse_reduced(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
             f"The gradient of {grown} was reduced already, and something was added to it since: a second reduction "
             f"would sum the first part over its replicas again. Call zero_grad before the first backward of a step, "
             f"and reduce once, after its last. Gradients that you compute yourself go into .grad as new tensors, and "
-            f"what is done to .grad.data, such as zero_(), is not seen: do it to .grad."
+            f"what is done to .grad.data, such as zero_(), is not seen: do it to .grad. Nor does torch say that "
+            f"DTensors are zeroed by torch._foreach_zero_, as zero_grad(set_to_none=False) of an optimizer with "
+            f"foreach=True or fused=True does: use zero_grad()."
         )
 
 
@@ -229,7 +232,9 @@ class _Watch(Kept):
         for hook in self._hooks:
             hook.remove()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         for parameter in _parameters(optimizer):
             if hasattr(parameter, _REPLACED):
                 raise GradientError(
@@ -238,13 +243,30 @@ class _Watch(Kept):
                     f"trains nothing while the loss may still fall. Make the optimizer after them, from "
                     f"foldpar.parameter_groups(model)."
                 )
-        if self._are_several:
-            ours = self._of_models(optimizer)
-            for parameter in _parameters(optimizer):
-                if _is_unreduced(parameter) and (_is_known(parameter.grad) or parameter in ours):
-                    refuse_unreduced_gradients(
-                        [(self._name(parameter), parameter)], f"{type(optimizer).__name__}.step()"
-                    )
+        if not self._are_several:
+            return None
+        self._refuse_unreduced(optimizer)
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._checked(optimizer, kwargs["closure"])}
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._checked(optimizer, args[1]), *args[2:]), kwargs
+        return None
+
+    def _refuse_unreduced(self, optimizer: torch.optim.Optimizer) -> None:
+        ours = self._of_models(optimizer)
+        for parameter in _parameters(optimizer):
+            if _is_unreduced(parameter) and (_is_known(parameter.grad) or parameter in ours):
+                refuse_unreduced_gradients([(self._name(parameter), parameter)], f"{type(optimizer).__name__}.step()")
+
+    def _checked(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A closure computes the gradients that are taken, so they are looked at behind it too."""
+
+        def compute() -> Any:
+            loss = closure()
+            self._refuse_unreduced(optimizer)
+            return loss
+
+        return compute
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         stamp((each for each in _parameters(optimizer) if each.grad is not None and _is_known(each.grad)), used=True)

@@ -67,6 +67,17 @@ def check_routing(routing: object, rows: int) -> None:
             f"Routing weights must be floating point, and are {routing.weights.dtype}; ids are {routing.ids.dtype}. "
             f"The order is Routing(ids, weights)."
         )
+    if routing.weights.shape != routing.ids.shape:
+        raise ShapeError(
+            f"Routing weights must be [tokens, top_k] = {list(routing.ids.shape)}, and are "
+            f"{list(routing.weights.shape)}."
+        )
+    mask = routing.mask
+    if mask is not None and (mask.shape != routing.ids.shape or mask.dtype != torch.bool):
+        raise ShapeError(
+            f"mask must be bool and shaped like the ids, {list(routing.ids.shape)}; it is {mask.dtype} and "
+            f"{list(mask.shape)}."
+        )
 
 
 def without_tokens(routing: Routing) -> Routing:
