@@ -429,6 +429,29 @@ def test_experts_of_one_data_rank_are_converted_and_are_no_unit():
         assert _seconds(slow, degrees, 2, **work).total == _seconds(free, degrees, 2, **work).total
 
 
+@pytest.mark.parametrize(("stage", "precision", "held"), [(0, "bfloat16", 2), (0, "float32", 4), (1, "mixed", 4)])
+def test_every_micro_batch_but_the_first_is_added_to_the_gradients(stage, precision, held):
+    """In three passes over them, which nothing else hides."""
+    machine, work = replace(H100, host=NOTHING), Workload(tokens=8192, batch=8, precision=precision)
+    layout, model = foldpar.solve_layout(1), TimeModel(QWEN3_30B, work, machine)
+    seconds = 3 * held * sum(weight.numel for weight in QWEN3_30B.weights()) / machine.memory_bandwidth
+    one, four = (model.of(layout, stage=stage, recompute="none", transport="messages", micro=micro) for micro in (8, 2))
+    converted = (four.gradients - 3 * seconds) / 4 if stage else 0.0
+    assert isclose(one.gradients, converted, abs_tol=1e-12) and converted >= 0
+    assert isclose(four.gradients, 3 * seconds + 4 * converted)
+    assert four.host == pytest.approx(0, abs=1e-9)
+
+
+def test_shards_are_added_to_from_stage_2_on():
+    layout = foldpar.solve_layout(8, ep=2)
+    model = TimeModel(QWEN3_30B, Workload(tokens=8192, batch=64, precision="bfloat16"), H100)
+    (pipeline,) = pipeline_stages(QWEN3_30B, 1)
+    dense = sum(weight.numel for weight in QWEN3_30B.weights() if not weight.expert)
+    experts = sum(weight.numel for weight in QWEN3_30B.weights() if weight.expert) / 2
+    of = [6 * numel / H100.memory_bandwidth for numel in (dense + experts, dense / 8 + experts / 4)]
+    assert [model._adding(layout, pipeline, stage) for stage in range(4)] == pytest.approx([of[0]] * 2 + [of[1]] * 2)
+
+
 # -- Whole plans ------------------------------------------------------------------------------------------------------
 
 
@@ -450,13 +473,14 @@ def test_models_of_all_kinds_plan(shape):
     ],
     ids=["mixtral-8x22b", "qwen2-57b-a14b"],
 )
-def test_the_published_folds_are_among_the_three_best(shape, gpus, published):
+def test_the_published_folds_are_among_the_three_best(shape, gpus, published, monkeypatch):
     """MoE Parallel Folding (Liu et al. 2025), table 3: sequences of 4,096, a batch of 256, no context parallelism.
 
     Megatron-Core shards the optimizer (stage 1), has sequence parallelism, one order, messages, fused norms, rotations
     and other kernels with little work for the host, and grouped products for few experts as for many; it recomputes
-    nothing there.
+    nothing there, and adds a micro-batch to the gradients inside of the products.
     """
+    monkeypatch.setattr(TimeModel, "_adding", lambda *_: 0.0)
     machine = replace(
         H100,
         grouped_flops=H100.product_flops,

@@ -236,12 +236,11 @@ class TimeModel:
         clocks = clocks.after(weights * of_one, gradients + copies)
         optimizer = self._optimizer(layout, pipeline, stage)
         clocks = clocks.after(weights * host.parameter, optimizer)
-        device = (
-            attention + experts + dense + node + network + lanes + bubble + gathers + gradients + copies + optimizer
-        )
+        gradients += copies + (micro_batches - 1) * self._adding(layout, pipeline, stage)
+        device = attention + experts + dense + node + network + lanes + bubble + gathers + gradients + optimizer
         return Seconds(
             attention=attention, experts=experts, dense=dense, exchange_node=node, exchange_network=network, tp=lanes,
-            gradients=gradients + copies, gathers=gathers, bubble=bubble, optimizer=optimizer,
+            gradients=gradients, gathers=gathers, bubble=bubble, optimizer=optimizer,
             host=max(0.0, clocks.end - device),
         )  # fmt: skip
 
@@ -266,7 +265,7 @@ class TimeModel:
         counts = [(layer, pipeline.moe if moe else pipeline.dense, moe) for moe, layer in layers.items()]
         extra = {moe: self._launching_shards(layout, moe, stage, micro_batches) for moe in layers}
         found, forward = [self._start(layout, pipeline, stage)], 0.0
-        for _ in range(min(2, micro_batches)):
+        for micro_batch in range(min(2, micro_batches)):
             clocks = found[-1]
             for layer, count, moe in counts:
                 clocks = clocks.after(
@@ -280,6 +279,8 @@ class TimeModel:
                 clocks = clocks.after(
                     host, layer.device - layer.forward + layer.idle * layer.waits_again, count, waits=layer.waits_again
                 )
+            if micro_batch:
+                clocks = clocks.after(0.0, self._adding(layout, pipeline, stage))
             found.append(clocks)
         more, last, before = micro_batches - len(found) + 1, found[-1], found[-2]
         clocks = _Clocks(
@@ -614,6 +615,13 @@ class TimeModel:
         dense, expert = self._numel(layout, pipeline)
         numel = dense / ranks + expert / layout.edp if sharded else expert * (layout.edp == 1)
         return 2 * numel * self.work.stored / self.machine.update_bandwidth
+
+    def _adding(self, layout: FoldedLayout, pipeline: PipelineStage, stage: int) -> float:
+        """Seconds in which a later micro-batch is added to the gradients, or from stage 2 on to their shards."""
+        dense, expert = self._numel(layout, pipeline)
+        numel = dense / (layout.dp * layout.cp) + expert / layout.edp if stage > 1 else dense + expert
+        held = 4 if stage and self.work.precision == "mixed" else self.work.stored
+        return 3 * numel * held / self.machine.memory_bandwidth
 
     def _numel(self, layout: FoldedLayout, pipeline: PipelineStage) -> tuple[int, int]:
         def make() -> tuple[int, int]:
