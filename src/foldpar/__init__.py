@@ -143,10 +143,15 @@ _NAMES = {
 }
 _WING_OF = {name: wing for wing, names in _NAMES.items() for name in names}
 
+_WINGS = ("hf", "testing")
+"""Those that texts name with their own names, such as ``foldpar.hf.export``."""
+
 __all__ = sorted(_WING_OF)
 
 
 def __getattr__(name: str) -> object:
+    if name in _WINGS:
+        return import_module(f"foldpar.{name}")
     if name not in _WING_OF:
         raise AttributeError(f"module 'foldpar' has no attribute {name!r}")
     value = getattr(import_module(f"foldpar.{_WING_OF[name]}"), name)

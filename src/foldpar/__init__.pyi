@@ -1,4 +1,6 @@
 from foldpar import families as families
+from foldpar import hf as hf
+from foldpar import testing as testing
 from foldpar.checkpoint import CheckpointInfo as CheckpointInfo
 from foldpar.checkpoint import PendingSave as PendingSave
 from foldpar.checkpoint import check_optimizer as check_optimizer

@@ -189,6 +189,11 @@ def test_type_checkers_and_the_interpreter_see_the_same_names():
     assert set(foldpar.__all__) <= set(dir(foldpar))
 
 
+def test_what_texts_name_by_its_wing_is_found_without_an_import_of_its_own():
+    names = "foldpar.hf.export, foldpar.hf.import_, foldpar.testing.run_ranks"
+    subprocess.run([sys.executable, "-c", f"import foldpar; {names}"], check=True)
+
+
 def test_no_name_of_a_face_is_shadowed_by_a_module():
     assert not set(foldpar.__all__) & {wing_of(path) for path in MODULES}
     for wing in ARROWS:
