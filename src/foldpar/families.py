@@ -43,6 +43,7 @@ __all__ = [
     "ROUTER_POST_HOC",
     "ParameterFamily",
     "Reduction",
+    "chunk",
     "numbers_in_shard",
     "shard_dimension",
 ]
@@ -147,8 +148,19 @@ def numbers_in_shard(shape: Sequence[int], shards: int, *, experts: bool, index:
         [8, 10]
     """
     length = shape[shard_dimension(shape, shards, experts=experts)]
-    chunk = -(-length // shards)
-    return min(chunk, max(0, length - index * chunk)) * (prod(shape) // max(length, 1))
+    return chunk(length, shards, index)[1] * (prod(shape) // max(length, 1))
+
+
+def chunk(length: int, count: int, index: int) -> tuple[int, int]:
+    """Start and size of one chunk, as ``torch.chunk`` and DTensor's ``Shard`` cut.
+
+    Example:
+        >>> [chunk(5, 4, index) for index in range(4)]
+        [(0, 2), (2, 2), (4, 1), (5, 0)]
+    """
+    size = -(-length // count)
+    start = min(index * size, length)
+    return start, min(size, length - start)
 
 
 def _check_axes(family: ParameterFamily) -> None:

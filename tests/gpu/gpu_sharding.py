@@ -37,10 +37,12 @@ def runs(world: int, device: str) -> list[tuple[Run, list[int], dict[str, Any]]]
     ]
     offload = CPUOffloadPolicy(pin_memory=device == "cuda")
     first = Run(Case(world, 2, 1, device=device), "adamw", steps=3)
+    few = replace(parity.CONFIG, experts=3)  # which data ranks do not divide
     return [
         *((run, [0, 1, 2, 3], {}) for run in every),
         (first, [1, 2, 3], {"offload": offload}),
         (first, [3], {"prefetch": False}),
+        (replace(first, case=replace(first.case, config=few)), [1, 2, 3], {}),
     ]
 
 

@@ -18,8 +18,9 @@ from toys import fold, plain_model
 import foldpar
 from foldpar import families
 from foldpar.errors import FamilyError
+from foldpar.families import chunk
 from foldpar.moe.storage import ExpertStorage
-from foldpar.parameters.boxes import Box, Share, chunk, pieces
+from foldpar.parameters.boxes import Box, Share, pieces
 from foldpar.parameters.placements import Placement, mark_placement, parameter_placements, plain_name
 from foldpar.sharding.shard import shard_model
 from foldpar.testing import layouts, run_ranks

@@ -68,8 +68,7 @@ class PeerMemory:
 
     def begin(self, half: Literal["rows", "sums"]) -> None:
         """Before writing a half of the own buffer."""
-        if self.own.is_cuda:
-            self._follow(torch.cuda.current_stream(self.own.device))
+        self._follow()
         if self._last == half:
             self.barrier()
         self._last = half
@@ -81,10 +80,14 @@ class PeerMemory:
 
     def tell_illegal(self, found: torch.Tensor) -> None:
         """Set the flag if ``found``, a bool on the device, says that an expert id was illegal."""
+        self._follow()  # it reads the flag and writes it again
         self.flags[2].logical_or_(found)
 
-    def _follow(self, stream: torch.cuda.Stream) -> None:
-        """Work on this stream comes after that on another one, of which it would know nothing."""
+    def _follow(self) -> None:
+        """Work on the current stream comes after that on another one, of which it would know nothing."""
+        if not self.own.is_cuda:
+            return
+        stream = torch.cuda.current_stream(self.own.device)
         last, self._stream = self._stream, stream
         if last is None or last == stream:
             return

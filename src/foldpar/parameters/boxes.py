@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-__all__ = ["Box", "Share", "chunk", "pieces"]
+from foldpar.families import chunk
+
+__all__ = ["Box", "Share", "pieces"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +100,6 @@ class Share:
         return Share(
             self.shape, replaced_at(self.local, dim, parts * size), tuple(box for box in boxes if box is not None)
         )
-
-
-def chunk(length: int, count: int, index: int) -> tuple[int, int]:
-    """Start and size of one chunk, as ``torch.chunk`` and DTensor's ``Shard`` cut.
-
-    Example:
-        >>> [chunk(5, 4, index) for index in range(4)]
-        [(0, 2), (2, 2), (4, 1), (5, 0)]
-    """
-    size = -(-length // count)
-    start = min(index * size, length)
-    return start, min(size, length - start)
 
 
 def pieces(box: Box, limit: int) -> Iterator[Box]:
